@@ -1,0 +1,318 @@
+"""The operation: every token solves a ridge regression over its past (arXiv 2511.21016, section 4).
+
+    S_kk_t = e^{g_t} S_kk_{t-1} + beta_t^2 k_t k_t^T      S_kv_t = e^{g_t} S_kv_{t-1} + beta_t^2 k_t v_t^T
+    x_t = (S_kk_t + a ||S_kk_t||_F I)^{-1} q_t            y_t = q_t + alpha_t (x_t - q_t)
+    o_t = scale * y_t^T S_kv_t
+
+`gated_kalmanet` takes whole sequences, `gated_kalmanet_step` one token with the state so far. This file checks
+the arguments, once, and chooses the backend, by the tensors' device; `backend` overrides the choice.
+
+Legend: B batch, T time, H query heads, Hk key/value heads (H a multiple of Hk), D key dim, V value dim,
+N sequences: B, or those of a packed batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked, reference, step
+from .solvers import RIDGE_RATIO, default_steps
+from .types import State
+
+__all__ = ["State", "gated_kalmanet", "gated_kalmanet_step"]
+
+MAX_DIM = 256
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
+    "chunked": chunked.gated_kalmanet,
+    "reference": reference.gated_kalmanet,
+}
+
+
+def gated_kalmanet(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    ridge_ratio: float = RIDGE_RATIO,
+    steps: Sequence[int] | None = None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+    normalize_qk: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """Gated KalmaNet over whole sequences (paper, section 4; see the module's docstring for the equations).
+
+    Args:
+        q: queries [B, T, H, D], 1 <= D <= 256; float64, float32, bfloat16 or float16.
+        k: keys [B, T, Hk, D], dtype of q.
+        v: values [B, T, Hk, V], dtype of q.
+        g: log-decay [B, T, H], any float dtype, at most 0; -inf forgets the past.
+        alpha: weight of the solve [B, T, H] in [0, 1], any float dtype; None means 1. At 0 a token reads
+            like gated linear attention.
+        beta: write strength [B, T, H], any float dtype; it multiplies k and v of every query head. None
+            means 1. A token with beta = 0 and g = 0 leaves the state exactly as it was: that is how
+            padding is passed.
+        ridge_ratio: a > 0; lambda_t = a ||S_kk_t||_F, so the condition number is at most (1 + a) / a.
+        steps: Chebyshev nodes of each stage of the solve (section 4.2): (31,) is the paper's 30
+            iterations, (16, 16) two stages with one refinement. None means (31,) for 32- and 64-bit inputs and
+            (16, 16) for 16-bit ones. () solves nothing: gated linear attention, y = q, and S_kk is None.
+        scale: factor of the output; None means D ** -0.5.
+        initial_state: states before the first token, float32 (float64 for float64 inputs); S_kk symmetric.
+            None means zero.
+        output_final_state: whether the states after the last token are returned.
+        cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
+            cu_seqlens[n + 1] of a batch with B = 1; from 0 to T, not decreasing.
+        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
+        normalize_qk: whether q and k are divided by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
+        backend: "chunked" (PyTorch, any device, the default) or "reference" (float64 token loop, slow).
+
+    Returns:
+        o [B, T, H, V] in q's dtype, and the final State or None. All floating inputs and both initial states
+        have gradients; that of S_kk is symmetric. The solve is differentiated implicitly (section 4.3).
+        Where S_kk is zero, x = 0 without a gradient.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a shape, size or value does not fit. Values of tensors (g <= 0, cu_seqlens) are
+            checked on the CPU always, and where that would make a GPU wait only if the environment
+            variable GKA_CHECK_VALUES is 1.
+    """
+    _check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
+    _check_same_dtype(q, k=k, v=v)
+    _check_dims(q, 4, "[B, T, H, D]")
+    B, T, H, D = q.shape
+    _check_heads_and_dims(k, v, H, D, 2)
+    Hk, V = v.shape[2:]
+    _check_shapes({"k": (k, (B, T, Hk, D)), "v": (v, (B, T, Hk, V))})
+    _check_shapes({name: (x, (B, T, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
+    N = B
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, B, T)
+        N = cu_seqlens.shape[0] - 1
+    stages = _checked_steps(steps, q.dtype)
+    _check_numbers(ridge_ratio=ridge_ratio)
+    _check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta, cu_seqlens=cu_seqlens)
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, N, H, D, V, stages, q)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size is {chunk_size!r}; expected an integer of at least 1, or None")
+    _check_decay(g)
+    chosen = "chunked" if backend is None else backend
+    if chosen not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {sorted(_BACKENDS)} or None")
+    o, final_state = _BACKENDS[chosen](
+        q,
+        k,
+        v,
+        g,
+        alpha,
+        beta,
+        ridge_ratio=float(ridge_ratio),
+        steps=stages,
+        scale=D**-0.5 if scale is None else float(scale),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        normalize_qk=normalize_qk,
+    )
+    if chosen == "reference":
+        o = o.to(q.dtype)
+        if final_state is not None:
+            S_kk, S_kv = final_state
+            dtype = _state_dtype(q.dtype)
+            final_state = State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
+    return o, final_state
+
+
+def gated_kalmanet_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    state: State,
+    ridge_ratio: float = RIDGE_RATIO,
+    steps: Sequence[int] | None = None,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+) -> tuple[Tensor, State]:
+    """Gated KalmaNet for one token of every sequence, as in decoding (paper, section 4.1).
+
+    The same numbers as `gated_kalmanet` with T = 1 and `initial_state=state`.
+
+    Args:
+        q: [B, H, D]; k: [B, Hk, D]; v: [B, Hk, V]; g, alpha, beta: [B, H]; dtypes and ranges as there.
+        state: the states so far, S_kk [B, H, D, D] (None with `steps=()`) and S_kv [B, H, D, V], float32
+            (float64 for float64 inputs). They are not written to.
+        ridge_ratio, steps, scale, normalize_qk: as in `gated_kalmanet`.
+
+    Returns:
+        o [B, H, V] in q's dtype, and the new State.
+
+    Raises:
+        TypeError, ValueError: as `gated_kalmanet`.
+    """
+    _check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
+    _check_same_dtype(q, k=k, v=v)
+    _check_dims(q, 3, "[B, H, D]")
+    B, H, D = q.shape
+    _check_heads_and_dims(k, v, H, D, 1)
+    Hk, V = v.shape[1:]
+    _check_shapes({"k": (k, (B, Hk, D)), "v": (v, (B, Hk, V))})
+    _check_shapes({name: (x, (B, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
+    stages = _checked_steps(steps, q.dtype)
+    _check_numbers(ridge_ratio=ridge_ratio)
+    _check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
+    _check_state("state", state, B, H, D, V, stages, q)
+    _check_decay(g)
+    return step.gated_kalmanet_step(
+        q,
+        k,
+        v,
+        g,
+        alpha,
+        beta,
+        state=state,
+        ridge_ratio=float(ridge_ratio),
+        steps=stages,
+        scale=D**-0.5 if scale is None else float(scale),
+        normalize_qk=normalize_qk,
+    )
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_floats(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("alpha", "beta"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, _FLOATS))}")
+
+
+def _check_same_dtype(q: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected q's, {q.dtype}")
+
+
+def _check_same_device(q: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected q's device, {q.device}")
+
+
+def _check_dims(q: Tensor, dims: int, layout: str) -> None:
+    if q.ndim != dims:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected {dims} dims, {layout}")
+    if not 1 <= q.shape[-1] <= MAX_DIM:
+        raise ValueError(f"q has head dim D = {q.shape[-1]}; expected 1 to {MAX_DIM}")
+
+
+def _check_heads_and_dims(k: Tensor, v: Tensor, H: int, D: int, head_dim: int) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.ndim != head_dim + 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {head_dim + 2} dims, like q")
+    if k.shape[-1] != D:
+        raise ValueError(f"k has head dim {k.shape[-1]}; expected q's, D = {D}")
+    if v.shape[-1] < 1:
+        raise ValueError(f"v has shape {tuple(v.shape)}; expected a value dim V of at least 1")
+    Hk = v.shape[head_dim]
+    if Hk < 1 or H % Hk:
+        raise ValueError(f"v has {Hk} key/value heads; expected a divisor of q's {H} heads")
+
+
+def _check_shapes(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    for name, (tensor, expected) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} is {number!r}; expected a number")
+        if not 0.0 < number < float("inf"):
+            raise ValueError(f"{name} is {number}; expected a finite number greater than 0")
+
+
+def _checked_steps(steps: Sequence[int] | None, dtype: torch.dtype) -> tuple[int, ...]:
+    if steps is None:
+        return default_steps(dtype)
+    wrong = isinstance(steps, str | int) or not isinstance(steps, Sequence)
+    if wrong or any(isinstance(n, bool) or not isinstance(n, int) for n in steps):
+        raise TypeError(f"steps is {steps!r}; expected a sequence of integers such as (31,) or (16, 16)")
+    if any(n < 1 for n in steps):
+        raise ValueError(f"steps is {tuple(steps)}; expected at least one node in every stage")
+    return tuple(steps)
+
+
+def _check_state(
+    name: str, state: State, N: int, H: int, D: int, V: int, steps: tuple[int, ...], q: Tensor
+) -> None:
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"{name} is a {type(state).__name__}; expected a gka.ops.State (S_kk, S_kv)")
+    dtype = _state_dtype(q.dtype)
+    parts: list[tuple[str, Any, tuple[int, ...]]] = [("S_kv", state[1], (N, H, D, V))]
+    if steps:
+        parts.append(("S_kk", state[0], (N, H, D, D)))
+    elif state[0] is not None:
+        raise ValueError(f"{name}.S_kk is given; expected None, as steps=() keeps no S_kk")
+    for part, tensor, expected in parts:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}.{part} is a {type(tensor).__name__}; expected a torch.Tensor {expected}")
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}.{part} has shape {tuple(tensor.shape)}; expected {expected}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}.{part} has dtype {tensor.dtype}; expected {dtype} for {q.dtype} inputs")
+        _check_same_device(q, **{f"{name}.{part}": tensor})
+
+
+def _values_may_be_read(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("GKA_CHECK_VALUES") == "1"
+
+
+def _check_decay(g: Tensor) -> None:
+    if g.numel() and _values_may_be_read(g):
+        largest = g.detach().amax().item()
+        if not largest <= 0.0:
+            raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a torch.Tensor of integers")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [N + 1]")
+    if B != 1:
+        raise ValueError(f"q has batch size {B}; expected 1 with cu_seqlens: concatenate the sequences")
+    if _values_may_be_read(cu_seqlens):
+        edges = cu_seqlens.tolist()
+        if edges[0] != 0 or edges[-1] != T or any(a > b for a, b in zip(edges[:-1], edges[1:], strict=True)):
+            raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")

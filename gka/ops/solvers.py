@@ -1,0 +1,320 @@
+"""Solvers of (S + lambda I) x = q for a symmetric positive semidefinite S, with lambda = a ||S||_F.
+
+Divided by ||S||_F the system is (S_hat + a I) x = q_hat, with ||S_hat||_F = 1 and all eigenvalues in
+[a, 1 + a]. So the coefficients of every iteration are scalars shared by all tokens, and the condition
+number is at most kappa = (1 + a) / a (paper, section 4.2).
+
+    Chebyshev, three-term (paper, algorithm 1):
+        x_0 = 2 q / (L + mu),  omega_0 = 2,  rho = (L - mu) / (L + mu) = 1 / (1 + 2a)
+        omega_i = 4 / (4 - rho^2 omega_{i-1})
+        x_i = x_{i-1} - (2 omega_i / (L + mu)) (A x_{i-1} - q) + (omega_i - 1) (x_{i-1} - x_{i-2})
+    Chebyshev, nodes: the same polynomial of degree n as n first-order steps without momentum,
+        x <- x - tau_i (A x - q),   1 / tau_i = (1 + 2a) / 2 - cos(pi (2i + 1) / (2n)) / 2
+    Refinement: stages of n_1, n_2, ... nodes; every later stage solves for the residual of the sum of
+        the earlier ones, formed with a more exact product.
+
+`steps` is the tuple (n_1, n_2, ...). (31,) is the paper's 30 iterations: they count the updates after x_0.
+
+Legend: D dim of the system; "..." any batch dims; `matvec(x)` returns S_hat x, without the ridge, for x of
+any shape that it understands: in the chunk-wise op every row of x has a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+RIDGE_RATIO = 0.02
+Matvec = Callable[[Tensor], Tensor]
+Form = Literal["nodes", "three_term"]
+
+
+def default_steps(dtype: torch.dtype) -> tuple[int, ...]:
+    """Stages that suit inputs of `dtype`: (16, 16) for 16-bit floats, (31,) for 32 and 64 bits."""
+    return (16, 16) if dtype in (torch.bfloat16, torch.float16) else (31,)
+
+
+# ---------------------------------------------------------------------------------------- nodes
+
+
+def _lebedev_finogenov(n: int) -> list[int]:
+    order = [1]
+    while len(order) < n:
+        length = 4 * len(order)
+        order = [t for first in order for t in (first, length - first)]
+    return [(t - 1) // 2 for t in order]
+
+
+def _leja(n: int) -> list[int]:
+    nodes = [math.cos(math.pi * (2 * i + 1) / (2 * n)) for i in range(n)]
+    order, log_distance = [0], [0.0] * n
+    while len(order) < n:
+        last = nodes[order[-1]]
+        for i, node in enumerate(nodes):
+            distance = abs(node - last)
+            log_distance[i] += math.log(distance) if distance > 0.0 else -math.inf
+        order.append(max(range(n), key=log_distance.__getitem__))
+    return order
+
+
+@lru_cache(maxsize=256)
+def node_steps(n: int, ridge_ratio: float) -> tuple[float, ...]:
+    """Step sizes tau_i of the `n` Chebyshev nodes of [a, 1 + a], in an order that is stable.
+
+    The order is that of Lebedev and Finogenov where n is a power of two, else a Leja order: any other
+    order lets the intermediate iterates grow until rounding errors drown the result.
+    """
+    order = _lebedev_finogenov(n) if n & (n - 1) == 0 else _leja(n)
+    middle = (1.0 + 2.0 * ridge_ratio) / 2.0
+    return tuple(1.0 / (middle - 0.5 * math.cos(math.pi * (2 * i + 1) / (2 * n))) for i in order)
+
+
+# ------------------------------------------------------------------------ iterations, matrix-free
+
+
+def _stage_nodes(matvec: Matvec, rhs: Tensor, ridge_ratio: float, n: int) -> Tensor:
+    taus = node_steps(n, ridge_ratio)
+    x = rhs * taus[0]
+    for tau in taus[1:]:
+        product = matvec(x)
+        x.mul_(1.0 - tau * ridge_ratio).add_(rhs, alpha=tau).sub_(product, alpha=tau)
+    return x
+
+
+def _stage_three_term(matvec: Matvec, rhs: Tensor, ridge_ratio: float, n: int) -> Tensor:
+    step = 2.0 / (1.0 + 2.0 * ridge_ratio)
+    rho_squared = (1.0 + 2.0 * ridge_ratio) ** -2
+    omega, x_previous, x = 2.0, torch.zeros_like(rhs), rhs * step
+    for _ in range(n - 1):
+        omega = 4.0 / (4.0 - rho_squared * omega)
+        residual = matvec(x) + ridge_ratio * x - rhs
+        x_previous, x = x, x - step * omega * residual + (omega - 1.0) * (x - x_previous)
+    return x
+
+
+def chebyshev(
+    matvec: Matvec,
+    rhs: Tensor,
+    ridge_ratio: float,
+    steps: tuple[int, ...],
+    *,
+    residual_matvec: Matvec | None = None,
+    form: Form = "nodes",
+) -> Tensor:
+    """Chebyshev iteration with refinement; the routine behind every backend in PyTorch.
+
+    Args:
+        matvec: x -> S_hat x, `rhs`'s shape and dtype in and out. May compute in low precision.
+        rhs: q_hat, any shape, float32 or float64.
+        ridge_ratio: a > 0.
+        steps: nodes of each stage, positive; len(steps) - 1 residuals are formed between them.
+        residual_matvec: the product from which residuals are formed; None means `matvec`.
+        form: "nodes" (one vector) or "three_term" (the paper's, two vectors): the same polynomial.
+
+    Returns:
+        x of `rhs`'s shape and dtype: a polynomial in S_hat applied to `rhs`, hence symmetric.
+    """
+    stage = _stage_nodes if form == "nodes" else _stage_three_term
+    exact_matvec = matvec if residual_matvec is None else residual_matvec
+    x = stage(matvec, rhs, ridge_ratio, steps[0])
+    for n in steps[1:]:
+        residual = rhs - exact_matvec(x) - ridge_ratio * x
+        x = x + stage(matvec, residual, ridge_ratio, n)
+    return x
+
+
+# ------------------------------------------------------------------------- solvers of dense systems
+
+
+class Solver(Protocol):
+    """The verbs that all solvers share."""
+
+    def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
+        """x [..., D] with (S_hat + a I) x = rhs, for S_hat [..., D, D] of Frobenius norm 1 or 0."""
+        ...
+
+    def error_bound(self, ridge_ratio: float) -> float:
+        """Bound of ||x - x_exact|| / ||x_exact|| in exact arithmetic."""
+        ...
+
+
+def _dense_matvec(S_hat: Tensor, product_dtype: torch.dtype | None = None) -> Matvec:
+    """x -> S_hat x. With `product_dtype` both factors are rounded to it first and the sum is exact in
+    S_hat's dtype, which is what matrix units with a wide accumulator do."""
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor if product_dtype is None else tensor.to(product_dtype).to(tensor.dtype)
+
+    matrix = rounded(S_hat)
+    return lambda x: (matrix @ rounded(x).unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """LU factorisation."""
+
+    def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
+        identity = torch.eye(S_hat.shape[-1], dtype=S_hat.dtype, device=S_hat.device)
+        return torch.linalg.solve(S_hat + ridge_ratio * identity, rhs.unsqueeze(-1)).squeeze(-1)
+
+    def error_bound(self, ridge_ratio: float) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """Chebyshev iteration. Its error is the product over the stages of 1 / T_n(1 + 2a).
+
+    Args:
+        steps: nodes of each stage.
+        form: "nodes" or "three_term".
+        product_dtype: dtype to which the factors of every product but those of the residuals are
+            rounded; None means no rounding.
+    """
+
+    steps: tuple[int, ...] = (31,)
+    form: Form = "nodes"
+    product_dtype: torch.dtype | None = None
+
+    def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
+        return chebyshev(
+            _dense_matvec(S_hat, self.product_dtype),
+            rhs,
+            ridge_ratio,
+            self.steps,
+            residual_matvec=_dense_matvec(S_hat),
+            form=self.form,
+        )
+
+    def error_bound(self, ridge_ratio: float) -> float:
+        growth = math.acosh(1.0 + 2.0 * ridge_ratio)
+        return math.prod(1.0 / math.cosh(n * growth) for n in self.steps)
+
+
+@dataclass(frozen=True)
+class GradientDescent:
+    """Gradient descent with the best constant step, or with the best constant momentum (Polyak).
+
+    Args:
+        num_steps: products with S_hat plus one (the first step starts from zero).
+        momentum: whether the previous direction is added.
+        product_dtype: as in `Chebyshev`.
+    """
+
+    num_steps: int = 31
+    momentum: bool = False
+    product_dtype: torch.dtype | None = None
+
+    @staticmethod
+    def _rate(ridge_ratio: float) -> float:
+        root = math.sqrt((1.0 + ridge_ratio) / ridge_ratio)
+        return (root - 1.0) / (root + 1.0)
+
+    def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
+        matvec = _dense_matvec(S_hat, self.product_dtype)
+        first_step = 2.0 / (1.0 + 2.0 * ridge_ratio)
+        inertia = self._rate(ridge_ratio) ** 2 if self.momentum else 0.0
+        step = first_step * (1.0 + inertia)
+        x_previous, x = torch.zeros_like(rhs), first_step * rhs
+        for _ in range(self.num_steps - 1):
+            residual = matvec(x) + ridge_ratio * x - rhs
+            x_previous, x = x, x - step * residual + inertia * (x - x_previous)
+        return x
+
+    def error_bound(self, ridge_ratio: float) -> float:
+        n = self.num_steps
+        if not self.momentum:
+            return (1.0 + 2.0 * ridge_ratio) ** -n
+        rate = self._rate(ridge_ratio)
+        # The residual polynomial is rate^n (w T_n + (1 - w) U_n) with |T_n| <= 1 and |U_n| <= n + 1.
+        weight = 2.0 * rate**2 / (1.0 + rate**2)
+        return rate**n * (weight + (1.0 - weight) * (n + 1))
+
+
+@dataclass(frozen=True)
+class ConjugateGradient:
+    """Conjugate gradient. Its iterate is no fixed polynomial in S_hat: cut short, the adjoint solve is
+    not the adjoint of the solve, and gradients drift (paper, section 4.2).
+
+    Args:
+        num_steps: products with S_hat.
+        product_dtype: as in `Chebyshev`.
+    """
+
+    num_steps: int = 30
+    product_dtype: torch.dtype | None = None
+
+    def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
+        matvec = _dense_matvec(S_hat, self.product_dtype)
+        x, residual = torch.zeros_like(rhs), rhs
+        direction, energy = rhs, rhs.square().sum(-1, keepdim=True)
+        tiny = torch.finfo(rhs.dtype).tiny
+        for _ in range(self.num_steps):
+            product = matvec(direction) + ridge_ratio * direction
+            step = energy / (direction * product).sum(-1, keepdim=True).clamp_min(tiny)
+            x = x + step * direction
+            residual = residual - step * product
+            new_energy = residual.square().sum(-1, keepdim=True)
+            direction = residual + (new_energy / energy.clamp_min(tiny)) * direction
+            energy = new_energy
+        return x
+
+    def error_bound(self, ridge_ratio: float) -> float:
+        """Bound in the norm of A; in the Euclidean norm it is sqrt(kappa) times that."""
+        condition = (1.0 + ridge_ratio) / ridge_ratio
+        rate = (math.sqrt(condition) - 1.0) / (math.sqrt(condition) + 1.0)
+        return 2.0 * math.sqrt(condition) * rate**self.num_steps
+
+
+# --------------------------------------------------------------------------- implicit differentiation
+
+
+def _normalised_solve(S: Tensor, norm: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
+    inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
+    return solver.solve(S * inverse_norm[..., None, None], rhs * inverse_norm[..., None], ridge_ratio)
+
+
+class _RidgeSolve(torch.autograd.Function):
+    """Paper, lemma 2 and section 4.3: z = A^{-1} dx; dq = z; dA = -(z x^T + x z^T) / 2, and through
+    lambda = a ||S||_F: dS = dA - a <z, x> / ||S||_F * S."""
+
+    @staticmethod
+    def forward(ctx: Any, S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
+        norm = torch.linalg.matrix_norm(S)
+        x = _normalised_solve(S, norm, q, ridge_ratio, solver)
+        ctx.save_for_backward(S, norm, x)
+        ctx.ridge_ratio, ctx.solver = ridge_ratio, solver
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (dx,) = gradients
+        S, norm, x = ctx.saved_tensors
+        z = _normalised_solve(S, norm, dx, ctx.ridge_ratio, ctx.solver)
+        inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
+        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * inverse_norm
+        outer = z.unsqueeze(-1) * x.unsqueeze(-2)
+        dS = -0.5 * (outer + outer.transpose(-1, -2)) - through_ridge[..., None, None] * S
+        return dS, z, None, None
+
+
+def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
+    """x = (S + a ||S||_F I)^{-1} q, differentiated implicitly with the same solver.
+
+    Args:
+        S: [..., D, D], symmetric positive semidefinite, float32 or float64.
+        q: [..., D], dtype of S.
+        ridge_ratio: a > 0.
+        solver: how the system is solved, forward and adjoint.
+
+    Returns:
+        x [..., D]; zero, without a gradient, where S is zero.
+    """
+    result: Tensor = _RidgeSolve.apply(S, q, ridge_ratio, solver)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,52 @@
+"""One token in PyTorch: the form for decoding (paper, section 4.1).
+
+    S_kk <- e^g S_kk + beta^2 k k^T        S_kv <- e^g S_kv + beta^2 k v^T
+    x = (S_kk + a ||S_kk||_F I)^{-1} q     o = scale * (q + alpha (x - q))^T S_kv
+
+Legend: B sequences, H query heads, Hk key/value heads, D key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunk_math import unit_rows
+from .solvers import Chebyshev, ridge_solve
+from .types import State, repeat_heads
+
+
+def gated_kalmanet_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    *,
+    state: State,
+    ridge_ratio: float,
+    steps: tuple[int, ...],
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, State]:
+    """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
+
+    The states' dtype is the dtype of the arithmetic; gradients flow by autograd and `ridge_solve`.
+    """
+    heads, dtype = q.shape[1], state.S_kv.dtype
+    query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    if normalize_qk:
+        query, keys = unit_rows(query)[0], unit_rows(keys)[0]
+    keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
+    weighted = keys if beta is None else keys * beta.to(dtype).square().unsqueeze(-1)
+    decay = g.to(dtype).exp()[..., None, None]
+    S_kv = torch.addcmul(decay * state.S_kv, weighted.unsqueeze(-1), values.unsqueeze(-2))
+    S_kk, y = None, query
+    if steps:
+        assert state.S_kk is not None
+        S_kk = torch.addcmul(decay * state.S_kk, weighted.unsqueeze(-1), keys.unsqueeze(-2))
+        x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(steps))
+        y = x if alpha is None else torch.lerp(query, x, alpha.to(dtype).unsqueeze(-1))
+    o = scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
+    return o.to(q.dtype), State(S_kk, S_kv)
