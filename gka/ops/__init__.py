@@ -314,5 +314,5 @@ def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
         raise ValueError(f"q has batch size {B}; expected 1 with cu_seqlens: concatenate the sequences")
     if _values_may_be_read(cu_seqlens):
         edges = cu_seqlens.tolist()
-        if edges[0] != 0 or edges[-1] != T or any(a > b for a, b in zip(edges[:-1], edges[1:], strict=True)):
+        if edges[0] != 0 or edges[-1] != T or edges != sorted(edges):
             raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")

@@ -4,7 +4,8 @@ Within a chunk with first state S_0, token c:  zeta_c = e^{g_1 + ... + g_c},
 M_{c,j} = e^{g_{j+1} + ... + g_c} for j <= c, else 0,  and Mb_{c,j} = M_{c,j} beta_j^2:
 
     S_c = zeta_c S_0 + K^T diag(Mb_c) K                 X A = (X S_0) o zeta + ((X K^T) o Mb) K + lambda o X
-    ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + 2 zeta_c sum_j Mb_{c,j} k_j^T S_0 k_j + sum_j [Mb (K K^T)^2]_{c,j} Mb_{c,j}
+    ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + 2 zeta_c sum_j Mb_{c,j} k_j^T S_0 k_j
+                  + sum_j [Mb (K K^T)^2]_{c,j} Mb_{c,j}          (the square is elementwise)
     O = scale * [(Y S_kv_0) o zeta + ((Y K^T) o Mb) V]
 
 beta enters as a weight of the columns of M, so keys and values of a head group are read, never repeated.

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from .schedule import Block, Group, schedule
 from .types import State
 
 # Elements of the tensors that a block holds at once; larger blocks only miss the caches.
-_BLOCK_ELEMENTS = {"cpu": 2**22}
+_BLOCK_ELEMENTS = {"cpu": 2**23}
 _BLOCK_ELEMENTS_DEFAULT = 2**27
 _CHUNK_SIZE = {"cpu": 32}
 _CHUNK_SIZE_DEFAULT = 64
@@ -134,7 +135,7 @@ class _Problem:
             self.bounds = [(n * length, (n + 1) * length) for n in range(batch)]
         else:
             edges = self.cu_seqlens.tolist()
-            self.bounds = list(zip(edges[:-1], edges[1:], strict=True))
+            self.bounds = list(pairwise(edges))
 
     @property
     def groups(self) -> list[Group]:
@@ -257,7 +258,20 @@ def _forward(
     save_solution: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = _Problem(
-        q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens, ridge_ratio, tuple(steps), scale, chunk_size, normalize_qk
+        q,
+        k,
+        v,
+        g,
+        alpha,
+        beta,
+        S_kk,
+        S_kv,
+        cu_seqlens,
+        ridge_ratio,
+        tuple(steps),
+        scale,
+        chunk_size,
+        normalize_qk,
     )
     o = q.new_empty(p.tokens + 1, p.H, p.V)
     x = p.target(q, p.dtype) if save_solution and steps else _no_tensor(q, p.dtype)
@@ -341,7 +355,20 @@ def _backward(
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _Problem(
-        q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens, ridge_ratio, tuple(steps), scale, chunk_size, normalize_qk
+        q,
+        k,
+        v,
+        g,
+        alpha,
+        beta,
+        S_kk,
+        S_kv,
+        cu_seqlens,
+        ridge_ratio,
+        tuple(steps),
+        scale,
+        chunk_size,
+        normalize_qk,
     )
     dq, dk, dv, dg = (p.target(tensor) for tensor in (q, k, v, g))
     dalpha = _no_tensor(q) if alpha is None else p.target(alpha)
@@ -396,9 +423,8 @@ def _block_backward(
     Q = p.read(p.q, index)
     if p.normalize_qk:
         Q, *query_norms = unit_rows(Q)
-    dO = p.read(do, index) * (p.scale * (index < p.tokens).to(p.dtype).view(-1, 1, 1, p.chunk_size, 1)).expand(
-        -1, p.Hk, -1, -1, -1
-    ).flatten(0, 1)
+    real = (index < p.tokens).view(-1, 1, 1, p.chunk_size, 1).expand(-1, p.Hk, -1, -1, -1).flatten(0, 1)
+    dO = p.read(do, index) * (p.scale * real.to(p.dtype))
     dY = readout_adjoint(chunks, S_kv, dO)
     X, Y, alpha = Q, Q, None
     if p.steps:
@@ -490,7 +516,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     do, dS_kk, dS_kv, _ = gradients
-    inputs, x = ctx.saved_tensors[:9], ctx.saved_tensors[9]
+    *inputs, x = ctx.saved_tensors
     if do is None:
         shape, dtype, device = ctx.output_like
         do = torch.zeros(shape, dtype=dtype, device=device)

@@ -15,6 +15,8 @@ Legend: B batch, T time, H query heads, Hk key/value heads, D key dim, V value d
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -73,8 +75,9 @@ def gated_kalmanet(
             S_kk_all = initial_state.S_kk.double()
             S_kk_all = 0.5 * (S_kk_all + S_kk_all.transpose(-1, -2))
 
-    outputs, finals = [], []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    outputs: list[Tensor] = []
+    finals: list[tuple[Tensor, Tensor]] = []
+    for start, end in pairwise(bounds):
         rows = slice(len(finals), len(finals) + 1) if cu_seqlens is not None else slice(None)
         S_kk, S_kv = S_kk_all[rows], S_kv_all[rows]
         for t in range(start, end):

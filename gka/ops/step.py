@@ -42,10 +42,14 @@ def gated_kalmanet_step(
     weighted = keys if beta is None else keys * beta.to(dtype).square().unsqueeze(-1)
     decay = g.to(dtype).exp()[..., None, None]
     S_kv = torch.addcmul(decay * state.S_kv, weighted.unsqueeze(-1), values.unsqueeze(-2))
-    S_kk, y = None, query
+    S_kk: Tensor | None = None
+    y = query
     if steps:
-        assert state.S_kk is not None
-        S_kk = torch.addcmul(decay * state.S_kk, weighted.unsqueeze(-1), keys.unsqueeze(-2))
+        S_kk = state.S_kk
+        assert S_kk is not None
+        if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
+            S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
+        S_kk = torch.addcmul(decay * S_kk, weighted.unsqueeze(-1), keys.unsqueeze(-2))
         x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(steps))
         y = x if alpha is None else torch.lerp(query, x, alpha.to(dtype).unsqueeze(-1))
     o = scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)

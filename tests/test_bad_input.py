@@ -1,0 +1,120 @@
+"""Bad arguments are named, with what came and what is expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case, make_inputs
+
+from gka.ops import State, gated_kalmanet, gated_kalmanet_step
+
+CASE = Case(lengths=(6, 6), H=4, Hk=2, D=3, V=5)
+
+
+def call(packed: bool = False, **changes: object) -> None:
+    arguments = make_inputs(Case(lengths=(4, 2), packed=True) if packed else CASE, torch.float32)
+    state = State(arguments.pop("S_kk"), arguments.pop("S_kv"))
+    gated_kalmanet(**{"initial_state": state, **arguments, **changes})
+
+
+z = torch.zeros
+BAD = {
+    "q not a tensor": ({"q": [1.0]}, TypeError, "q is a list; expected a torch.Tensor"),
+    "q integers": ({"q": z(2, 6, 4, 3, dtype=torch.long)}, TypeError, "q has dtype torch.int64"),
+    "q dims": ({"q": z(2, 6, 4)}, ValueError, r"q has shape \(2, 6, 4\); expected 4 dims"),
+    "D too large": ({"q": z(2, 6, 4, 257), "k": z(2, 6, 2, 257)}, ValueError, "D = 257; expected 1 to 256"),
+    "k dtype": (
+        {"k": z(2, 6, 2, 3, dtype=torch.float64)},
+        TypeError,
+        "k has dtype torch.float64; expected q's",
+    ),
+    "k dim": ({"k": z(2, 6, 2, 4)}, ValueError, "k has head dim 4; expected q's, D = 3"),
+    "k dims": ({"k": z(6, 2, 3)}, ValueError, r"k has shape \(6, 2, 3\); expected 4 dims"),
+    "k heads": ({"k": z(2, 6, 4, 3)}, ValueError, r"k has shape \(2, 6, 4, 3\); expected \(2, 6, 2, 3\)"),
+    "v heads": (
+        {"v": z(2, 6, 3, 5)},
+        ValueError,
+        "v has 3 key/value heads; expected a divisor of q's 4 heads",
+    ),
+    "v empty": ({"v": z(2, 6, 2, 0)}, ValueError, "value dim V of at least 1"),
+    "v length": ({"v": z(2, 7, 2, 5)}, ValueError, r"v has shape \(2, 7, 2, 5\); expected \(2, 6, 2, 5\)"),
+    "g shape": ({"g": z(2, 6, 2)}, ValueError, r"g has shape \(2, 6, 2\); expected \(2, 6, 4\)"),
+    "g positive": (
+        {"g": z(2, 6, 4) + 0.5},
+        ValueError,
+        "g has a value of 0.5; expected log-decays of at most 0",
+    ),
+    "g NaN": ({"g": z(2, 6, 4) * torch.nan}, ValueError, "g has a value of nan"),
+    "g None": ({"g": None}, TypeError, "g is a NoneType"),
+    "alpha shape": ({"alpha": z(2, 6)}, ValueError, r"alpha has shape \(2, 6\)"),
+    "beta dtype": ({"beta": z(2, 6, 4, dtype=torch.int32)}, TypeError, "beta has dtype torch.int32"),
+    "ridge zero": (
+        {"ridge_ratio": 0.0},
+        ValueError,
+        "ridge_ratio is 0.0; expected a finite number greater than 0",
+    ),
+    "ridge text": ({"ridge_ratio": "0.02"}, TypeError, "ridge_ratio is '0.02'"),
+    "steps int": ({"steps": 31}, TypeError, "steps is 31; expected a sequence of integers"),
+    "steps float": ({"steps": (3.5,)}, TypeError, "steps is"),
+    "steps zero": ({"steps": (16, 0)}, ValueError, "at least one node in every stage"),
+    "state type": ({"initial_state": z(2)}, TypeError, "initial_state is a Tensor; expected a gka.ops.State"),
+    "state shape": (
+        {"initial_state": State(z(1, 4, 3, 3), z(2, 4, 3, 5))},
+        ValueError,
+        r"initial_state.S_kk has shape \(1, 4, 3, 3\); expected \(2, 4, 3, 3\)",
+    ),
+    "state dtype": (
+        {"initial_state": State(z(2, 4, 3, 3), z(2, 4, 3, 5, dtype=torch.bfloat16))},
+        TypeError,
+        "initial_state.S_kv has dtype torch.bfloat16; expected torch.float32 for torch.float32 inputs",
+    ),
+    "state without S_kk": ({"initial_state": State(None, z(2, 4, 3, 5))}, TypeError, "S_kk is a NoneType"),
+    "state with S_kk": ({"steps": ()}, ValueError, "S_kk is given; expected None"),
+    "chunk size": ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend is 'cuda'; expected one of"),
+    "packed batch": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "q has batch size 2; expected 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_message(name: str) -> None:
+    changes, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    "edges", [[0, 4], [1, 4, 6], [0, 5, 4, 6], [0, 4, 7], []], ids=lambda edges: "-".join(map(str, edges))
+)
+def test_cu_seqlens_values(edges: list[int]) -> None:
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        call(packed=True, cu_seqlens=torch.tensor(edges, dtype=torch.int64), initial_state=None)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 6], torch.tensor([0.0, 6.0])], ids=["list", "float"])
+def test_cu_seqlens_type(cu_seqlens: object) -> None:
+    with pytest.raises(TypeError, match="cu_seqlens"):
+        call(packed=True, cu_seqlens=cu_seqlens)
+
+
+def test_unchanged_arguments_are_good() -> None:
+    call()
+    call(packed=True)
+
+
+def test_step_checks_too() -> None:
+    good = {
+        "q": z(2, 4, 3),
+        "k": z(2, 2, 3),
+        "v": z(2, 2, 5),
+        "g": z(2, 4),
+        "state": State(z(2, 4, 3, 3), z(2, 4, 3, 5)),
+    }
+    gated_kalmanet_step(**good)
+    for changes, message in (
+        ({"q": z(2, 1, 4, 3)}, "q has shape"),
+        ({"g": z(2, 4) + 1}, "g has a value of 1.0"),
+        ({"state": State(z(2, 4, 3, 3), z(2, 4, 5, 3))}, "state.S_kv has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_kalmanet_step(**{**good, **changes})
