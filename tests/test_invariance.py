@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import cases
 from torch import Tensor
 
-from gka.ops import State, chunked, gated_kalmanet, gated_kalmanet_step
+from gka.ops import State, gated_kalmanet, gated_kalmanet_step, problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -44,8 +44,8 @@ def test_blocks_of_any_size(case: Case, chunks: int) -> None:
     arguments = make_inputs(case)
     ref = run(arguments, chunk_size=8)
     with pytest.MonkeyPatch.context() as patch:
-        real = chunked.schedule
-        patch.setattr(chunked, "schedule", lambda bounds, size, _: real(bounds, size, chunks))
+        real = problem.schedule
+        patch.setattr(problem, "schedule", lambda bounds, size, _: real(bounds, size, chunks))
         assert_close(run(arguments, chunk_size=8), ref, 1e-10)
 
 
