@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from gka.ops import State, gated_kalmanet, reference
+from gka.ops.chunk_math import Systems
 from gka.ops.solvers import Chebyshev, Exact
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -133,3 +134,19 @@ def test_metric_sees_nan_and_missing_gradients() -> None:
     with pytest.raises(AssertionError):
         assert_close({"o": one * torch.nan}, {"o": one}, 1e9)
     assert relative_error(torch.zeros(3), one) == 1.0
+
+
+@pytest.mark.parametrize(("steps", "deviation"), [((5,), 1e-3), ((31,), 1e-6), ((200,), 0.0)], ids=str)
+def test_gate_gradient_takes_the_product_not_the_right_hand_side(
+    steps: tuple[int, ...], deviation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """<z, A x> in the gate's gradient is <z, q> for an exact solve only; cut short, <z, q> is not the
+    gradient that goes with dk, while <z, A x> is."""
+    case = Case(lengths=(24,), H=2, Hk=2, alpha=False, beta=False, state=False)
+    arguments = make_inputs(case)
+    ref = run(arguments, backend="reference", steps=steps)["dg"]
+    assert relative_error(run(arguments, steps=steps, chunk_size=24)["dg"], ref) < 1e-10
+    rows = arguments["q"].detach()[0].transpose(0, 1).unsqueeze(1)
+    monkeypatch.setattr(Systems, "energy", lambda self, Z, X: (Z * rows).sum(-1))
+    error = relative_error(run(arguments, steps=steps, chunk_size=24)["dg"], ref)
+    assert error > deviation if deviation else error < 1e-10

@@ -1,0 +1,189 @@
+"""Time and memory of the op beside its peers.
+
+    python -m benchmarks.bench_ops                 # growth with T, peer, memory: about 6 minutes on 2 cores
+    python -m benchmarks.bench_ops --only growth
+
+growth: T doubles from 4096 to 65536; time must double with it.
+peer:   the PyTorch form of the gated delta rule that transformers uses for Qwen3-Next, at the same shape.
+memory: peak of forward + backward, each T in a process of its own, beside what must be held: inputs, output,
+        their gradients, and both states at every chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from benchmarks.common import medians, write_result
+from gka.ops import gated_kalmanet
+from gka.ops.chunked import default_chunk_size
+
+Inputs = dict[str, Tensor]
+
+
+def make_inputs(T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """q, k normalised, v, g, alpha, beta of the op at batch 1, asking for gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, T, H, D, device=device) for _ in range(3))
+    gates = [torch.randn(1, T, H, device=device) for _ in range(3)]
+    inputs = {
+        "q": torch.nn.functional.normalize(q, dim=-1).to(dtype),
+        "k": torch.nn.functional.normalize(k, dim=-1).to(dtype),
+        "v": v.to(dtype),
+        "g": torch.nn.functional.logsigmoid(gates[0] + 4),
+        "alpha": torch.sigmoid(gates[1]),
+        "beta": torch.sigmoid(gates[2]),
+    }
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def forward(inputs: Inputs, steps: tuple[int, ...] | None) -> Tensor:
+    return gated_kalmanet(*inputs.values(), steps=steps)[0]
+
+
+def delta_rule(inputs: Inputs) -> Tensor:
+    """The gated delta rule of transformers' Qwen3-Next in PyTorch."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    q, k, v, g, _, beta = inputs.values()
+    o: Tensor = torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
+    return o
+
+
+def without_gradients(function: Callable[..., Tensor], *arguments: Any) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return call
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: Inputs, *arguments: Any) -> Callable[[], object]:
+    def call() -> object:
+        o = function(inputs, *arguments)
+        return torch.autograd.grad(o, list(inputs.values()), torch.ones_like(o), allow_unused=True)
+
+    return call
+
+
+def bench_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    T = options.shortest
+    while T <= options.longest:
+        inputs = make_inputs(T, options.heads, options.dim, torch.float32, options.device)
+        times = medians(
+            {
+                "forward": without_gradients(forward, inputs, (31,)),
+                "forward+backward": with_gradients(forward, inputs, (31,)),
+            },
+            options.device,
+            options.repeats,
+        )
+        for what, time in times.items():
+            before = [row for row in rows if row["what"] == what]
+            ratio = time["median"] / before[-1]["seconds"]["median"] if before else None
+            shape = {"T": T, "H": options.heads, "D": options.dim, "V": options.dim, "dtype": "float32"}
+            rows.append(
+                {"part": "growth", "what": what, **shape, "steps": [31], "seconds": time, "ratio to half T": ratio}
+            )
+            print(f"growth  T {T:6d}  {what:17s} {time['median']:8.3f} s  x{ratio or 0:.2f}", flush=True)
+        T *= 2
+    return rows
+
+
+def bench_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    T, H, D = 4096, 8, 128
+    for dtype, steps in ((torch.float32, (31,)), (torch.bfloat16, (16, 16))):
+        inputs = make_inputs(T, H, D, dtype, options.device)
+        ours, peer = f"gka {steps}", "gated delta rule (transformers)"
+        for what, wrap in (("forward", without_gradients), ("forward+backward", with_gradients)):
+            functions = {ours: wrap(forward, inputs, steps), peer: wrap(delta_rule, inputs)}
+            times = medians(functions, options.device, options.repeats)
+            for name, time in times.items():
+                ratio = time["median"] / times[peer]["median"]
+                shape = {"T": T, "H": H, "D": D, "V": D, "dtype": str(dtype).removeprefix("torch.")}
+                rows.append({"part": "peer", "what": what, "op": name, **shape, "seconds": time, "ratio": ratio})
+                print(f"peer    {shape['dtype']:9s} {what:17s} {name:32s} {time['median']:7.3f} s  x{ratio:.2f}")
+    return rows
+
+
+def held_bytes(inputs: Inputs, T: int, H: int, D: int, chunk_size: int) -> dict[str, int]:
+    """Bytes that forward + backward must hold: inputs, output, their gradients, states at every chunk."""
+    given = sum(tensor.nbytes for tensor in inputs.values())
+    output = inputs["v"].nbytes
+    states = -(-T // chunk_size) * H * D * 2 * D * 4
+    return {"inputs": given, "output": output, "gradients": given + output, "chunk states": states}
+
+
+def measure_memory(T: int, H: int, D: int, dtype_name: str) -> dict[str, Any]:
+    """In a fresh process: peak bytes above those before the inputs were made, and what must be held."""
+    device, dtype = torch.device("cpu"), getattr(torch, dtype_name)
+    with_gradients(forward, make_inputs(256, H, D, dtype, device), None)()  # libraries set up
+    before = psutil.Process().memory_info().rss
+    inputs = make_inputs(T, H, D, dtype, device)
+    with_gradients(forward, inputs, None)()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    held = held_bytes(inputs, T, H, D, default_chunk_size(device))
+    return {"peak bytes": peak, "held bytes": held, "ratio": peak / sum(held.values())}
+
+
+def bench_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for T, H, D, dtype in ((4096, 8, 128, "float32"), (16384, 8, 128, "float32"), (16384, 8, 128, "bfloat16")):
+        arguments = [str(T), str(H), str(D), dtype]
+        child = subprocess.run(
+            [sys.executable, "-m", "benchmarks.bench_ops", "--measure-memory", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        row = {"part": "memory", "what": "forward+backward", "T": T, "H": H, "D": D, "V": D, "dtype": dtype}
+        rows.append({**row, **json.loads(child.stdout)})
+        peak, held = rows[-1]["peak bytes"] / 2**20, sum(rows[-1]["held bytes"].values()) / 2**20
+        print(
+            f"memory  T {T:6d} {dtype:9s} peak {peak:7.0f} MiB, held {held:7.0f} MiB, x{peak / held:.2f}",
+            flush=True,
+        )
+    return rows
+
+
+PARTS = {"growth": bench_growth, "peer": bench_peer, "memory": bench_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_ops", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", choices=list(PARTS), action="append", help="parts to run; all if not given")
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cpu"), help="device of growth and peer"
+    )
+    parser.add_argument("--shortest", type=int, default=4096, help="growth: least T")
+    parser.add_argument("--longest", type=int, default=65536, help="growth: largest T")
+    parser.add_argument("--heads", type=int, default=4, help="growth: H")
+    parser.add_argument("--dim", type=int, default=64, help="growth: D = V")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
+    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/ops_MACHINE_DATE.json")
+    parser.add_argument("--measure-memory", nargs=4, metavar=("T", "H", "D", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure_memory:
+        T, H, D, dtype = options.measure_memory
+        print(json.dumps(measure_memory(int(T), int(H), int(D), dtype)))
+        return
+    rows = [row for part in options.only or PARTS for row in PARTS[part](options)]
+    write_result("ops", rows, " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]]), options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What every benchmark shares: timing, peak memory, and result files with machine, versions and command."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gka.machine import describe_machine, describe_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, on a GPU by CUDA events."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def medians(
+    functions: dict[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Median, least and largest seconds of each function; they take turns, after one warm-up each."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(seconds(function, device))
+    return {
+        name: {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+        for name, values in times.items()
+    }
+
+
+def write_result(name: str, rows: list[dict[str, Any]], command: str, output: Path | None = None) -> Path:
+    """Write rows to benchmarks/results/NAME_MACHINE_DATE.json and say where."""
+    machine = describe_machine()
+    label = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")
+    date = datetime.date.today().isoformat()
+    path = output or RESULTS / f"{name}_{label}_{date}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    content = {
+        "benchmark": name,
+        "command": command,
+        "commit": commit or "not a git checkout",
+        "date": date,
+        "machine": machine,
+        "versions": describe_versions(),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {path}")
+    return path

@@ -1,0 +1,60 @@
+"""What a result was made on: machine, versions and command, for every JSON file of results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from typing import Any
+
+import torch
+
+_PACKAGES = ("gated-kalmanet", "torch", "transformers", "accelerate", "triton", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, threads, GPU and operating system."""
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.platform(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, those that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_command() -> str:
+    """The command line of this process, to paste into a shell."""
+    program, *arguments = sys.argv
+    name = os.path.basename(program)
+    if name == "__main__.py":
+        package = os.path.basename(os.path.dirname(program))
+        return shlex.join(["python", "-m", package, *arguments])
+    return shlex.join([name, *arguments])
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
