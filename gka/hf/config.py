@@ -5,12 +5,41 @@ Section numbers are those of the paper (arXiv 2511.21016).
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import math
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from ..ops import MAX_DIM
 
 MIXERS = ("gka", "gla")
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "conv_size",
+    "max_position_embeddings",
+)
+_OPTIONAL_COUNTS = ("chunk_size", "sliding_window")
+_SWITCHES = (
+    "use_v_conv",
+    "use_alpha_connection",
+    "use_beta_gate",
+    "use_forget_gate",
+    "use_output_gate",
+    "attention_bias",
+    "use_qk_norm",
+    "use_cache",
+    "tie_word_embeddings",
+)
 
 
 class GKAConfig(PreTrainedConfig):
@@ -56,12 +85,13 @@ class GKAConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: special token ids.
 
     Raises:
-        ValueError: naming the field, for values that do not fit.
+        ValueError: naming the field, its value and what is expected, for a value that does not fit and for
+            an unknown keyword that is nearly the name of a field.
     """
 
     model_type = "gka"
     keys_to_ignore_at_inference = ("past_key_values",)
-    # Three states each: convolutions of q, k, v; S_kk is recurrent state 0 and S_kv state 1.
+    # What the cache holds for a layer: convolution states 0, 1, 2 of q, k, v; recurrent states 0 S_kk and 1 S_kv.
     number_of_conv_states = 3
 
     vocab_size: int = 32000
@@ -69,9 +99,9 @@ class GKAConfig(PreTrainedConfig):
     intermediate_size: int = 2816
     num_hidden_layers: int = 28
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    layer_types: list[str] | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # these three: filled in by __post_init__
+    head_dim: int = None  # type: ignore[assignment]
+    layer_types: list[str] = None  # type: ignore[assignment]
     mixer: str = "gka"
     ridge_ratio: float = 0.02
     steps: list[int] | None = None
@@ -96,3 +126,99 @@ class GKAConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_misspelt(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._check_counts("hidden_size", "num_attention_heads")
+            if self.hidden_size % self.num_attention_heads:
+                self._refuse("hidden_size", f"a multiple of num_attention_heads, {self.num_attention_heads}")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self._check_counts("num_hidden_layers")
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if isinstance(self.steps, tuple):
+            self.steps = list(self.steps)
+        if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
+            self.rope_parameters = dict(self.rope_parameters)
+        self.check()
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Check every field against the others; the model does so once more, for fields set later.
+
+        Raises:
+            ValueError: naming the field, its value and what is expected.
+        """
+        self._check_counts(*_COUNTS)
+        self._check_counts(*(name for name in _OPTIONAL_COUNTS if getattr(self, name) is not None))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "True or False")
+        for name in ("ridge_ratio", "rms_norm_eps", "initializer_range"):
+            if not (self._is_number(name) and 0.0 < getattr(self, name) < math.inf):
+                self._refuse(name, "a finite number greater than 0")
+        if not (self._is_number("attention_dropout") and 0.0 <= self.attention_dropout < 1.0):
+            self._refuse("attention_dropout", "a number of at least 0 and less than 1")
+        if self.mixer not in MIXERS:
+            self._refuse("mixer", f"one of {MIXERS}")
+        if self.hidden_act not in ACT2FN:
+            self._refuse("hidden_act", f"one of {sorted(ACT2FN)}")
+        self._check_steps()
+        self._check_layers()
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            self._refuse("pad_token_id", f"None or a token id less than vocab_size, {self.vocab_size}")
+
+    def _check_steps(self) -> None:
+        if self.steps is None:
+            return
+        if self.mixer == "gla":
+            self._refuse("steps", "None with mixer='gla', which solves nothing")
+        whole = isinstance(self.steps, list) and all(_is_count(n) for n in self.steps)
+        if not whole or not self.steps:
+            self._refuse("steps", "None or a list of integers of at least 1, such as [31] or [16, 16]")
+
+    def _check_layers(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            self._refuse("num_key_value_heads", f"a divisor of num_attention_heads, {self.num_attention_heads}")
+        types = self.layer_types
+        if not isinstance(types, list) or any(name not in LAYER_TYPES for name in types):
+            self._refuse("layer_types", f"a list of {', '.join(LAYER_TYPES)}")
+        if len(types) != self.num_hidden_layers:
+            self._refuse("layer_types", f"one entry for each of num_hidden_layers = {self.num_hidden_layers}")
+        if "linear_attention" in types and self.head_dim > MAX_DIM:
+            self._refuse("head_dim", f"at most {MAX_DIM} with a linear_attention layer")
+        if self.has_attention and self.head_dim % 2:
+            self._refuse("head_dim", "an even number with softmax attention layers, for the rotary embedding")
+        if "sliding_attention" in types and self.sliding_window is None:
+            self._refuse("sliding_window", "a number of tokens, as a layer is sliding_attention")
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any block is softmax attention."""
+        return any(name != "linear_attention" for name in self.layer_types)
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            if not _is_count(getattr(self, name)):
+                self._refuse(name, "an integer of at least 1")
+
+    def _is_number(self, name: str) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def _refuse(self, name: str, expected: str) -> NoReturn:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+    def _refuse_misspelt(self, unknown: dict[str, Any]) -> None:
+        """transformers keeps unknown keywords as attributes; a misspelt field must not pass as one."""
+        fields = [name for name in GKAConfig.__annotations__ if not name.endswith("_token_id")]
+        for name in unknown:
+            if near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
+                raise ValueError(f"{name} is no field of GKAConfig; expected {near[0]}?")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

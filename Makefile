@@ -1,0 +1,53 @@
+# `make` lists what there is. Everything runs in .venv, which the first target that needs it sets up.
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu lint clean
+
+help:
+	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
+	@echo "               make demo ARGS='--data my/texts'  takes your own files (gka train --help)"
+	@echo "make test      run the whole test suite, under 10 minutes on 2 cores"
+	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make lint      ruff and mypy"
+	@echo "make setup     only set up $(VENV)"
+	@echo "make clean     delete $(VENV), caches and build files; runs/ stays"
+	@echo
+	@echo "PYTHON=...     the Python that $(VENV) is made with (default: $(PYTHON); pins are for 3.11)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) with pinned packages; the first time this downloads PyTorch ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/gka train --config configs/demo.yaml --overwrite $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python tests/fetch_transformers_tests.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+"""The `gka` command: finds the command, parses its options, runs it, and turns mistakes into one line.
+
+Exit codes: 0 done, 2 a mistake that the user can put right, 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ._version import __version__
+from .commands import COMMANDS
+from .errors import UserError, reason
+from .options import build_parser, nearest, parse_options
+
+
+def _overview() -> str:
+    lines = [
+        "gka: language models whose every output solves a ridge regression over the whole past",
+        "",
+        "usage: gka COMMAND [options]",
+        "",
+        "commands:",
+    ]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [
+        "",
+        "start here:",
+        "  gka train --max-minutes 3 --output runs/first",
+        "  gka generate runs/first --prompt 'def main('",
+        "  gka eval runs/first",
+        "",
+        "`gka COMMAND --help` lists the options of a command; `gka --version` prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _load(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _fail(prog: str, message: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # every process of torchrun meets the same mistake
+        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; default: sys.argv) and return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"gka {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        hint = nearest(name, list(COMMANDS)) or f"; commands are {', '.join(COMMANDS)}"
+        return _fail("gka", f"unknown command {name!r}{hint}")
+    command, prog = COMMANDS[name], f"gka {name}"
+    try:
+        options_class = _load(command.options)
+        parser = build_parser(options_class, prog, command.summary, command.examples)
+        options = parse_options(parser, options_class, rest)
+        _load(command.run)(options)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(prog, str(error))
+    except BrokenPipeError:  # the reader of our output, e.g. `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        return _fail(prog, f"{error.filename}: {reason(error)}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in ("accelerate", "tensorboard", "matplotlib", "yaml"):
+            raise
+        return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[train]'")
+    except KeyboardInterrupt:
+        hint = f" (`{prog} --resume` goes on with the run)" if name == "train" else ""
+        print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""The layer in transformers: configuration, models, and their registration with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .config import GKAConfig
+from .model import GKAForCausalLM, GKAForSequenceClassification, GKAModel, GKAPreTrainedModel
+
+__all__ = ["GKAConfig", "GKAForCausalLM", "GKAForSequenceClassification", "GKAModel", "GKAPreTrainedModel"]
+
+AutoConfig.register(GKAConfig.model_type, GKAConfig)
+AutoModel.register(GKAConfig, GKAModel)
+AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM)
+AutoModelForSequenceClassification.register(GKAConfig, GKAForSequenceClassification)

@@ -1,0 +1,377 @@
+"""Language models of Gated KalmaNet layers, alone or with softmax attention at chosen layers, for transformers.
+
+Each block is pre-norm: x + mix(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); mix is a GKA layer (`.gka`) or softmax
+attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`). All but the GKA layer
+is Qwen3's, with Qwen3's module names; the cache, the masks, generation and loading are transformers'.
+
+Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..layer import GatedKalmaNet, fresh_A_log, fresh_dt_bias
+from .config import GKAConfig
+from .length import add_counter, count_tokens
+from .packing import Packing, find_packing
+
+_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
+_LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
+    """The mask of a GKA layer: the last T columns of a 2-D mask [B, P + T], None if they hold no pad."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; "
+            f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
+        )
+    recent = attention_mask[:, -T:]
+    if not is_tracing(recent) and bool((recent != 0).all()):
+        return None
+    return recent
+
+
+class SoftmaxAttention(Qwen3Attention):
+    """Softmax attention as in Qwen3; its norms of queries and keys can be left out."""
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it reads fields that ours has too
+        if not config.use_qk_norm:
+            self.q_norm = self.k_norm = nn.Identity()  # type: ignore[assignment]
+
+
+class GKABlock(GradientCheckpointingLayer):
+    """One block of the model.
+
+    Args:
+        config: of the model; config.layer_types[layer_idx] says what the block mixes tokens with.
+        layer_idx: the block's number.
+    """
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.layer_type == "linear_attention":
+            self.gka = GatedKalmaNet(config, layer_idx)
+        else:
+            self.self_attn = SoftmaxAttention(config, layer_idx)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        packing: Packing | None = None,
+        attention_arguments: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """[B, T, hidden_size] -> [B, T, hidden_size].
+
+        Args:
+            hidden_states: [B, T, hidden_size].
+            attention_mask: of this kind of layer: [B, T] for GKA, transformers' own for softmax attention.
+            past_key_values: the model's cache.
+            packing: where the sequences of a packed batch are.
+            attention_arguments: what softmax attention needs besides, position_embeddings above all.
+        """
+        x = self.input_layernorm(hidden_states)
+        if self.layer_type != "linear_attention":
+            mixed, _ = self.self_attn(
+                x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **(attention_arguments or {}),
+            )
+        elif packing is None:
+            mixed = self.gka(x, attention_mask, past_key_values)
+        else:
+            rows_joined = x.reshape(1, -1, x.shape[-1])
+            mixed = self.gka(rows_joined, attention_mask, past_key_values, packing.cu_seqlens).view_as(x)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GKAPreTrainedModel(PreTrainedModel):
+    """What all models of this package share: flags for transformers, initial weights."""
+
+    config: GKAConfig
+    config_class = GKAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GKABlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": GKABlock, "attentions": SoftmaxAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d):  # keeps the size of its inputs: U(-1, 1) / sqrt(width)
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
+        if isinstance(module, GatedKalmaNet) and module.a_proj is not None:
+            device = module.A_log.device
+            init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
+            init.copy_(module.dt_bias, fresh_dt_bias(module.num_heads, device))
+
+
+class GKAModel(GKAPreTrainedModel):
+    """The blocks, without the output projection.
+
+    Args:
+        config: sizes, layers and solver.
+    """
+
+    def __init__(self, config: GKAConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(GKABlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.has_attention:
+            self.rotary_emb = Qwen3RotaryEmbedding(config)  # type: ignore[arg-type]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        Args:
+            input_ids: [B, T] of int64; or inputs_embeds: [B, T, hidden_size]. One of the two.
+            attention_mask: [B, P + T], 0 for a pad, which may stand anywhere; or transformers' masks by layer
+                type.
+            position_ids: [B, T] or [1, T], for the rotary embedding. None means counting the tokens that are no
+                pads. Without mask and cache, a 0 inside a row starts a packed sequence.
+            past_key_values: a cache to go on from, `DynamicCache(config=config)`; brought up to date in place.
+            use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
+            **kwargs: those of transformers' models: output_hidden_states, output_attentions, and for packed
+                batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: arguments that do not fit, or a packed batch with a mask or a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds are both given or both missing; expected one of them")
+        _check_keywords(kwargs)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        packing = self._find_packing(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        if use_cache and past_key_values is None and packing is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not self.config.has_attention:
+            add_counter(past_key_values)
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            masks = self._masks(inputs_embeds, attention_mask, past_key_values, packing)
+        arguments = None
+        if self.config.has_attention:
+            if position_ids is None:
+                position_ids = _positions(inputs_embeds, attention_mask, past_key_values, packing)
+            arguments = {
+                "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+                "position_ids": position_ids,
+                **{name: kwargs[name] for name in FlashAttentionKwargs.__annotations__ if name in kwargs},
+            }
+        hidden_states = inputs_embeds
+        for kind, block in zip(self.config.layer_types, self.layers, strict=True):
+            hidden_states = block(
+                hidden_states,
+                attention_mask=masks[kind],
+                past_key_values=past_key_values,
+                packing=packing,
+                attention_arguments=arguments,
+            )
+        if past_key_values is not None and not self.config.has_attention:
+            count_tokens(past_key_values, inputs_embeds)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _find_packing(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> Packing | None:
+        told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
+        if told and attention_mask is not None:
+            raise ValueError(f"{told[0]} and attention_mask are both given; leave the pads out of a packed batch")
+        if told and past_key_values is not None:
+            raise ValueError(
+                f"{told[0]} and past_key_values are both given; a cache has one state per row: "
+                "pass the sequences as rows, padded, with an attention_mask"
+            )
+        if attention_mask is not None or past_key_values is not None:
+            position_ids = None
+        shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
+        return find_packing(shape, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), position_ids)
+
+    def _masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        packing: Packing | None,
+    ) -> dict[str, Any]:
+        """The mask of each kind of layer that the model has."""
+        makers = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }
+        masks: dict[str, Any] = {}
+        for kind in set(self.config.layer_types):
+            if kind == "linear_attention":
+                masks[kind] = padding_mask(attention_mask, inputs_embeds.shape[1])
+                continue
+            masks[kind] = makers[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=None if packing is None else packing.positions,
+            )
+        return masks
+
+
+def _positions(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
+    past_key_values: Cache | None,
+    packing: Packing | None,
+) -> Tensor:
+    """Positions for the rotary embedding, [B or 1, T]: pads do not count."""
+    if packing is not None:
+        return packing.positions
+    T = inputs_embeds.shape[1]
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == seen + T:
+        return ((attention_mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
+    return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    for name in kwargs:
+        if name not in _KNOWN_KEYWORDS:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal is False; expected True: a GKA layer sees the past only")
+
+
+class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
+    """The language model: the blocks and the projection to the logits of the next token.
+
+    Args:
+        config: sizes, layers and solver.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GKAConfig) -> None:
+        super().__init__(config)
+        self.model = GKAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Run the model; arguments as in `GKAModel.forward`, and:
+
+        Args:
+            labels: [B, T] of int64, the tokens themselves (they are shifted here), -100 where there is no loss.
+            logits_to_keep: how many of the last positions get logits, 0 for all; or their indices.
+            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index.
+
+        Returns:
+            logits [B, T or logits_to_keep, vocab_size], the mean loss (or the sum over num_items_in_batch) if
+            labels are given, and the cache.
+        """
+        loss_kwargs = {name: kwargs.pop(name) for name in _LOSS_KEYWORDS if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', for `generate`; a cache of GKA layers alone learns to count tokens."""
+        prepare: Any = super()._prepare_cache_for_generation
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and not self.config.has_attention:
+            add_counter(cache)
+        return result
+
+
+class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):
+    """The blocks and a linear classifier of each row's last token (config.num_labels)."""

@@ -1,0 +1,290 @@
+"""The Gated KalmaNet layer (arXiv 2511.21016, figure 2): projections, short convolutions, gates, op, readout.
+
+    q, k, v = SiLU(conv(x W_q)), SiLU(conv(x W_k)), SiLU(conv(x W_v))      q, k / (||.||_2 + 1e-6) per head
+    g     = -exp(A_log) softplus(x W_a + dt_bias)                          log-decay of the state
+    beta  = sigmoid(x W_b + b_b) + 1e-6                                    write strength, multiplies k and v
+    alpha = sigmoid(x W_alpha + b_alpha)                                   weight of the solve
+    y     = RMSNorm(gated_kalmanet(q, k, v, g, alpha, beta)) SiLU(x W_g)   per head
+    out   = y W_o
+
+With mixer "gla" nothing is solved (alpha = 0): gated linear attention, the same layer otherwise.
+
+Legend: B batch, T time, H query heads, Hk key/value heads, D head dim of q, k and v, W width of the convolutions,
+N packed sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from .ops import State, gated_kalmanet, gated_kalmanet_step
+from .padding import RealFirst
+from .short_conv import Gaps, last_inputs, packed_short_conv, short_conv
+
+if TYPE_CHECKING:
+    from .hf.config import GKAConfig
+
+BETA_FLOOR = 1e-6
+_UNDECAYED = ("A_log", "dt_bias")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x itself if it has 32 or 64 bits, else x in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def fresh_A_log(heads: int, device: torch.device | None = None) -> Tensor:
+    """[heads] in float32: log U(0, 16), kept away from log 0."""
+    return torch.empty(heads, device=device, dtype=torch.float32).uniform_(0.01, 16.0).log()
+
+
+def fresh_dt_bias(heads: int, device: torch.device | None = None) -> Tensor:
+    """[heads] in float32: softplus^{-1}(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4."""
+    low, high, floor = math.log(1e-3), math.log(1e-1), 1e-4
+    dt = torch.empty(heads, device=device, dtype=torch.float32).uniform_(low, high).exp().clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class GatedRMSNorm(nn.Module):
+    """y = o / sqrt(mean(o^2) + eps) * weight * SiLU(gate), over the last dim, in at least 32 bits.
+
+    Args:
+        dim: size of the last dim.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        """o, gate: [..., dim] -> [..., dim] in o's dtype; without a gate that factor is 1."""
+        y = F.rms_norm(at_least_float32(o), o.shape[-1:], eps=self.eps) * at_least_float32(self.weight)
+        if gate is not None:
+            y = y * F.silu(at_least_float32(gate))
+        return y.to(o.dtype)
+
+
+class _Past(NamedTuple):
+    """What the cache holds for a layer.
+
+    conv: the last inputs of the convolutions of q, k and v, [B, H D or Hk D, W - 1].
+    """
+
+    conv: list[Tensor]
+    state: State
+
+
+class GatedKalmaNet(nn.Module):
+    """The Gated KalmaNet layer.
+
+    Args:
+        config: sizes, solver and switches.
+        layer_idx: the layer's place in `past_key_values`.
+
+    The parameters are named as in the published checkpoints. `A_log` and `dt_bias` carry the attribute
+    `_no_weight_decay = True`.
+    """
+
+    def __init__(self, config: GKAConfig, layer_idx: int = 0) -> None:
+        super().__init__()
+        config.check()
+        self.layer_idx = layer_idx
+        self.head_dim, self.conv_size = config.head_dim, config.conv_size
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.solves = config.mixer == "gka"
+        self.ridge_ratio, self.chunk_size = config.ridge_ratio, config.chunk_size
+        self.steps = config.steps if self.solves else ()
+        hidden, H = config.hidden_size, self.num_heads
+        inner, inner_kv = H * self.head_dim, self.num_key_value_heads * self.head_dim
+
+        self.q_proj = nn.Linear(hidden, inner, bias=False)
+        self.k_proj = nn.Linear(hidden, inner_kv, bias=False)
+        self.v_proj = nn.Linear(hidden, inner_kv, bias=False)
+        self.q_conv1d = self._conv(inner)
+        self.k_conv1d = self._conv(inner_kv)
+        self.v_conv1d = self._conv(inner_kv) if config.use_v_conv else None
+        self.a_proj = nn.Linear(hidden, H, bias=False) if config.use_forget_gate else None
+        if config.use_forget_gate:
+            self.A_log = nn.Parameter(fresh_A_log(H))
+            self.dt_bias = nn.Parameter(fresh_dt_bias(H))
+        self.b_proj = nn.Linear(hidden, H) if config.use_beta_gate else None
+        self.alpha_proj = nn.Linear(hidden, H) if config.use_alpha_connection and self.solves else None
+        self.g_proj = nn.Linear(hidden, inner, bias=False) if config.use_output_gate else None
+        self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(inner, hidden, bias=False)
+
+    def _conv(self, channels: int) -> nn.Conv1d:
+        return nn.Conv1d(channels, channels, self.conv_size, groups=channels, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Mix the tokens of every row, each with its past.
+
+        Args:
+            hidden_states: [B, T, hidden_size], any float dtype.
+            attention_mask: [B, T], 0 for a pad, which may stand anywhere; any dtype. A pad changes nothing for
+                the other tokens and for the cache, and gives 0.
+            past_key_values: a cache of transformers, `DynamicCache(config=config)`: the rows go on from what it
+                holds for this layer, and it is brought up to date, in place. Gradients flow through it.
+            cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
+                cu_seqlens[n + 1] of the only row.
+
+        Returns:
+            [B, T, hidden_size], dtype of hidden_states under the layer's weights.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or packed sequences with a mask or a cache.
+        """
+        self._check(hidden_states, attention_mask, past_key_values, cu_seqlens)
+        if hidden_states.shape[1] == 0:
+            return hidden_states
+        rows = None if attention_mask is None else RealFirst(attention_mask)
+        if rows is not None:
+            hidden_states = rows.compress(hidden_states)
+        past = self._read(past_key_values, hidden_states.shape[0])
+        q, k, v, inputs = self._qkv(hidden_states, past, cu_seqlens)
+        g, alpha, beta = self._gates(hidden_states, rows)
+        state: State | None
+        options: dict[str, Any] = dict(ridge_ratio=self.ridge_ratio, steps=self.steps, normalize_qk=True)
+        if past is not None and q.shape[1] == 1:
+            token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
+            o, state = gated_kalmanet_step(*token, state=past.state, **options)
+            o = o.unsqueeze(1)
+        else:
+            o, state = gated_kalmanet(
+                q,
+                k,
+                v,
+                g,
+                alpha,
+                beta,
+                initial_state=None if past is None else past.state,
+                output_final_state=past_key_values is not None,
+                cu_seqlens=cu_seqlens,
+                chunk_size=self.chunk_size,
+                **options,
+            )
+        if past_key_values is not None and state is not None:
+            lengths = None if rows is None else rows.lengths
+            self._write(past_key_values, [last_inputs(x, self.conv_size, lengths) for x in inputs], state)
+        gate = None if self.g_proj is None else self.g_proj(hidden_states).view_as(o)
+        out = self.o_proj(self.o_norm(o, gate).flatten(2))
+        return out if rows is None else rows.restore(out)
+
+    def _qkv(
+        self, x: Tensor, past: _Past | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """q [B, T, H, D], k and v [B, T, Hk, D], and the inputs of the convolutions for `last_inputs`."""
+        gaps = None if cu_seqlens is None else Gaps.of(cu_seqlens, x.shape[1], self.conv_size)
+        outputs, inputs = [], []
+        streams = ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
+        for number, (projection, conv) in enumerate(streams):
+            y = projection(x)
+            if conv is not None and gaps is not None:
+                y = packed_short_conv(conv, y, gaps)
+            elif conv is not None:
+                y, seen = short_conv(conv, y, None if past is None else past.conv[number])
+                inputs.append(seen)
+            outputs.append(y.unflatten(2, (-1, self.head_dim)))
+        return outputs[0], outputs[1], outputs[2], inputs
+
+    def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """g, alpha and beta, [B, T, H] each, in at least 32 bits; at pads g = 0 and beta = 0."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        alpha = beta = None
+        if self.a_proj is None:
+            g = x.new_zeros(*x.shape[:2], self.num_heads, dtype=wide)
+        else:
+            step = F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
+            g = -torch.exp(self.A_log.to(wide)) * step
+        if self.b_proj is not None:
+            beta = torch.sigmoid(self.b_proj(x).to(wide)) + BETA_FLOOR
+        if self.alpha_proj is not None:
+            alpha = torch.sigmoid(self.alpha_proj(x).to(wide))
+        if rows is not None:
+            real = rows.real.unsqueeze(2).to(wide)
+            g = g * real
+            beta = real.expand_as(g) if beta is None else beta * real
+        return g, alpha, beta
+
+    def _read(self, cache: Cache | None, batch: int) -> _Past | None:
+        """What the cache holds for this layer; None if it holds nothing yet."""
+        if cache is None or not cache.has_previous_state(self.layer_idx):
+            return None
+        held: Any = cache.layers[self.layer_idx]
+        S_kk, S_kv = held.recurrent_states[0] if self.solves else None, held.recurrent_states[1]
+        if S_kv.shape[0] != batch:
+            raise ValueError(
+                f"hidden_states has {batch} rows and past_key_values {S_kv.shape[0]}; expected the same number"
+            )
+        if torch.is_grad_enabled():  # the cache is written in place, autograd may still need what it held
+            S_kk, S_kv = None if S_kk is None else S_kk.clone(), S_kv.clone()
+        return _Past([held.conv_states[number] for number in range(3)], State(S_kk, S_kv))
+
+    def _write(self, cache: Cache, conv: list[Tensor], state: State) -> None:
+        """Bring the cache up to date: convolution states of W - 1 columns (none of v without its convolution)."""
+        if self.v_conv1d is None:
+            conv = [*conv, conv[1][..., :0]]
+        for number, inputs in enumerate(conv):
+            cache.update_conv_state(inputs, self.layer_idx, state_idx=number)
+        for number, sums in enumerate(state):
+            if sums is not None:
+                cache.update_recurrent_state(sums, self.layer_idx, state_idx=number)
+
+    def _check(self, x: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
+        hidden = self.q_proj.in_features
+        if x.ndim != 3 or x.shape[2] != hidden:
+            raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {hidden}]")
+        if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a torch.Tensor of integers")
+        if cu_seqlens is not None and mask is not None:
+            raise ValueError("cu_seqlens and attention_mask are both given; leave the pads out of a packed batch")
+        if cu_seqlens is not None and cache is not None:
+            raise ValueError(
+                "cu_seqlens and past_key_values are both given; a cache has one state per row: "
+                "pass the sequences as rows, padded, with an attention_mask"
+            )
+        if cu_seqlens is not None and x.shape[0] != 1:
+            raise ValueError(f"hidden_states has {x.shape[0]} rows; expected 1 with cu_seqlens: concatenate them")
+        if cache is None:
+            return
+        held = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+        if not isinstance(held, LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                f"past_key_values has no linear_attention layer at {self.layer_idx}; "
+                "expected one made with the model's configuration, DynamicCache(config=model.config)"
+            )
+        if held.record_past:
+            raise ValueError(
+                "past_key_values records its past, to be rolled back; a GKA layer's state cannot be rolled back: "
+                "a model with such layers cannot be the assistant of assisted generation"
+            )
+
+    # Parameters are replaced when a model is loaded or copied: the marks are set whenever that happens.
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module; marks A_log and dt_bias."""
+        super().register_parameter(name, param)
+        if name in _UNDECAYED and param is not None:
+            param._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in _UNDECAYED:
+            if self._parameters.get(name) is not None:
+                self.register_parameter(name, self._parameters[name])

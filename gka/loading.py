@@ -1,0 +1,93 @@
+"""Load a trained model and its tokenizer from a folder, or say in one line why that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from .data import document_token
+from .errors import UserError, reason
+from .hf.config import GKAConfig
+
+MODEL_FOLDER = "model"
+
+
+def find_checkpoint(folder: str) -> Path:
+    """The folder that holds the model: the given one, or `model/` in the folder of a run.
+
+    Raises:
+        UserError: no such folder, no model in it, or a model of another type.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder")
+    for candidate in (path, path / MODEL_FOLDER):
+        config = candidate / "config.json"
+        if config.is_file():
+            break
+    else:
+        hint = ""
+        if (path / "options.yaml").is_file():
+            hint = f"; its training has not ended: `gka train --resume --output {folder}` goes on with it"
+        raise UserError(f"{folder}: is no checkpoint, there is no config.json in it{hint}")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except OSError as error:
+        raise UserError(f"cannot read {config}: {reason(error)}") from None
+    except (ValueError, AttributeError):
+        raise UserError(f"{config}: is not the configuration of a model") from None
+    if model_type != GKAConfig.model_type:
+        raise UserError(
+            f"{folder}: holds a model of type {model_type!r}; this command needs type {GKAConfig.model_type!r}"
+        )
+    return candidate
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto" or "cpu" means."""
+    if name == "auto" and torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
+    """Load (model, tokenizer), the model in eval mode on the device.
+
+    Args:
+        folder: a checkpoint, or the folder of a run that has one in `model/`.
+        device: "auto" or "cpu". dtype: of the weights, "float32" or "bfloat16".
+
+    Raises:
+        UserError: as find_checkpoint; or weights or tokenizer are missing, damaged or do not fit.
+    """
+    path = find_checkpoint(folder)
+    from .hf.model import GKAForCausalLM  # after the check: it takes seconds to import
+
+    target = choose_device(device)
+    try:
+        model, report = GKAForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, json and transformers each raise their own
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: its model does not load ({first})") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise UserError(
+                f"{folder}: its weights do not fit its config.json "
+                f"({len(names)} {kind.replace('_', ' ')}, e.g. {names[0]})"
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: its tokenizer does not load ({first})") from None
+    if document_token(tokenizer) is None:
+        raise UserError(f"{folder}: its tokenizer has no end-of-text token (eos_token)")
+    return model.to(target).eval(), tokenizer

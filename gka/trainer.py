@@ -1,0 +1,233 @@
+"""transformers' Trainer with what this project adds: schedule, whole checkpoints, progress.
+
+Everything else, the loop, the optimiser, mixed precision, data parallelism, FSDP, is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from .errors import UserError
+from .run_folder import PARTIAL_CHECKPOINT
+from .schedule import Schedule
+
+SCHEDULE_FILE = "schedule.json"
+
+
+class GKATrainer(Trainer):
+    """A Trainer for causal language models.
+
+    Args:
+        schedule: learning rate and end of the run.
+        tokens_per_byte: of the validation text, turns its loss into bits per byte.
+        **settings: arguments of transformers' Trainer.
+    """
+
+    def __init__(self, *, schedule: Schedule, tokens_per_byte: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.schedule = schedule
+        self.tokens_per_byte = tokens_per_byte
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
+        excluded = {name for name, value in model.named_parameters() if getattr(value, "_no_weight_decay", False)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Let the learning rate follow the schedule, which may depend on the clock."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # the Trainer makes it first
+            self.lr_scheduler = LambdaLR(optimizer, lambda _step: self.schedule.factor())
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's loss, without a decoding cache being filled."""
+        inputs = {**inputs, "use_cache": False}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """The Trainer's forward and backward pass; a loss that is not a number ends the run at once.
+
+        Raises:
+            UserError: before the optimiser could spoil the weights, so the checkpoints stay good.
+        """
+        where = f"the training has diverged at step {self.state.global_step + 1}"
+        cure = "lower --learning-rate, or raise --warmup; the checkpoints before it are good"
+        try:
+            loss = super().training_step(model, inputs, *rest)
+        except ValueError as error:
+            if self.state.global_step == 0:
+                raise
+            # All steps have the same shapes: what only a later one meets are bad values.
+            raise UserError(f"{where} ({error}): {cure}") from error
+        if not math.isfinite(loss.item()):
+            raise UserError(f"{where} (its loss is {loss.item()}): {cure}")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does, with bits per byte beside the validation loss."""
+        if "eval_loss" in logs:
+            logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) * self.tokens_per_byte
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it when every process has written its part.
+
+        So a folder named checkpoint-N is always whole, whenever the run is killed.
+        """
+        run = Path(str(self.args.output_dir))
+        partial, name = run / PARTIAL_CHECKPOINT, f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(run)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            state = json.dumps({"seconds": self.schedule.seconds})
+            (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
+            _to_disk(partial / name)
+            shutil.rmtree(run / name, ignore_errors=True)
+            (partial / name).rename(run / name)
+            partial.rmdir()
+            rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+def _to_disk(folder: Path) -> None:
+    """Have the operating system write all files of a folder, so that they survive a power cut too."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or os.name == "posix":
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+class ScheduleCallback(TrainerCallback):
+    """Moves the schedule on with every step, and ends the run where it ends."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.schedule.start(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.schedule.begin_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.schedule.end_step(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.schedule.done:
+            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_training_stop = True
+
+
+class ProgressCallback(TrainerCallback):
+    """One progress bar in a terminal; elsewhere a line now and then.
+
+    Args:
+        schedule: how far the run is.
+        tokens_per_step: tokens that one optimiser step reads, over all processes.
+        line_seconds: where there is no terminal, seconds between two lines.
+    """
+
+    def __init__(self, schedule: Schedule, tokens_per_step: int, line_seconds: float = 15.0) -> None:
+        self.schedule = schedule
+        self.tokens_per_step = tokens_per_step
+        self.line_seconds = line_seconds
+        self.bar: Any = None
+        self.loss = self.validation = math.nan
+        self._step_seconds = math.nan
+        self._began = self._line = 0.0
+        self._first_progress = 0.0
+        self._first_seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        for logs in state.log_history:
+            self.loss = logs.get("loss", self.loss)
+            self.validation = logs.get("eval_bits_per_byte", self.validation)
+        self._first_progress, self._first_seconds = self.schedule.progress, self.schedule.seconds
+        self._line = time.monotonic()
+        if sys.stderr.isatty():
+            form = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
+            self.bar = tqdm(total=1.0, desc="training", bar_format=form, dynamic_ncols=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        took = time.monotonic() - self._began
+        known = not math.isnan(self._step_seconds)
+        self._step_seconds = 0.9 * self._step_seconds + 0.1 * took if known else took
+        if self.bar is not None:
+            self.bar.n = self.schedule.progress
+            self.bar.set_postfix_str(self._line_text(state.global_step), refresh=False)
+            self.bar.update(0)
+        elif time.monotonic() - self._line > self.line_seconds or self.schedule.done:
+            self._line = time.monotonic()
+            percent = f"{100 * self.schedule.progress:3.0f}%"
+            print(f"training {percent}  {self._line_text(state.global_step)}", file=sys.stderr, flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+        self.validation = (logs or {}).get("eval_bits_per_byte", self.validation)
+        if self.bar is not None:
+            self.bar.set_postfix_str(self._line_text(state.global_step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is; also after an error."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _line_text(self, step: int) -> str:
+        of = f"/{self.schedule.max_steps}" if self.schedule.max_steps else ""
+        parts = [f"step {step}{of}"]
+        if not math.isnan(self.loss):
+            parts.append(f"loss {self.loss:.3f}")
+        if not math.isnan(self.validation):
+            parts.append(f"validation {self.validation:.3f} bits/byte")
+        parts.append(f"{self.tokens_per_step / self._step_seconds:,.0f} tokens/s")
+        gained = self.schedule.progress - self._first_progress
+        if gained > 0:
+            spent = self.schedule.seconds - self._first_seconds
+            left = round(spent * (1 - self.schedule.progress) / gained)
+            parts.append(f"{left // 60}:{left % 60:02d} left")
+        return " · ".join(parts)
