@@ -125,10 +125,10 @@ def run(
 def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
     """Gradients of sum <output, cotangent> with cotangents drawn in float64 in the order of the names."""
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros((), dtype=torch.float64) + sum(0.0 * leaf.sum() for leaf in leaves.values())
+    loss = sum((0.0 * leaf.double().sum() for leaf in leaves.values()), start=torch.zeros(()))
     for name in sorted(outputs):
         cotangent = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64)
-        loss = loss + (outputs[name].double() * cotangent).sum()
+        loss = loss + (outputs[name].double() * cotangent.to(outputs[name].device)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
         f"d{name}": torch.zeros_like(leaf) if grad is None else grad
