@@ -157,26 +157,7 @@ class GatedKalmaNet(nn.Module):
         past = self._read(past_key_values, hidden_states.shape[0])
         q, k, v, inputs = self._qkv(hidden_states, past, cu_seqlens)
         g, alpha, beta = self._gates(hidden_states, rows)
-        state: State | None
-        options: dict[str, Any] = dict(ridge_ratio=self.ridge_ratio, steps=self.steps, normalize_qk=True)
-        if past is not None and q.shape[1] == 1:
-            token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
-            o, state = gated_kalmanet_step(*token, state=past.state, **options)
-            o = o.unsqueeze(1)
-        else:
-            o, state = gated_kalmanet(
-                q,
-                k,
-                v,
-                g,
-                alpha,
-                beta,
-                initial_state=None if past is None else past.state,
-                output_final_state=past_key_values is not None,
-                cu_seqlens=cu_seqlens,
-                chunk_size=self.chunk_size,
-                **options,
-            )
+        o, state = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, past_key_values is not None)
         if past_key_values is not None and state is not None:
             lengths = None if rows is None else rows.lengths
             self._write(past_key_values, [last_inputs(x, self.conv_size, lengths) for x in inputs], state)
@@ -219,6 +200,39 @@ class GatedKalmaNet(nn.Module):
             g = g * real
             beta = real.expand_as(g) if beta is None else beta * real
         return g, alpha, beta
+
+    def _op(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        alpha: Tensor | None,
+        beta: Tensor | None,
+        past: _Past | None,
+        cu_seqlens: Tensor | None,
+        state_wanted: bool,
+    ) -> tuple[Tensor, State | None]:
+        """o [B, T, H, D] in q's dtype and, if wanted, the state behind the last token."""
+        options: dict[str, Any] = dict(ridge_ratio=self.ridge_ratio, steps=self.steps, normalize_qk=True)
+        with torch.autocast(q.device.type, enabled=False):  # dtypes are explicit from here on
+            if past is not None and q.shape[1] == 1:
+                token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
+                o, state = gated_kalmanet_step(*token, state=past.state, **options)
+                return o.unsqueeze(1), state
+            return gated_kalmanet(
+                q,
+                k,
+                v,
+                g,
+                alpha,
+                beta,
+                initial_state=None if past is None else past.state,
+                output_final_state=state_wanted,
+                cu_seqlens=cu_seqlens,
+                chunk_size=self.chunk_size,
+                **options,
+            )
 
     def _read(self, cache: Cache | None, batch: int) -> _Past | None:
         """What the cache holds for this layer; None if it holds nothing yet."""

@@ -30,9 +30,10 @@ class Gaps(NamedTuple):
     def of(cls, cu_seqlens: Tensor, tokens: int, width: int) -> Gaps:
         """Build it for `tokens` tokens, packed by `cu_seqlens` [N + 1] of int32 or int64."""
         token = torch.arange(tokens, device=cu_seqlens.device)
+        number = cu_seqlens.shape[0] - 1
         sequence = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
-        gap = width - 1
-        return cls(token + gap * (sequence + 1), tokens + gap * (cu_seqlens.shape[0] - 1))
+        sequence = sequence.clamp(max=max(number - 1, 0))  # that they do not end at the last token, the op refuses
+        return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * max(number, 1))
 
 
 def short_conv(conv: nn.Conv1d, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

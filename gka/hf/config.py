@@ -90,7 +90,7 @@ class GKAConfig(PreTrainedConfig):
     """
 
     model_type = "gka"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds lists to it)
     # What the cache holds for a layer: convolution states 0, 1, 2 of q, k, v; recurrent states 0 S_kk and 1 S_kv.
     number_of_conv_states = 3
 

@@ -269,6 +269,7 @@ class GKAModel(GKAPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=None if packing is None else packing.positions,
+                layer_idx=self.config.layer_types.index(kind),
             )
         return masks
 
@@ -365,7 +366,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """As transformers', for `generate`; a cache of GKA layers alone learns to count tokens."""
-        prepare: Any = super()._prepare_cache_for_generation
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache) and not self.config.has_attention:

@@ -12,9 +12,9 @@ slots s are drawn without replacement, in the order of the pairs, from the power
 
     p(s) ~ (s + 1)^(a - 1),   s = 0 .. (T - 2P) / 2 - 1          a = 1: uniform; a near 0: close to the pairs
 
-Vocabulary: token 0 is the filler of the version without random fillers, keys are 1 .. V/2 - 1, values V/2 .. V - 1;
-within a sequence keys are distinct and so are values. Random fillers are uniform over all tokens but the keys of
-the sequence, so that each key stands in it exactly twice (the published generator lets them collide).
+Vocabulary: token 0 is the filler of the version without random fillers, keys are 1 .. V/2 - 1, values are
+V/2 .. V - 1; within a sequence keys are distinct and so are values. Random fillers are uniform over all tokens but
+the keys of the sequence, so that each key stands in it exactly twice (the published generator lets them collide).
 
 Legend: N examples, T tokens of a sequence, P pairs, V vocabulary size.
 """

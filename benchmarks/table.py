@@ -1,0 +1,159 @@
+"""Make benchmarks/RESULTS.md from the JSON files under benchmarks/results/.
+
+python -m benchmarks.table            # write it
+python -m benchmarks.table --check    # exit code 1 if it is not what the JSON files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+Result = dict[str, Any]
+PAGE = RESULTS.parent / "RESULTS.md"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def ops(result: Result) -> str:
+    """Growth with T, peers, memory."""
+    rows: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["part"], []).append(row)
+    parts = []
+    if "growth" in rows:
+        first = rows["growth"][0]
+        table = [
+            [str(row["T"]), row["what"], f"{row['seconds']['median']:.3f}", _ratio(row["ratio to half T"])]
+            for row in rows["growth"]
+        ]
+        shape = f"B 1, H {first['H']}, D = V = {first['D']}, {first['dtype']}, steps {tuple(first['steps'])}"
+        header = ["T", "what", "median seconds", "ratio to half T"]
+        parts.append(f"Growth with T ({shape})\n\n{markdown_table(header, table)}")
+    if "peer" in rows:
+        first = rows["peer"][0]
+        table = [
+            [row["dtype"], row["what"], row["op"], f"{row['seconds']['median']:.3f}", _ratio(row["ratio"])]
+            for row in rows["peer"]
+        ]
+        shape = f"B 1, T {first['T']}, H {first['H']}, D = V = {first['D']}"
+        header = ["dtype", "what", "op", "median seconds", "ratio to the peer"]
+        parts.append(f"Beside the gated delta rule ({shape})\n\n{markdown_table(header, table)}")
+    if "memory" in rows:
+        table = [
+            [
+                str(row["T"]),
+                row["dtype"],
+                mebibytes(row["peak bytes"]),
+                mebibytes(sum(row["held bytes"].values())),
+                _ratio(row["ratio"]),
+            ]
+            for row in rows["memory"]
+        ]
+        first = rows["memory"][0]
+        shape = f"B 1, H {first['H']}, D = V = {first['D']}"
+        header = ["T", "dtype", "peak", "inputs, output, gradients, all chunk states", "ratio"]
+        parts.append(f"Peak memory of forward + backward ({shape})\n\n{markdown_table(header, table)}")
+    return "\n\n".join(parts)
+
+
+def numerics(result: Result) -> str:
+    """Errors of the solvers and of the gradients through them."""
+    rows = result["rows"]
+    table = []
+    for name in dict.fromkeys(row["solver"] for row in rows if "solver" in row):
+        for dtype in ("float32", "bfloat16"):
+            cells = [name, dtype]
+            for wanted in (
+                {"part": "iterations", "products": 10},
+                {"part": "iterations", "products": 30},
+                {"part": "gradients", "products": 30, "layers": 1},
+                {"part": "gradients", "products": 30, "layers": 5},
+            ):
+                line = {"solver": name, "dtype": dtype, **wanted}
+                cells.append(next(f"{row['error']:.1e}" for row in rows if line.items() <= row.items()))
+            table.append(cells)
+    header = [
+        "solver",
+        "products in",
+        "x, 10 products",
+        "x, 30 products",
+        "gradients, 1 layer, 30",
+        "gradients, 5 layers, 30",
+    ]
+    recursion = [row for row in rows if row["part"] == "recursion"]
+    last = max(row["token"] for row in recursion)
+    readout = [
+        [row["method"], "not finite" if row["error"] is None else f"{row['error']:.1e}"]
+        for row in recursion
+        if row["token"] == last
+    ]
+    picture = Path(result["file"]).with_suffix(".png").name
+    return (
+        f"Relative errors against the exact solve\n\n{markdown_table(header, table)}\n\n"
+        f"Error of the readout at token {last}\n\n{markdown_table(['method', 'error'], readout)}\n\n"
+        f"![errors of the solvers](results/{picture})"
+    )
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "ops": ("The op", ops),
+    "numerics": ("Numerics", numerics),
+}
+
+
+def page() -> str:
+    """The whole page; of each benchmark the newest file per machine."""
+    results: dict[tuple[str, str], Result] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        if result.get("benchmark") in SECTIONS:
+            machine = result["machine"]
+            results[result["benchmark"], machine["gpu"] or machine["processor"]] = {**result, "file": path.name}
+    text = ["# Results\n\nMade by `python -m benchmarks.table` from the files under `benchmarks/results/`."]
+    for name, (title, write) in SECTIONS.items():
+        for (benchmark, machine), result in results.items():
+            if benchmark != name:
+                continue
+            versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+            text.append(
+                f"## {title}: {machine}, {result['machine']['cores']} cores\n\n"
+                f"`{result['command']}`, {result['date']}, commit {result['commit']}, {versions}. "
+                f"[JSON](results/{result['file']})\n\n{write(result)}"
+            )
+    return "\n\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if the page is out of date"
+    )
+    if not parser.parse_args().check:
+        PAGE.write_text(page())
+        print(f"written: {PAGE}")
+    elif PAGE.read_text() != page():
+        sys.exit(f"{PAGE} is not what the JSON files say; run python -m benchmarks.table")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The benchmarks run, and the page of results is what the result files say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", *arguments]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_results_page_is_up_to_date() -> None:
+    assert table.PAGE.read_text() == table.page()
+
+
+def test_bench_ops(tmp_path: Path) -> None:
+    output = tmp_path / "ops.json"
+    sizes = ("--shortest", "64", "--longest", "128", "--heads", "1", "--dim", "8", "--repeats", "1")
+    run("benchmarks.bench_ops", "--only", "growth", *sizes, "--output", str(output))
+    result = json.loads(output.read_text())
+    assert [row["T"] for row in result["rows"]] == [64, 64, 128, 128]
+    assert result["command"].startswith("python -m benchmarks.bench_ops --only growth")
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+
+
+def test_memory_stays_within_three_times_what_must_be_held() -> None:
+    """Forward + backward at T = 4096: no copy per iterate, none per pair of tokens."""
+    measured = json.loads(run("benchmarks.bench_ops", "--measure-memory", "4096", "8", "64", "float32"))
+    assert measured["peak bytes"] > measured["held bytes"]["inputs"]
+    assert measured["ratio"] < 3
+
+
+@pytest.mark.slow
+def test_bench_numerics(tmp_path: Path) -> None:
+    output = tmp_path / "numerics.json"
+    printed = run("benchmarks.bench_numerics", "--tokens", "64", "--output", str(output))
+    assert "Chebyshev, nodes, refined" in printed and output.with_suffix(".png").stat().st_size > 10_000
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["part"] for row in rows} == {"iterations", "recursion", "gradients"}
