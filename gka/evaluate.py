@@ -177,7 +177,7 @@ def main(options: EvalOptions) -> None:
     )
     total = total_score(scores)
     if options.json:
-        report = {"checkpoint": options.checkpoint, "total": total.as_dict()}
+        report: dict[str, Any] = {"checkpoint": options.checkpoint, "total": total.as_dict()}
         if options.per_file:
             report["files"] = [score.as_dict() for score in scores]
         print(json.dumps(report, indent=2))

@@ -71,9 +71,10 @@ def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -
 
     target = choose_device(device)
     try:
-        model, report = GKAForCausalLM.from_pretrained(
+        loaded: Any = GKAForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
         )
+        model, report = loaded
     except Exception as error:  # safetensors, json and transformers each raise their own
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: its model does not load ({first})") from None

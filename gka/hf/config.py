@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..ops import MAX_DIM
+from ..ops.solvers import RIDGE_RATIO
 
 MIXERS = ("gka", "gla")
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -103,7 +104,7 @@ class GKAConfig(PreTrainedConfig):
     head_dim: int = None  # type: ignore[assignment]
     layer_types: list[str] = None  # type: ignore[assignment]
     mixer: str = "gka"
-    ridge_ratio: float = 0.02
+    ridge_ratio: float = RIDGE_RATIO
     steps: list[int] | None = None
     chunk_size: int | None = None
     conv_size: int = 4
