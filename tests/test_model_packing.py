@@ -57,6 +57,15 @@ def test_packed_equals_single(kind: str, way: str) -> None:
     assert_near(model(tokens, **ways()[way]).logits, single_logits(model, tokens), BOUND)
 
 
+@pytest.mark.parametrize("way", list(ways()))
+@torch.no_grad()
+def test_rotary_positions_restart(way: str) -> None:
+    model, seen = tiny_model("hybrid"), []
+    model.model.rotary_emb.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    model(random_tokens(1, sum(LENGTHS)), **ways()[way])
+    assert torch.equal(seen[0], positions())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["position_ids", "seq_idx"])
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import KINDS, random_tokens, tiny_model
+from model_helpers import FULL, KINDS, SLIDING, random_tokens, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -61,6 +61,38 @@ def test_names_are_those_of_qwen3_beside_the_layer() -> None:
     assert names == {"input_layernorm", "post_attention_layernorm", "gka", "self_attn", "mlp"}
     others = {name for name in tiny_model("hybrid").state_dict() if "layers" not in name}
     assert others == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_switches_of_softmax_attention(norm: bool, bias: bool) -> None:
+    model = tiny_model("hybrid", layer_types=[FULL], use_qk_norm=norm, attention_bias=bias)
+    shapes = {
+        name.removeprefix("model.layers.0.self_attn."): tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if "self_attn" in name
+    }
+    expected = {
+        "q_proj.weight": (40, 36),
+        "k_proj.weight": (20, 36),
+        "v_proj.weight": (20, 36),
+        "o_proj.weight": (36, 40),
+        **({"q_norm.weight": (10,), "k_norm.weight": (10,)} if norm else {}),
+        **(
+            {f"{name}_proj.bias": (size,) for name, size in zip("qkvo", (40, 20, 20, 36), strict=True)}
+            if bias
+            else {}
+        ),
+    }
+    assert shapes == expected
+
+
+def test_a_sliding_window_is_as_wide_as_the_configuration_says() -> None:
+    model, tokens = tiny_model("hybrid, sliding", layer_types=[SLIDING]), random_tokens(1, 9)
+    other = tokens.clone()
+    other[0, 2] = 1 + other[0, 2] % 60
+    moved = (model(tokens).logits != model(other).logits).any(dim=2)[0]
+    assert moved.tolist() == [False] * 2 + [True] * 4 + [False] * 3
 
 
 def test_auto_classes(tmp_path: Path) -> None:
