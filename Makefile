@@ -33,8 +33,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# PASSIVE: threads that wait do not spin; on cores that other programs use too, spinning costs tenfold.
 demo: $(READY)
-	@$(BIN)/gka train --config configs/demo.yaml --overwrite $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/gka train --config configs/demo.yaml --overwrite $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python tests/fetch_transformers_tests.py

@@ -197,7 +197,7 @@ def plot(rows: Rows, path: Path) -> None:
         axes.set_ylim(1e-7, 3)
         axes.set_xlabel("products with S (solid: float32, dashed: bfloat16)")
         axes.set_title(title, loc="left", fontsize=11)
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.02))
+    panels[0].legend(fontsize=8, loc="lower left", framealpha=0.95, edgecolor="none")
     recursion = [row for row in rows if row["part"] == "recursion"]
     colours = ("#7aa6c2", "#8b1e3f", "#1d3557", "#c8553d")
     for name, colour in zip(dict.fromkeys(row["method"] for row in recursion), colours, strict=True):

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from .ops import State, gated_kalmanet, gated_kalmanet_step
 from .padding import RealFirst
-from .short_conv import Gaps, last_inputs, packed_short_conv, short_conv
+from .short_conv import Gaps, ShortConv, last_inputs, packed_short_conv, short_conv
 
 if TYPE_CHECKING:
     from .hf.config import GKAConfig
@@ -108,9 +108,9 @@ class GatedKalmaNet(nn.Module):
         self.q_proj = nn.Linear(hidden, inner, bias=False)
         self.k_proj = nn.Linear(hidden, inner_kv, bias=False)
         self.v_proj = nn.Linear(hidden, inner_kv, bias=False)
-        self.q_conv1d = self._conv(inner)
-        self.k_conv1d = self._conv(inner_kv)
-        self.v_conv1d = self._conv(inner_kv) if config.use_v_conv else None
+        self.q_conv1d = ShortConv(inner, self.conv_size)
+        self.k_conv1d = ShortConv(inner_kv, self.conv_size)
+        self.v_conv1d = ShortConv(inner_kv, self.conv_size) if config.use_v_conv else None
         self.a_proj = nn.Linear(hidden, H, bias=False) if config.use_forget_gate else None
         if config.use_forget_gate:
             self.A_log = nn.Parameter(fresh_A_log(H))
@@ -120,9 +120,6 @@ class GatedKalmaNet(nn.Module):
         self.g_proj = nn.Linear(hidden, inner, bias=False) if config.use_output_gate else None
         self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
-
-    def _conv(self, channels: int) -> nn.Conv1d:
-        return nn.Conv1d(channels, channels, self.conv_size, groups=channels, bias=False)
 
     def forward(
         self,

@@ -48,11 +48,13 @@ def plot_loss(
 
 
 def _running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Mean over about that share of the curve around each value; nearer to an end over what is symmetric."""
+    """Mean over about that share of the curve around each value.
+
+    At the steep start it is over fewer, as many on either side; the last values share their past.
+    """
     half = int(share * len(values) / 2)
     smooth = []
     for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        window = values[index - reach : index + reach + 1]
+        window = values[max(0, index - half) : index + min(half, index) + 1]
         smooth.append(sum(window) / len(window))
     return smooth

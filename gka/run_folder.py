@@ -8,8 +8,10 @@
     trainer_state.json       every logged loss
     loss.png, metrics.json   the picture and the figures of the end, with machine, versions, command
 
-Whatever is written appears whole: beside its place first (`*.partial`), then renamed. So a run that
-is killed at any time leaves something to go on from, and nothing that looks finished and is not.
+Options, tokens, checkpoints, model and metrics appear whole: they are written beside their place
+(`*.partial`) and renamed. So a run that is killed at any time leaves something to go on from, and
+nothing that looks finished and is not. A run that is overwritten stays beside the new one (`*.old`)
+until that has its tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import OPTIONS_FILE, TrainOptions
-from .data import find_files, write_tokens
+from .data import write_tokens
 from .errors import UserError, reason
 from .loading import MODEL_FOLDER
 from .options import as_yaml, flag, read_yaml
@@ -35,30 +37,76 @@ _MAY_CHANGE = frozenset(
 )
 
 
-def open_run(options: TrainOptions, output: Path, tokenizer: Any) -> None:
-    """Make the folder of a new run, or check that of a run to resume; then its tokens are there."""
-    options_file = output / OPTIONS_FILE
+def open_run(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
+    """Make the folder of a new run, or check that of a run to resume; then its options and tokens are there.
+
+    A new run that cannot start leaves everything as it was.
+
+    Args:
+        options: of `gka train`.
+        output: the folder.
+        tokenizer: what load_tokenizer gives for options.tokenizer.
+        sequences_per_step: of one optimiser step, over all processes.
+
+    Raises:
+        UserError: the folder or the data cannot be used; see the messages.
+    """
     if options.resume:
+        options_file = output / OPTIONS_FILE
         if not options_file.is_file():
             raise UserError(f"--resume: there is no run in {output}; --output names its folder")
         _check_unchanged(options, options_file)
-    else:
-        _check_place(options, output)
-        find_files(options.data)  # what is wrong with --data must show before anything is deleted
-        if options_file.is_file():
-            shutil.rmtree(output)
+        for leftover in (PARTIAL_CHECKPOINT, PARTIAL_MODEL):
+            shutil.rmtree(output / leftover, ignore_errors=True)
+        _fill(options, output, tokenizer, sequences_per_step)
+        return
+    _check_place(options, output)
+    old = output.with_name(output.name + ".old")
+    overwritten = (output / OPTIONS_FILE).is_file()
+    made = not output.exists() or overwritten
     try:
+        if overwritten:
+            shutil.rmtree(old, ignore_errors=True)
+            output.rename(old)
         output.mkdir(parents=True, exist_ok=True)
-        beside = output / (OPTIONS_FILE + ".partial")
-        kept = dataclasses.replace(options, resume=False, overwrite=False)
-        beside.write_text(as_yaml(kept), encoding="utf-8")
-        beside.replace(options_file)
     except OSError as error:
         raise UserError(f"--output {output}: cannot write there: {reason(error)}") from None
-    for leftover in (PARTIAL_CHECKPOINT, PARTIAL_MODEL):
-        shutil.rmtree(output / leftover, ignore_errors=True)
-    if not (output / "data" / "manifest.json").is_file():
-        write_tokens(output / "data", options.data, tokenizer, options.validation_fraction)
+    try:
+        _fill(options, output, tokenizer, sequences_per_step)
+    except BaseException:
+        if made:
+            shutil.rmtree(output, ignore_errors=True)
+        else:  # an empty folder of the user's
+            (output / OPTIONS_FILE).unlink(missing_ok=True)
+        if overwritten:
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _fill(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
+    """Write options and tokens, and check that the text is enough for a step."""
+    try:
+        write_whole(output / OPTIONS_FILE, as_yaml(dataclasses.replace(options, resume=False, overwrite=False)))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot write there: {reason(error)}") from None
+    if (output / "data" / "manifest.json").is_file():
+        return
+    manifest = write_tokens(output / "data", options.data, tokenizer, options.validation_fraction)
+    sequences = manifest.train.tokens // options.seq_len
+    if sequences < sequences_per_step:
+        raise UserError(
+            f"too little text: {manifest.train.tokens:,} training tokens are {sequences} sequences of "
+            f"{options.seq_len}, a step needs {sequences_per_step}; give more text, or lower --batch-size "
+            "or --seq-len"
+        )
 
 
 def _check_place(options: TrainOptions, output: Path) -> None:

@@ -36,11 +36,29 @@ class Gaps(NamedTuple):
         return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * max(number, 1))
 
 
-def short_conv(conv: nn.Conv1d, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class ShortConv(nn.Conv1d):
+    """The convolution and SiLU; weight [C, 1, W], no bias.
+
+    Args:
+        channels: C.
+        width: W.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, C, W - 1 + T] -> [B, C, T]: what lies before the first token stands in front."""
+        if inputs.shape[2] == self.kernel_size[0]:  # one token: a dot product costs less than a convolution's call
+            return F.silu((inputs * self.weight[:, 0]).sum(dim=2, keepdim=True).to(inputs.dtype))
+        return F.silu(super().forward(inputs))
+
+
+def short_conv(conv: ShortConv, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Convolve rows of tokens.
 
     Args:
-        conv: depthwise, without bias and padding; weight [C, 1, W].
+        conv: with C channels and width W.
         x: [B, T, C], T at least 1.
         state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
 
@@ -50,14 +68,14 @@ def short_conv(conv: nn.Conv1d, x: Tensor, state: Tensor | None = None) -> tuple
     if state is None:
         state = x.new_zeros(x.shape[0], x.shape[2], conv.kernel_size[0] - 1)
     inputs = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)
-    return F.silu(conv(inputs)).transpose(1, 2), inputs
+    return conv(inputs).transpose(1, 2), inputs
 
 
-def packed_short_conv(conv: nn.Conv1d, x: Tensor, gaps: Gaps) -> Tensor:
+def packed_short_conv(conv: ShortConv, x: Tensor, gaps: Gaps) -> Tensor:
     """Convolve packed sequences: x [1, T, C] -> y [1, T, C]."""
     row = x.new_zeros(x.shape[2], gaps.length).index_copy(1, gaps.slots, x[0].t())
     y = conv(row.unsqueeze(0))
-    return F.silu(y.index_select(2, gaps.slots - (conv.kernel_size[0] - 1))).transpose(1, 2)
+    return y.index_select(2, gaps.slots - (conv.kernel_size[0] - 1)).transpose(1, 2)
 
 
 def last_inputs(inputs: Tensor, width: int, lengths: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ from .loading import MODEL_FOLDER, load_checkpoint
 from .machine import describe_command, describe_machine, describe_versions
 from .plots import plot_loss
 from .quiet import quiet
-from .run_folder import PARTIAL_MODEL, open_run
+from .run_folder import PARTIAL_MODEL, open_run, write_whole
 from .schedule import Schedule
 from .trainer import SCHEDULE_FILE, GKATrainer, ProgressCallback, ScheduleCallback
 
@@ -49,15 +49,16 @@ def main(options: TrainOptions) -> None:
     config = model_config(options, tokenizer)
     output = Path(options.output).expanduser()
     arguments = _training_arguments(options, output)
+    batch = options.batch_size * options.accumulation * arguments.world_size
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
-            open_run(options, output, tokenizer)
+            open_run(options, output, tokenizer, batch)
     manifest = Manifest.load(output / "data")
-    trainer = _make_trainer(options, output, arguments, config, tokenizer, manifest)
+    trainer = _make_trainer(options, output, arguments, config, tokenizer, manifest, batch)
     _train(trainer, output)
     _save_model(trainer, output)
     if trainer.is_world_process_zero():
-        _report(options, output, trainer, manifest)
+        _report(options, output, trainer, manifest, batch)
     trainer.accelerator.end_training()
 
 
@@ -102,6 +103,10 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--resume and --overwrite contradict each other")
     if options.save_every % options.log_every:
         raise UserError(f"--save-every {options.save_every} must be a multiple of --log-every {options.log_every}")
+    try:
+        options.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8 text") from None
     if options.compile and not any(
         shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
     ):
@@ -114,7 +119,7 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -152,15 +157,9 @@ def _make_trainer(
     config: GKAConfig,
     tokenizer: Any,
     manifest: Manifest,
+    batch: int,
 ) -> GKATrainer:
-    batch = options.batch_size * options.accumulation * arguments.world_size
     train = TokenBlocks(output / "data" / "train.bin", manifest.dtype, options.seq_len, multiple=batch)
-    if not len(train):
-        have = manifest.train.tokens // options.seq_len
-        raise UserError(
-            f"too little text: {manifest.train.tokens:,} training tokens are {have} sequences of "
-            f"{options.seq_len}, a step needs {batch}; give more text, or lower --batch-size or --seq-len"
-        )
     eval_len = min(options.seq_len, manifest.validation.tokens)
     eval_blocks = math.ceil(options.eval_bytes * manifest.tokens_per_byte / eval_len)
     validation = TokenBlocks(output / "data" / "validation.bin", manifest.dtype, eval_len, max_blocks=eval_blocks)
@@ -171,7 +170,7 @@ def _make_trainer(
         max_steps = len(train) // batch
     arguments.max_steps = max_steps if max_steps is not None else sys.maxsize // batch
     checkpoint = get_last_checkpoint(str(output))
-    seconds, step = _spent(checkpoint)
+    seconds, step = _spent(checkpoint, arguments.world_size)
     schedule = Schedule(max_steps, max_seconds, options.warmup, seconds_before=seconds, agree=_agree(arguments))
 
     set_seed(options.seed)
@@ -202,12 +201,18 @@ def _agree(arguments: TrainingArguments) -> Any:
     return lambda progress: broadcast_object_list([progress])[0]
 
 
-def _spent(checkpoint: str | None) -> tuple[float, int]:
-    """Seconds and steps that a checkpoint has behind it."""
+def _spent(checkpoint: str | None, processes: int) -> tuple[float, int]:
+    """Seconds and steps that a checkpoint has behind it. UserError for another number of processes."""
     if checkpoint is None:
         return 0.0, 0
-    seconds = json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8"))["seconds"]
-    return seconds, TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
+    schedule = json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8"))
+    if schedule["processes"] != processes:
+        raise UserError(
+            f"--resume: {schedule['processes']} process(es) made {checkpoint}, now there are {processes}; "
+            "the batches would not be the same"
+        )
+    step = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
+    return schedule["seconds"], step
 
 
 def _train(trainer: GKATrainer, output: Path) -> None:
@@ -215,11 +220,13 @@ def _train(trainer: GKATrainer, output: Path) -> None:
     checkpoint = get_last_checkpoint(str(output))
     schedule = trainer.schedule
     if checkpoint is not None:
-        step = _spent(checkpoint)[1]
+        step = _spent(checkpoint, trainer.args.world_size)[1]
         by_steps = schedule.max_steps is not None and step >= schedule.max_steps
         if by_steps or (schedule.max_seconds is not None and schedule.seconds >= schedule.max_seconds):
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+            if trainer.is_world_process_zero():
+                print("the training has come to its end before; only its report is made", file=sys.stderr)
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -262,7 +269,7 @@ def _save_model(trainer: GKATrainer, output: Path) -> None:
 # The end of a run
 
 
-def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: Manifest) -> None:
+def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: Manifest, batch: int) -> None:
     """Evaluate the saved model, draw the curve, write metrics.json, and print all of it."""
     model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device)
     texts = validation_texts(output / "data", options.eval_bytes)
@@ -280,7 +287,7 @@ def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: 
     metrics = {
         "validation": {**score.as_dict(), "files": len(scores)},
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * _tokens_per_step(options, trainer),
+        "tokens": trainer.state.global_step * batch * options.seq_len,
         "seconds": round(trainer.schedule.seconds, 1),
         "parameters": model.num_parameters(),
         "data": {"train": dataclasses.asdict(manifest.train), "held_out": dataclasses.asdict(manifest.validation)},
@@ -289,7 +296,7 @@ def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: 
         "machine": describe_machine(),
         "versions": describe_versions(),
     }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_whole(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(
         f"\nvalidation  {score.bits_per_byte:.3f} bits per byte, {score.loss:.3f} nats per token "
         f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files)\n"
@@ -308,10 +315,6 @@ def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: 
             file=sys.stdout,
         )
         print()
-
-
-def _tokens_per_step(options: TrainOptions, trainer: GKATrainer) -> int:
-    return options.batch_size * options.accumulation * trainer.args.world_size * options.seq_len
 
 
 def _draw(

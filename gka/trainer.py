@@ -110,7 +110,7 @@ class GKATrainer(Trainer):
             self.args.output_dir = str(run)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            state = json.dumps({"seconds": self.schedule.seconds})
+            state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
             (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
             _to_disk(partial / name)
             shutil.rmtree(run / name, ignore_errors=True)
@@ -181,8 +181,8 @@ class ProgressCallback(TrainerCallback):
         self._first_progress, self._first_seconds = self.schedule.progress, self.schedule.seconds
         self._line = time.monotonic()
         if sys.stderr.isatty():
-            form = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
-            self.bar = tqdm(total=1.0, desc="training", bar_format=form, dynamic_ncols=True)
+            form = "training {percentage:3.0f}% |{bar}| {desc}"
+            self.bar = tqdm(total=1.0, bar_format=form, dynamic_ncols=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
@@ -195,18 +195,20 @@ class ProgressCallback(TrainerCallback):
         self._step_seconds = 0.9 * self._step_seconds + 0.1 * took if known else took
         if self.bar is not None:
             self.bar.n = self.schedule.progress
-            self.bar.set_postfix_str(self._line_text(state.global_step), refresh=False)
+            self.bar.set_description_str(self._line_text(state.global_step), refresh=False)
             self.bar.update(0)
-        elif time.monotonic() - self._line > self.line_seconds or self.schedule.done:
-            self._line = time.monotonic()
-            percent = f"{100 * self.schedule.progress:3.0f}%"
-            print(f"training {percent}  {self._line_text(state.global_step)}", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._line > self.line_seconds and not self.schedule.done:
+            self._print_line(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
         self.validation = (logs or {}).get("eval_bits_per_byte", self.validation)
         if self.bar is not None:
-            self.bar.set_postfix_str(self._line_text(state.global_step))
+            self.bar.set_description_str(self._line_text(state.global_step))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is None and state.is_world_process_zero:
+            self._print_line(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -217,17 +219,23 @@ class ProgressCallback(TrainerCallback):
             self.bar.close()
             self.bar = None
 
+    def _print_line(self, step: int) -> None:
+        self._line = time.monotonic()
+        percent = f"{100 * self.schedule.progress:3.0f}%"
+        print(f"training {percent}  {self._line_text(step)}", file=sys.stderr, flush=True)
+
     def _line_text(self, step: int) -> str:
-        of = f"/{self.schedule.max_steps}" if self.schedule.max_steps else ""
-        parts = [f"step {step}{of}"]
+        parts = []  # the most telling first: a narrow terminal cuts the end off
         if not math.isnan(self.loss):
             parts.append(f"loss {self.loss:.3f}")
-        if not math.isnan(self.validation):
-            parts.append(f"validation {self.validation:.3f} bits/byte")
         parts.append(f"{self.tokens_per_step / self._step_seconds:,.0f} tokens/s")
         gained = self.schedule.progress - self._first_progress
         if gained > 0:
             spent = self.schedule.seconds - self._first_seconds
             left = round(spent * (1 - self.schedule.progress) / gained)
             parts.append(f"{left // 60}:{left % 60:02d} left")
+        if not math.isnan(self.validation):
+            parts.append(f"val {self.validation:.3f} bits/byte")
+        of = f"/{self.schedule.max_steps}" if self.schedule.max_steps else ""
+        parts.append(f"step {step}{of}")
         return " · ".join(parts)

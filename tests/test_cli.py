@@ -220,21 +220,24 @@ def test_data_that_cannot_be_used(
         path.write_bytes(content)
     arguments = command("train", data=[path], output=tmp_path / "run", **SETTINGS)
     one_line_error(capsys, arguments, *words)
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_in_the_data_leaves_the_old_run_alone(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished)
+    (tmp_path / "short.txt").write_text("a few words\n" * 30)
     for arguments in (
         command("train", data=[tmp_path / "none"], output=finished, overwrite=True),
+        command("train", data=[tmp_path / "short.txt"], output=finished, overwrite=True),
         command("train", data=[tmp_path], output=finished),
         command("train", output=finished, resume=True, hidden_size=48),
         command("train", output=finished, heads=5, kv_heads=2, overwrite=True),
     ):
         one_line_error(capsys, arguments)
     assert contents(finished) == before
+    assert [path.name for path in finished.parent.iterdir() if path.name.startswith("run")] == ["run"]
 
 
 def test_an_output_folder_that_holds_something(

@@ -149,6 +149,13 @@ def test_refuses_lengths_with_several_rows() -> None:
         tiny_model()(random_tokens(2, sum(LENGTHS)), cu_seq_lens_q=edges())
 
 
+def test_refuses_several_packed_rows_with_flash_attention() -> None:
+    model, row = tiny_model("hybrid"), positions()
+    model.config._attn_implementation = "flash_attention_2"  # not installed: this is refused before it is called
+    with pytest.raises(ValueError, match="flash_attention_2 takes 1"):
+        model(random_tokens(2, sum(LENGTHS)), position_ids=row.expand(2, -1), use_cache=False)
+
+
 def test_refuses_unknown_keywords() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'cu_seqlens'"):
         tiny_model()(random_tokens(1, sum(LENGTHS)), cu_seqlens=edges())

@@ -176,7 +176,9 @@ def test_a_time_budget_ends_the_run_and_is_resumed(place: Path, tmp_path: Path) 
 # Several processes
 
 
-def test_two_processes_give_the_losses_of_one_with_the_double_batch(place: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_losses_of_one_with_the_double_batch(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gka")
     arguments = command("train", output=tmp_path / "run", data=[place / "texts"],
                         **{**SETTINGS, "batch_size": 2, "max_steps": 6})  # fmt: skip
@@ -189,6 +191,9 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(place: Path,
     bits = [metrics(tmp_path / name)["validation"]["bits_per_byte"] for name in ("run", "one")]
     assert bits[0] == pytest.approx(bits[1], rel=1e-3)
     assert done.stdout.count("bits per byte") == 1, "one process reports"
+    capsys.readouterr()
+    assert cli.main(command("train", output=tmp_path / "run", resume=True)) == 2
+    assert "2 process(es) made" in capsys.readouterr().err
 
 
 # Options reach the model and the optimiser
@@ -265,6 +270,7 @@ def test_overwrite_starts_anew(place: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "run", place / "texts", max_steps=4, hidden_size=8, overwrite=True) == 0
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4"]
     assert GKAForCausalLM.from_pretrained(tmp_path / "run" / "model").config.hidden_size == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("rate", [1e3, 1e30])

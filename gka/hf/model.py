@@ -9,7 +9,6 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -131,8 +130,6 @@ class GKAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Conv1d):  # keeps the size of its inputs: U(-1, 1) / sqrt(width)
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
         if isinstance(module, GatedKalmaNet) and module.a_proj is not None:
             device = module.A_log.device
             init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
@@ -243,8 +240,12 @@ class GKAModel(GKAPreTrainedModel):
             )
         if attention_mask is not None or past_key_values is not None:
             position_ids = None
-        shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
-        return find_packing(shape, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), position_ids)
+        B, T = inputs_embeds.shape[:2]
+        packing = find_packing((B, T), kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), position_ids)
+        attention = self.config._attn_implementation or ""
+        if packing is not None and B > 1 and self.config.has_attention and "flash" in attention:
+            raise ValueError(f"a packed batch has {B} rows; {attention} takes 1: concatenate them")
+        return packing
 
     def _masks(
         self,
