@@ -96,7 +96,7 @@ class GatedKalmaNet(nn.Module):
     def __init__(self, config: GKAConfig, layer_idx: int = 0) -> None:
         super().__init__()
         config.check()
-        self.layer_idx = layer_idx
+        self.hidden_size, self.layer_idx = config.hidden_size, layer_idx
         self.head_dim, self.conv_size = config.head_dim, config.conv_size
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.solves = config.mixer == "gka"
@@ -140,7 +140,7 @@ class GatedKalmaNet(nn.Module):
                 cu_seqlens[n + 1] of the only row.
 
         Returns:
-            [B, T, hidden_size], dtype of hidden_states under the layer's weights.
+            [B, T, hidden_size] in the dtype of the weights, or that of autocast.
 
         Raises:
             TypeError, ValueError: an argument does not fit, or packed sequences with a mask or a cache.
@@ -256,9 +256,8 @@ class GatedKalmaNet(nn.Module):
                 cache.update_recurrent_state(sums, self.layer_idx, state_idx=number)
 
     def _check(self, x: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
-        hidden = self.q_proj.in_features
-        if x.ndim != 3 or x.shape[2] != hidden:
-            raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {hidden}]")
+        if x.ndim != 3 or x.shape[2] != self.hidden_size:
+            raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {self.hidden_size}]")
         if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
         if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
@@ -274,6 +273,8 @@ class GatedKalmaNet(nn.Module):
             raise ValueError(f"hidden_states has {x.shape[0]} rows; expected 1 with cu_seqlens: concatenate them")
         if cache is None:
             return
+        if not isinstance(cache, Cache):
+            raise TypeError(f"past_key_values is a {type(cache).__name__}; expected a transformers.Cache")
         held = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
         if not isinstance(held, LinearAttentionCacheLayerMixin):
             raise ValueError(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import OPTIONS_FILE, TrainOptions
-from .data import write_tokens
+from .data import Manifest, write_tokens
 from .errors import UserError, reason
 from .loading import MODEL_FOLDER
 from .options import as_yaml, flag, read_yaml
@@ -66,6 +66,8 @@ def open_run(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_
     made = not output.exists() or overwritten
     try:
         if overwritten:
+            if old.exists() and not (old / OPTIONS_FILE).is_file():
+                raise UserError(f"--overwrite: {old} is in the way and no run of gka; move it")
             shutil.rmtree(old, ignore_errors=True)
             output.rename(old)
         output.mkdir(parents=True, exist_ok=True)
@@ -76,8 +78,9 @@ def open_run(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_
     except BaseException:
         if made:
             shutil.rmtree(output, ignore_errors=True)
-        else:  # an empty folder of the user's
+        else:  # a folder that was there, and empty
             (output / OPTIONS_FILE).unlink(missing_ok=True)
+            shutil.rmtree(output / "data", ignore_errors=True)
         if overwritten:
             old.rename(output)
         raise
@@ -98,8 +101,9 @@ def _fill(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_ste
     except OSError as error:
         raise UserError(f"--output {output}: cannot write there: {reason(error)}") from None
     if (output / "data" / "manifest.json").is_file():
-        return
-    manifest = write_tokens(output / "data", options.data, tokenizer, options.validation_fraction)
+        manifest = Manifest.load(output / "data")
+    else:
+        manifest = write_tokens(output / "data", options.data, tokenizer, options.validation_fraction)
     sequences = manifest.train.tokens // options.seq_len
     if sequences < sequences_per_step:
         raise UserError(

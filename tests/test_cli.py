@@ -240,6 +240,27 @@ def test_a_mistake_in_the_data_leaves_the_old_run_alone(
     assert [path.name for path in finished.parent.iterdir() if path.name.startswith("run")] == ["run"]
 
 
+def test_a_run_that_cannot_start_leaves_nothing(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (texts.parent / "empty").mkdir()
+    for name in ("new", "empty"):
+        arguments = command("train", data=[texts], output=texts.parent / name, batch_size=1000, device="cpu")
+        one_line_error(capsys, arguments, "too little text", "--batch-size")
+    assert sorted(path.name for path in texts.parent.iterdir()) == ["empty", "texts"]
+    assert not list((texts.parent / "empty").iterdir())
+
+
+def test_overwriting_spares_what_is_no_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / commands.OPTIONS_FILE).write_text(options.as_yaml(TrainOptions()))
+    (tmp_path / "run.old").mkdir()
+    arguments = command("train", data=[texts], output=tmp_path / "run", overwrite=True)
+    one_line_error(capsys, arguments, "run.old is in the way")
+    assert (tmp_path / "run" / commands.OPTIONS_FILE).is_file()
+    assert (tmp_path / "run.old").is_dir()
+
+
 def test_an_output_folder_that_holds_something(
     finished: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

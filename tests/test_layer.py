@@ -260,6 +260,7 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "packed end": (dict(cu_seqlens=torch.tensor([0, 6])), ValueError, "cu_seqlens"),
         "cache without config": (dict(past_key_values=DynamicCache()), ValueError, r"config=model\.config"),
         "cache of another model": (dict(past_key_values=other), ValueError, r"config=model\.config"),
+        "cache as a tuple": (dict(past_key_values=()), TypeError, r"a tuple; expected a transformers\.Cache"),
         "cache to roll back": (dict(past_key_values=recording), ValueError, "cannot be rolled back"),
     }
 

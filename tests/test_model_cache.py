@@ -122,11 +122,11 @@ def test_static_cache(kind: str) -> None:
     assert_near(torch.cat(parts, dim=1), model(tokens, use_cache=False).logits, BOUND)
 
 
-@pytest.mark.parametrize("kind", ["gka", "hybrid"])
+@pytest.mark.parametrize("kind", ["hybrid, attention first"])
 @torch.no_grad()
 def test_decoding_compiles_as_one_graph(kind: str) -> None:
     torch._dynamo.reset()
-    model, tokens = tiny_model(kind), random_tokens(2, 9)
+    model, tokens = tiny_model(kind, steps=[4]), random_tokens(2, 9)  # few steps, quickly traced
     cache = StaticCache(config=model.config, max_cache_len=16)
     model(tokens[:, :5], past_key_values=cache)
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
@@ -178,6 +178,8 @@ def test_a_cache_of_gka_layers_cannot_be_cropped() -> None:
 def test_refuses_a_cache_without_the_configuration() -> None:
     with pytest.raises(ValueError, match=r"config=model\.config"):
         tiny_model()(random_tokens(1, 3), past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=r"a tuple; expected a transformers\.Cache"):
+        tiny_model()(random_tokens(1, 3), past_key_values=())
 
 
 def test_refuses_assisted_generation() -> None:

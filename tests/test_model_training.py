@@ -169,5 +169,7 @@ def test_initial_weights() -> None:
             assert value.eq(1.0).all(), name
         elif name.endswith("bias") and "dt_" not in name:
             assert value.eq(0.0).all(), name
+        elif name.endswith("conv1d.weight"):  # U(-1, 1) / sqrt(width), width 4: keeps the size of its inputs
+            assert value.abs().max() <= 0.5 and 0.25 < value.std() < 0.33, name
         elif name.endswith("weight"):
             assert 0.017 < value.std() < 0.023, name

@@ -9,6 +9,7 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..layer import GatedKalmaNet, fresh_A_log, fresh_dt_bias
+from ..short_conv import ShortConv
 from .config import GKAConfig
 from .length import add_counter, count_tokens
 from .packing import Packing, find_packing
@@ -130,6 +132,8 @@ class GKAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ShortConv):  # keeps the size of its inputs: U(-1, 1) / sqrt(width)
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
         if isinstance(module, GatedKalmaNet) and module.a_proj is not None:
             device = module.A_log.device
             init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
@@ -170,8 +174,8 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B, T] of int64; or inputs_embeds: [B, T, hidden_size]. One of the two.
-            attention_mask: [B, P + T], 0 for a pad, which may stand anywhere; or transformers' masks by layer
-                type.
+            attention_mask: [B, P + T], 0 for a pad, which may stand anywhere (but a sliding window counts the
+                pads that stand between its tokens); or transformers' masks by layer type.
             position_ids: [B, T] or [1, T], for the rotary embedding. None means counting the tokens that are no
                 pads. Without mask and cache, a 0 inside a row starts a packed sequence.
             past_key_values: a cache to go on from, `DynamicCache(config=config)`; brought up to date in place.
@@ -180,11 +184,15 @@ class GKAModel(GKAPreTrainedModel):
                 batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx.
 
         Raises:
-            TypeError: an unknown keyword.
+            TypeError: an unknown keyword, or past_key_values is no Cache.
             ValueError: arguments that do not fit, or a packed batch with a mask or a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; expected one of them")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise TypeError(
+                f"past_key_values is a {type(past_key_values).__name__}; expected a transformers.Cache"
+            )
         _check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
