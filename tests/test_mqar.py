@@ -54,9 +54,7 @@ def test_every_key_stands_there_twice_and_its_query_asks_for_its_value(setting: 
 
 
 def test_the_published_example_is_reproduced_in_form() -> None:
-    inputs, labels = make_mqar(
-        1, seq_len=16, num_pairs=2, vocab_size=12, random_non_queries=False, seed=3
-    )
+    inputs, labels = make_mqar(1, seq_len=16, num_pairs=2, vocab_size=12, random_non_queries=False, seed=3)
     assert (inputs[0, :4] > 0).all()
     assert (inputs[0, 4:] > 0).sum() == 2 == (labels[0] != IGNORE).sum()
 

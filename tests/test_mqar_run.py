@@ -161,8 +161,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
         report(1, accuracy)
         return {
             **dataclasses.asdict(cell),
-            "accuracy": accuracy, "loss": 1.0, "steps": 3, "parameters": 9, "state_size": 4,
-            "seconds": 0.0, "cpu_seconds": 0.0, "history": [[3, accuracy, 1.0]], "config": {},
+            "accuracy": accuracy,
+            "loss": 1.0,
+            "steps": 3,
+            "parameters": 9,
+            "state_size": 4,
+            "seconds": 0.0,
+            "cpu_seconds": 0.0,
+            "history": [[3, accuracy, 1.0]],
+            "config": {},
         }
 
     monkeypatch.setattr(mqar_train, "train_cell", train)

@@ -140,8 +140,16 @@ def _draw_dims(axes: Any, rows: list[dict[str, Any]]) -> None:
         below = [row["accuracy"] - row["lowest"] for row in points]
         above = [row["highest"] - row["accuracy"] for row in points]
         axes.errorbar(
-            [dims.index(row["dim"]) for row in points], mean, yerr=[below, above],
-            label=name, color=color, marker=marker, markersize=7, linewidth=2, capsize=4, elinewidth=1.2,
+            [dims.index(row["dim"]) for row in points],
+            mean,
+            yerr=[below, above],
+            label=name,
+            color=color,
+            marker=marker,
+            markersize=7,
+            linewidth=2,
+            capsize=4,
+            elinewidth=1.2,
         )
     axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
     axes.set_xlim(-0.4, len(dims) - 0.6)

@@ -28,6 +28,7 @@ from ..options import flag, option
 RESULTS_FILE, PLOT_FILE = "mqar.json", "mqar.png"
 MIXERS = ("gka", "gla", "attention")
 
+
 def _list(default: Sequence[Any], help: str, **settings: Any) -> Any:
     """Declare an option that is a list; every instance gets its own."""
     metadata = option(None, help, **settings).metadata
@@ -49,8 +50,10 @@ class MQAROptions:
     num_pairs: int = option(4, "key-value pairs of a sequence", group=_TASK, minimum=1)
     vocab_size: int = option(8192, "tokens; half are keys, half values", group=_TASK, minimum=4)
     power_a: float = option(
-        0.01, "power law of where the queries stand: 1 is uniform, near 0 is close to the pairs",
-        group=_TASK, above=0,
+        0.01,
+        "power law of where the queries stand: 1 is uniform, near 0 is close to the pairs",
+        group=_TASK,
+        above=0,
     )
     random_non_queries: bool = option(
         True, "fill what is neither pair nor query with random tokens; else with token 0", group=_TASK
@@ -75,12 +78,17 @@ class MQAROptions:
     epochs: int = option(64, "passes over the training sequences", group=_TRAINING, minimum=1)
     batch_size: int = option(256, "sequences per step", group=_TRAINING, minimum=1)
     learning_rates: list[float] = _list(  # noqa: RUF009
-        (1e-3, 3e-3, 1e-2), "peak rates to try with every mixer; the best is reported",
-        group=_TRAINING, above=0,
+        (1e-3, 3e-3, 1e-2),
+        "peak rates to try with every mixer; the best is reported",
+        group=_TRAINING,
+        above=0,
     )
     warmup: float = option(
-        0.05, "share of the steps in which the rate rises; then it falls to 0 as a cosine",
-        group=_TRAINING, minimum=0, maximum=0.9,
+        0.05,
+        "share of the steps in which the rate rises; then it falls to 0 as a cosine",
+        group=_TRAINING,
+        minimum=0,
+        maximum=0.9,
     )
     weight_decay: float = option(
         0.1, "of matrices only: not of norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
@@ -88,7 +96,9 @@ class MQAROptions:
     adam_beta2: float = option(
         0.95,
         "of AdamW; with 0.999 the rare gradients of single tokens keep the start slow",
-        group=_TRAINING, minimum=0, maximum=0.9999,
+        group=_TRAINING,
+        minimum=0,
+        maximum=0.9999,
     )
     eval_every: int = option(100, "steps between two tests", group=_TRAINING, minimum=1)
     stop_accuracy: float = option(

@@ -74,9 +74,7 @@ def steps_of(options: MQAROptions) -> int:
     return options.epochs * math.ceil(options.train_examples / options.batch_size)
 
 
-def train_cell(
-    options: MQAROptions, cell: Cell, report: Callable[[int, float | None], None]
-) -> dict[str, Any]:
+def train_cell(options: MQAROptions, cell: Cell, report: Callable[[int, float | None], None]) -> dict[str, Any]:
     """Train one model and score it.
 
     Args:
