@@ -104,3 +104,14 @@ def test_strided_inputs() -> None:
     assert relative_error(o, ref["o"]) < 1e-12
     o.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in tokens)
+
+
+def test_autocast_changes_nothing() -> None:
+    arguments = make_inputs(Case(lengths=(20,)), torch.float32)
+    ref = run(arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(run(arguments), ref, 1e-12)
+        tokens = [arguments[n].detach()[:, 0] for n in ("q", "k", "v", "g", "alpha", "beta")]
+        state = State(arguments["S_kk"].detach(), arguments["S_kv"].detach())
+        o, _ = gated_kalmanet_step(*tokens, state=state)
+    assert relative_error(o, ref["o"][:, 0]) < 1e-5

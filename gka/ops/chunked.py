@@ -27,7 +27,8 @@ C tokens per chunk, b chunks of a block times Hk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +89,19 @@ def _no_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or like.dtype)
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with autocast off: dtypes are chosen here, whatever surrounds the call."""
+
+    @functools.wraps(function)
+    def call(q: Tensor, *others: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *others)
+
+    return call
+
+
 @torch.library.custom_op("gka::chunked_forward", mutates_args=())
+@_without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -168,6 +181,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
 
 
 @torch.library.custom_op("gka::chunked_backward", mutates_args=())
+@_without_autocast
 def _backward(
     q: Tensor,
     k: Tensor,

@@ -34,6 +34,23 @@ def gated_kalmanet_step(
 
     The states' dtype is the dtype of the arithmetic; gradients flow by autograd and `ridge_solve`.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        return _step(q, k, v, g, alpha, beta, state, ridge_ratio, steps, scale, normalize_qk)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    state: State,
+    ridge_ratio: float,
+    steps: tuple[int, ...],
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, State]:
     heads, dtype = q.shape[1], state.S_kv.dtype
     query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize_qk:
