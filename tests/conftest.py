@@ -4,11 +4,13 @@ import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -20,6 +22,18 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("gka")
+
+
+LOGGERS = [logging.getLogger(name) for name in ("torch", "accelerate", "transformers")]
+LEVELS = [logger.level for logger in LOGGERS]
+
+
+@pytest.fixture(autouse=True)
+def loud() -> None:
+    """A command run in this process, by a test or a fixture, silenced the libraries: hear them again."""
+    for logger, level in zip(LOGGERS, LEVELS, strict=True):
+        logger.setLevel(level)
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
