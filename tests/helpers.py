@@ -99,6 +99,22 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -
     return arguments
 
 
+def converted(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """q, k, v in `dtype`, the other floating tensors in float32."""
+    narrow = {name: dtype if name in ("q", "k", "v") else torch.float32 for name in INPUTS}
+    return {
+        name: tensor.detach().to(narrow[name]) if name in narrow and tensor is not None else tensor
+        for name, tensor in arguments.items()
+    }
+
+
+def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All floating tensors in float64."""
+    return {
+        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in arguments.items()
+    }
+
+
 def run(
     arguments: dict[str, Any], function: Any = gated_kalmanet, seed: int = 1, **options: Any
 ) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import CASES, Case, assert_close, make_inputs, run
 
-from gka.ops import State, chunked, gated_kalmanet
+from gka.ops import State, autograd, gated_kalmanet
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=str)
@@ -35,14 +35,15 @@ def test_inductor_with_surrounding_code() -> None:
         assert_close(dict(zip(names, got, strict=True)), dict(zip(names, expected, strict=True)), 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton_op"])
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
-def test_registration(case: Case) -> None:
+def test_registration(case: Case, backend: str) -> None:
     """torch's own checks: schema, fake implementation against the real one, autograd registration."""
     a = make_inputs(case, torch.float32)
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta", "S_kk", "S_kv")]
-    options = (0.02, [8, 8], 0.25, 16, True, True, True)
+    options = (backend, 0.02, [8, 8], 0.25, 16, True, True, True)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(chunked._forward, (*tensors, a["cu_seqlens"], *options), test_utils=utilities)
+    torch.library.opcheck(autograd._forward, (*tensors, a["cu_seqlens"], *options), test_utils=utilities)
 
 
 def test_activation_checkpointing() -> None:

@@ -15,21 +15,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked, reference, step
+from . import autograd, reference, step
 from .solvers import RIDGE_RATIO, default_steps
-from .types import State
+from .triton_config import supports
+from .types import State, state_dtype
 
 __all__ = ["State", "gated_kalmanet", "gated_kalmanet_step"]
 
 MAX_DIM = 256
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
-    "chunked": chunked.gated_kalmanet,
+    "chunked": partial(autograd.gated_kalmanet, backend="chunked"),
+    "triton": partial(autograd.gated_kalmanet, backend="triton_op"),
     "reference": reference.gated_kalmanet,
 }
 
@@ -74,9 +77,12 @@ def gated_kalmanet(
         output_final_state: whether the states after the last token are returned.
         cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
             cu_seqlens[n + 1] of a batch with B = 1; from 0 to T, not decreasing.
-        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
+        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it, but
+            for dg of the kernels, by as much as `steps` leave of the solve.
         normalize_qk: whether q and k are divided by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
-        backend: "chunked" (PyTorch, any device, the default) or "reference" (float64 token loop, slow).
+        backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
+            "chunked" (PyTorch, any device) or "reference" (float64 token loop, slow). None takes the first that
+            serves the tensors.
 
     Returns:
         o [B, T, H, V] in q's dtype, and the final State or None. All floating inputs and both initial states
@@ -109,7 +115,7 @@ def gated_kalmanet(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; expected an integer of at least 1, or None")
     _check_decay(g)
-    chosen = "chunked" if backend is None else backend
+    chosen = backend or _suitable_backend(q, chunk_size)
     if chosen not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {sorted(_BACKENDS)} or None")
     o, final_state = _BACKENDS[chosen](
@@ -132,7 +138,7 @@ def gated_kalmanet(
         o = o.to(q.dtype)
         if final_state is not None:
             S_kk, S_kv = final_state
-            dtype = _state_dtype(q.dtype)
+            dtype = state_dtype(q.dtype)
             final_state = State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
     return o, final_state
 
@@ -195,11 +201,14 @@ def gated_kalmanet_step(
     )
 
 
+def _suitable_backend(q: Tensor, chunk_size: int | None) -> str:
+    """Kernels where there are some for a CUDA device, dtype, dim and chunk size, else PyTorch."""
+    if q.device.type == "cuda" and torch.version.cuda is not None and supports(q.dtype, q.shape[3], chunk_size):
+        return "triton"
+    return "chunked"
+
+
 # ---------------------------------------------------------------------------------------- checks
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_floats(**tensors: Tensor | None) -> None:
@@ -274,7 +283,7 @@ def _check_state(
 ) -> None:
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"{name} is a {type(state).__name__}; expected a gka.ops.State (S_kk, S_kv)")
-    dtype = _state_dtype(q.dtype)
+    dtype = state_dtype(q.dtype)
     parts: list[tuple[str, Any, tuple[int, ...]]] = [("S_kv", state[1], (N, H, D, V))]
     if steps:
         parts.append(("S_kk", state[0], (N, H, D, D)))

@@ -27,8 +27,6 @@ C tokens per chunk, b chunks of a block times Hk.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +35,7 @@ from torch import Tensor
 from .chunk_math import ReadoutAdjoint, SolveAdjoint, readout, readout_adjoint, unit_rows, unit_rows_backward
 from .problem import Problem
 from .schedule import Block
-from .types import State
+from .types import Gradients, Inputs, Options, Outputs, Saved, state_dtype
 
 
 def default_chunk_size(device: torch.device) -> int:
@@ -45,100 +43,12 @@ def default_chunk_size(device: torch.device) -> int:
     return 32 if device.type == "cpu" else 64
 
 
-def gated_kalmanet(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    *,
-    ridge_ratio: float,
-    steps: tuple[int, ...],
-    scale: float,
-    initial_state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    normalize_qk: bool,
-) -> tuple[Tensor, State | None]:
-    """The chunk-wise backend of `gka.ops.gated_kalmanet`, whose checked arguments it takes."""
-    inputs = (q, k, v, g, alpha, beta)
-    states = (None, None) if initial_state is None else (initial_state.S_kk, initial_state.S_kv)
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (*inputs, *states)
-    )
-    o, S_kk, S_kv, _ = _forward(
-        *inputs,
-        *states,
-        cu_seqlens,
-        ridge_ratio,
-        list(steps),
-        scale,
-        chunk_size or default_chunk_size(q.device),
-        normalize_qk,
-        output_final_state,
-        differentiable,
-    )
-    if not output_final_state:
-        return o, None
-    return o, State(S_kk if steps else None, S_kv)
-
-
-def _no_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(0, dtype=dtype or like.dtype)
-
-
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with autocast off: dtypes are chosen here, whatever surrounds the call."""
-
-    @functools.wraps(function)
-    def call(q: Tensor, *others: Any) -> Any:
-        with torch.autocast(q.device.type, enabled=False):
-            return function(q, *others)
-
-    return call
-
-
-@torch.library.custom_op("gka::chunked_forward", mutates_args=())
-@_without_autocast
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    S_kk: Tensor | None,
-    S_kv: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ridge_ratio: float,
-    steps: Sequence[int],
-    scale: float,
-    chunk_size: int,
-    normalize_qk: bool,
-    output_final_state: bool,
-    save_solution: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = Problem(
-        q,
-        k,
-        v,
-        g,
-        alpha,
-        beta,
-        S_kk,
-        S_kv,
-        cu_seqlens,
-        ridge_ratio,
-        tuple(steps),
-        scale,
-        chunk_size,
-        normalize_qk,
-    )
+def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
+    """The op; `save` keeps x for `backward`."""
+    p, steps, q = Problem(*inputs, *options), options.steps, inputs.q
     o = q.new_empty(p.tokens + 1, p.H, p.V)
-    x = p.target(q, p.dtype) if save_solution and steps else _no_tensor(q, p.dtype)
-    final_kk, final_kv = _no_tensor(q, p.dtype), _no_tensor(q, p.dtype)
+    x = p.target(q, p.dtype) if save and steps else None
+    final_kk = final_kv = None
     if output_final_state:
         final_kv = q.new_empty(len(p.bounds), p.H, p.D, p.V, dtype=p.dtype)
         if steps:
@@ -150,83 +60,46 @@ def _forward(
             chunks, _ = p.chunks(index)
             first_kk, first_kv = p.states(block, chunks, carry)
             Y = p.read(q, index)
-            if normalize_qk:
+            if options.normalize_qk:
                 Y = unit_rows(Y)[0]
             if steps:
                 X = p.systems(chunks, first_kk).solve(Y)
-                if save_solution:
+                if x is not None:
                     p.write(x, index, X)
                 Y, _ = p.blend(Y, X, index)
-            p.write(o, index, readout(chunks, first_kv, Y).mul_(scale))
-        if output_final_state:
-            numbers = p.sequences(group)
+            p.write(o, index, readout(chunks, first_kv, Y).mul_(options.scale))
+        numbers = p.sequences(group)
+        if final_kv is not None:
             final_kv.index_copy_(0, numbers, carry[1])
-            if steps:
-                final_kk.index_copy_(0, numbers, carry[0])
-    x = p.finish(x, q) if x.numel() else x
-    return p.finish(o, q), final_kk, final_kv, x
+        if final_kk is not None:
+            final_kk.index_copy_(0, numbers, carry[0])
+    return Outputs(p.finish(o, q), final_kk, final_kv, Saved(None if x is None else p.finish(x, q)))
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cu_seqlens, _, steps, *_, output_final_state, save_solution = others[5:]
-    B, T, H, D = q.shape
-    V = v.shape[3]
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    final_kv = q.new_empty((N, H, D, V) if output_final_state else (0,), dtype=dtype)
-    final_kk = q.new_empty((N, H, D, D) if output_final_state and steps else (0,), dtype=dtype)
-    x = q.new_empty((B, T, H, D) if save_solution and steps else (0,), dtype=dtype)
-    return q.new_empty(B, T, H, V), final_kk, final_kv, x
+def empty_saved(inputs: Inputs, options: Options) -> Saved:
+    """What `forward` saves, uninitialised."""
+    q = inputs.q
+    return Saved(q.new_empty(q.shape, dtype=state_dtype(q.dtype)) if options.steps else None)
 
 
-@torch.library.custom_op("gka::chunked_backward", mutates_args=())
-@_without_autocast
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    S_kk: Tensor | None,
-    S_kv: Tensor | None,
-    cu_seqlens: Tensor | None,
-    x: Tensor,
+def backward(
+    inputs: Inputs,
+    options: Options,
+    saved: Saved,
+    final: tuple[Tensor, Tensor],
     do: Tensor,
-    dS_kk: Tensor | None,
-    dS_kv: Tensor | None,
-    ridge_ratio: float,
-    steps: Sequence[int],
-    scale: float,
-    chunk_size: int,
-    normalize_qk: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    p = Problem(
-        q,
-        k,
-        v,
-        g,
-        alpha,
-        beta,
-        S_kk,
-        S_kv,
-        cu_seqlens,
-        ridge_ratio,
-        tuple(steps),
-        scale,
-        chunk_size,
-        normalize_qk,
-    )
-    dq, dk, dv, dg = (p.target(tensor) for tensor in (q, k, v, g))
-    dalpha = _no_tensor(q) if alpha is None else p.target(alpha)
-    dbeta = _no_tensor(q) if beta is None else p.target(beta)
-    dS_kk_0 = _no_tensor(q) if S_kk is None else torch.empty_like(S_kk)
-    dS_kv_0 = _no_tensor(q) if S_kv is None else torch.empty_like(S_kv)
+    d_final: tuple[Tensor | None, Tensor | None],
+) -> Gradients:
+    """Gradients of the inputs from those of o and of the final states; `final` itself is not needed."""
+    p, steps, q, x = Problem(*inputs, *options), options.steps, inputs.q, saved.x
+    dS_kk, dS_kv = d_final
+    assert x is not None
+    targets = [None if tensor is None else p.target(tensor) for tensor in inputs[:6]]
+    dS_kk_0, dS_kv_0 = (None if t is None else t.new_empty(t.shape) for t in inputs[6:8])
     for group in p.groups:
-        carry, saved = p.carries(group), []
+        carry, firsts = p.carries(group), []
         for block in group.blocks:
-            saved.append(tuple(tensor.clone() for tensor in carry))
+            firsts.append(tuple(tensor.clone() for tensor in carry))
             p.states(block, p.chunks(p.index(block))[0], carry)
         numbers = p.sequences(group)
         W = p.first_state(dS_kv, p.V, numbers)
@@ -234,21 +107,17 @@ def _backward(
         if steps:
             G = 0.5 * (G + G.transpose(-1, -2))
         for block in reversed(group.blocks):
-            first, index = saved.pop(), p.index(block)
+            first, index = firsts.pop(), p.index(block)
             grads = _block_backward(p, block, index, (first[0], first[1]), (G, W), x, do)
-            for target, rows in zip((dq, dk, dv, dg, dalpha, dbeta), grads, strict=True):
-                if rows is not None:
+            for target, rows in zip(targets, grads, strict=True):
+                if target is not None and rows is not None:
                     p.write(target, index, rows)
-        if S_kv is not None:
-            dS_kv_0.index_copy_(0, numbers, W.to(S_kv.dtype))
-        if S_kk is not None:
-            dS_kk_0.index_copy_(0, numbers, G.to(S_kk.dtype) if steps else torch.zeros_like(S_kk)[numbers])
-    finished = [p.finish(t, like) for t, like in ((dq, q), (dk, k), (dv, v), (dg, g))]
-    if alpha is not None:
-        dalpha = p.finish(dalpha, alpha)
-    if beta is not None:
-        dbeta = p.finish(dbeta, beta)
-    return finished[0], finished[1], finished[2], finished[3], dalpha, dbeta, dS_kk_0, dS_kv_0
+        if dS_kv_0 is not None:
+            dS_kv_0.index_copy_(0, numbers, W.to(dS_kv_0.dtype))
+        if dS_kk_0 is not None:
+            dS_kk_0.index_copy_(0, numbers, G.to(dS_kk_0.dtype))
+    found: list[Any] = [None if t is None else p.finish(t, q) for t in targets]
+    return Gradients(found[0], found[1], found[2], found[3], found[4], found[5], dS_kk_0, dS_kv_0)
 
 
 def _block_backward(
@@ -317,32 +186,3 @@ def _block_backward(
         norms = [tensor.unsqueeze(1) for tensor in (chunks.K, *key_norms)]
         dK = unit_rows_backward(dK, norms[0], norms[1], norms[2])
     return dQ, dK, dV, dg, dalpha, dbeta
-
-
-@_backward.register_fake
-def _(q: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    inputs = (q, *others[:7])
-    return tuple(q.new_empty(0) if x is None else torch.empty_like(x).contiguous() for x in inputs)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:9], output[3])
-    ctx.options = inputs[9:14]
-    ctx.set_materialize_grads(False)
-    ctx.output_like = (output[0].shape, output[0].dtype, output[0].device)
-
-
-def _autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    do, dS_kk, dS_kv, _ = gradients
-    *inputs, x = ctx.saved_tensors
-    if do is None:
-        shape, dtype, device = ctx.output_like
-        do = torch.zeros(shape, dtype=dtype, device=device)
-    if dS_kk is not None and dS_kk.numel() == 0:
-        dS_kk = None
-    grads = _backward(*inputs, x, do, dS_kk, dS_kv, *ctx.options)
-    found = [None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=False)]
-    return *found, *([None] * 8)
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

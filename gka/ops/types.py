@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,75 @@ class State(NamedTuple):
 
     S_kk: Tensor | None
     S_kv: Tensor
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, as `gka.ops.gated_kalmanet` describes them; S_kk and S_kv are the initial state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    alpha: Tensor | None
+    beta: Tensor | None
+    S_kk: Tensor | None
+    S_kv: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+class Options(NamedTuple):
+    """The numbers of one call, all chosen."""
+
+    ridge_ratio: float
+    steps: tuple[int, ...]
+    scale: float
+    chunk_size: int
+    normalize_qk: bool
+
+
+class Saved(NamedTuple):
+    """What a backend keeps for its backward pass, beside inputs and final states; None for what it does not.
+
+    x: [B, T, H, D], solutions; norm: [B, T, H], ||S_kk||_F; edge_kk, edge_kv: [., H, D, D or V], states where
+        the work was cut.
+    """
+
+    x: Tensor | None = None
+    norm: Tensor | None = None
+    edge_kk: Tensor | None = None
+    edge_kv: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """o [B, T, H, V] in q's dtype, the final states, or None for what was not asked for, and `Saved`."""
+
+    o: Tensor
+    S_kk: Tensor | None
+    S_kv: Tensor | None
+    saved: Saved
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs, in their shapes and dtypes; None for what was not given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    alpha: Tensor | None
+    beta: Tensor | None
+    S_kk: Tensor | None
+    S_kv: Tensor | None
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the states that belong to inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def repeat_heads(tensor: Tensor, heads: int, dim: int = 2) -> Tensor:

@@ -1,0 +1,189 @@
+"""Compile every kernel ahead of time for several GPUs, without one: registers, spills, shared memory.
+
+    python -m benchmarks.compile_kernels                 # all architectures, prints a table
+    python -m benchmarks.compile_kernels --arch 90       # Hopper alone
+    python -m benchmarks.compile_kernels --check         # exit code 1 where worse than benchmarks/kernels.json
+    python -m benchmarks.compile_kernels --write         # bring that file up to date
+
+The kernels are those that one forward and backward pass of the op launches, taken down instead of run. ptxas and
+cuobjdump come with Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+COMMITTED = Path(__file__).parent / "kernels.json"
+ARCHITECTURES = {80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 90: "H100, H200", 100: "B200"}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+KEYS = ("case", "kernel", "architecture")
+Launch = tuple[JITFunction, dict[str, Any], dict[str, int]]
+
+
+@contextmanager
+def taken_down() -> Iterator[list[Launch]]:
+    """Kernels that are launched inside are not run but listed, with their arguments and options."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        values = dict(zip(kernel.arg_names, arguments, strict=False))
+        options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
+        launches.append((kernel, {**values, **named}, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
+    """What Triton's own launcher would compile for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[(number,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack, of a kernel by cuobjdump."""
+    tool = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("cuobjdump*"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "stack bytes": int(found["STACK"])}
+
+
+def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...]) -> list[Launch]:
+    """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
+    from gka.ops import State, gated_kalmanet, triton_op
+
+    q, k, v = (torch.randn(1, 256, 16, D, dtype=dtype, requires_grad=True) for _ in range(3))
+    gates = [torch.rand(1, 256, 16, requires_grad=True) for _ in range(3)]
+    states = [torch.zeros(1, 16, D, D, requires_grad=True) for _ in range(2)]
+    initial = State(states[0] if steps else None, states[1])
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as found:
+        o, final = gated_kalmanet(
+            q, k, v, -gates[0], *gates[1:], steps=steps, normalize_qk=True, backend="triton",
+            initial_state=initial, output_final_state=True,
+        )  # fmt: skip
+        torch.autograd.backward(
+            [x for x in (o, *final) if x is not None], [x for x in (o, *final) if x is not None]
+        )
+    unique: dict[tuple[Any, ...], Launch] = {}
+    for kernel, values, options in found:
+        constants = tuple(values[p.name] for p in kernel.params if p.is_constexpr)
+        unique.setdefault((kernel.fn.__name__, constants), (kernel, values, options))
+    return list(unique.values())
+
+
+CASES = {
+    "bfloat16 D 128 (16, 16)": (torch.bfloat16, 128, (16, 16)),
+    "bfloat16 D 64 (16, 16)": (torch.bfloat16, 64, (16, 16)),
+    "bfloat16 D 64 ()": (torch.bfloat16, 64, ()),
+    "float32 D 64 (31,)": (torch.float32, 64, (31,)),
+}
+
+
+def compile_all(architectures: list[int], cases: list[str], only: str | None = None) -> list[dict[str, Any]]:
+    rows = []
+    for name in cases:
+        seen: Counter[str] = Counter()
+        for kernel, values, options in launches(*CASES[name]):
+            seen[kernel.fn.__name__] += 1
+            number = seen[kernel.fn.__name__]
+            label = kernel.fn.__name__ if number == 1 else f"{kernel.fn.__name__} {number}"
+            if only and only not in kernel.fn.__name__:
+                continue
+            for architecture in architectures:
+                if CASES[name][0] == torch.float32 and architecture != 90:
+                    continue  # tf32x3 is one code everywhere, and takes ptxas minutes
+                compiled = triton.compile(
+                    source(kernel, values), target=GPUTarget("cuda", architecture, 32), options=options
+                )
+                row = {"case": name, "kernel": label, "architecture": architecture}
+                row |= {"warps": compiled.metadata.num_warps, **resources(compiled.asm["cubin"])}
+                row["shared bytes"] = compiled.metadata.shared
+                rows.append(row)
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return rows
+
+
+def worse(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
+    """What takes more registers, stack or shared memory than committed, has no committed row, or does not fit."""
+    found = []
+    for row in rows:
+        name = ", ".join(str(row[key]) for key in KEYS)
+        if row["shared bytes"] > SHARED_LIMIT[row["architecture"]]:
+            found.append(f"{name}: {row['shared bytes']} bytes of shared memory do not fit")
+        before = next((old for old in committed if all(old[key] == row[key] for key in KEYS)), None)
+        if before is None:
+            found.append(f"{name}: not in {COMMITTED.name}")
+            continue
+        for key in ("registers", "stack bytes", "shared bytes"):
+            if row[key] > before[key]:
+                found.append(f"{name}: {key} {row[key]}, committed {before[key]}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compile_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="all if not given")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="all if not given")
+    parser.add_argument("--only", help="kernels with this in their name")
+    parser.add_argument("--check", action="store_true", help="compare with benchmarks/kernels.json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/kernels.json")
+    options = parser.parse_args()
+    table = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    rows = compile_all(options.arch or list(ARCHITECTURES), options.case or list(CASES), options.only)
+    if options.check:
+        if triton.__version__ not in table:
+            sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; make them with --write")
+        if found := worse(rows, table[triton.__version__]):
+            sys.exit("\n".join(found))
+    if options.write:
+        done = {tuple(row[key] for key in KEYS) for row in rows}
+        kept = [row for row in table.get(triton.__version__, []) if tuple(row[key] for key in KEYS) not in done]
+        table[triton.__version__] = kept + rows
+        lines = (f" {json.dumps(version)}: [\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
+                 for version, rows in table.items())  # fmt: skip
+        COMMITTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

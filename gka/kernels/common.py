@@ -1,0 +1,219 @@
+"""What the kernels share: decays inside a chunk, rows of tokens, products more exact than 16 bits.
+
+A chunk is C consecutive tokens of one sequence. Rows past the sequence's end are masked: their keys, values,
+queries and gates read as zero, so they change no state and nothing of theirs is stored.
+
+Two arithmetics, chosen by the constexpr WIDE:
+    WIDE = False  (bfloat16 inputs): operands of products are bfloat16, sums are float32. What must be exact, a
+                  state or an iterate, is a pair hi + lo of bfloat16, and a product of pairs is three products.
+    WIDE = True   (float32 and float16 inputs): operands are float32, products three-part TF32.
+
+Legend: C tokens of a chunk; c, j, i tokens in it; D key dim, V value dim; G_c = g_1 + ... + g_c.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies bfloat16 operands by their bits: there they are widened first.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# e^g is 0 in float32 long before; a finite bound keeps -inf - (-inf) out of the differences.
+G_FLOOR = tl.constexpr(-110.0)
+
+
+@triton.jit
+def chunk_of(chunk_ptr, chunk):
+    """First token of a chunk and one past the last of its sequence, int64, in the flattened batch."""
+    return tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
+
+
+# Addresses are a scalar of 64 bits, which any tensor may need, plus offsets of 32 bits inside a tile.
+
+
+@triton.jit
+def _rows_left(start, end, C: tl.constexpr):
+    """Whether each of a chunk's C rows exists, [C]."""
+    return tl.arange(0, C) < tl.minimum(end - start, C).to(tl.int32)
+
+
+@triton.jit
+def load_scalars(ptr, start, end, H, h, C: tl.constexpr):
+    """[C] in float32 of a tensor [tokens, H]; zero past the end."""
+    place = ptr + (start * H + h) + tl.arange(0, C) * H
+    return tl.load(place, mask=_rows_left(start, end, C), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_scalars(ptr, x, start, end, H, h, C: tl.constexpr):
+    place = ptr + (start * H + h) + tl.arange(0, C) * H
+    tl.store(place, cast(x, ptr.dtype.element_ty), mask=_rows_left(start, end, C))
+
+
+@triton.jit
+def load_rows(ptr, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr):
+    """[C, BLOCK] of a tensor [tokens, H, dim], columns from `first`; zero past the end and past dim."""
+    d = first + tl.arange(0, BLOCK)
+    place = ptr + (start * H + h) * dim + (tl.arange(0, C)[:, None] * (H * dim) + d[None, :])
+    return tl.load(place, mask=_rows_left(start, end, C)[:, None] & (d < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr):
+    d = first + tl.arange(0, BLOCK)
+    place = ptr + (start * H + h) * dim + (tl.arange(0, C)[:, None] * (H * dim) + d[None, :])
+    inside = _rows_left(start, end, C)[:, None] & (d < dim)[None, :]
+    tl.store(place, cast(x, ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_matrix(ptr, index, rows, columns, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of matrix number `index` of a tensor [n, rows, columns], from (row, column)."""
+    i = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    place = ptr + index.to(tl.int64) * (rows * columns) + (i[:, None] * columns + j[None, :])
+    return tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def load_transposed(ptr, index, rows, columns, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transpose of `load_matrix`, [COLUMNS, ROWS]."""
+    i = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    place = ptr + index.to(tl.int64) * (rows * columns) + (i[None, :] * columns + j[:, None])
+    return tl.load(place, mask=(j < columns)[:, None] & (i < rows)[None, :], other=0.0)
+
+
+@triton.jit
+def store_matrix(ptr, x, index, rows, columns, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    i = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    place = ptr + index.to(tl.int64) * (rows * columns) + (i[:, None] * columns + j[None, :])
+    tl.store(place, cast(x, ptr.dtype.element_ty), mask=(i < rows)[:, None] & (j < columns)[None, :])
+
+
+@triton.jit
+def log_decays(g_ptr, start, end, H, h, C: tl.constexpr):
+    """G [C]."""
+    g = load_scalars(g_ptr, start, end, H, h, C)
+    return tl.cumsum(tl.maximum(g, G_FLOOR), 0)
+
+
+@triton.jit
+def past_mask(G, C: tl.constexpr):
+    """M [C, C] with M_{c,j} = e^{G_c - G_j} for j <= c, else 0; e^{-G_j} alone, which overflows, never."""
+    c = tl.arange(0, C)
+    exponent = tl.where(c[:, None] >= c[None, :], G[:, None] - G[None, :], float("-inf"))
+    return tl.exp(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def future_mask(G, C: tl.constexpr):
+    """The transpose of `past_mask`."""
+    c = tl.arange(0, C)
+    exponent = tl.where(c[:, None] <= c[None, :], G[None, :] - G[:, None], float("-inf"))
+    return tl.exp(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def last_of(G, C: tl.constexpr):
+    """G_C, the sum over the whole chunk."""
+    return tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), 0)
+
+
+@triton.jit
+def key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C: tl.constexpr,
+                HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr):  # fmt: skip
+    """beta [C] and r [C]: keys enter as beta r k, values as beta v, with r = 1 / (||k|| + 1e-6) if normalised.
+
+    So weights of columns stand for both: beta^2 r^2 in S_kk, beta^2 r in S_kv, and k itself stays as it came.
+    """
+    beta = tl.full([C], 1.0, tl.float32)
+    scale = tl.full([C], 1.0, tl.float32)
+    if HAS_BETA:
+        beta = load_scalars(beta_ptr, start, end, H, h, C)
+    if NORMALIZE:
+        scale = load_scalars(key_scale_ptr, start, end, Hk, hk, C)
+    return beta, scale
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest; the interpreter by itself cuts bits off."""
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            if x.dtype == tl.float32:
+                bits = x.to(tl.uint32, bitcast=True)
+                x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def rough(x, WIDE: tl.constexpr):
+    """x as an operand of a product."""
+    if WIDE:
+        return x.to(tl.float32)
+    else:
+        return cast(x, tl.bfloat16)
+
+
+@triton.jit
+def remainder(x, WIDE: tl.constexpr):
+    """What `rough(x)` leaves of x, as an operand; zero if WIDE."""
+    if WIDE:
+        return tl.zeros_like(x)
+    else:
+        return rough(x - rough(x, WIDE).to(tl.float32), WIDE)
+
+
+@triton.jit
+def dot(a, b, acc, WIDE: tl.constexpr):
+    """acc + a b of operands."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif WIDE:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def fine_dot(x, b, acc, WIDE: tl.constexpr):
+    """acc + x b with x in float32 and b an operand that is exact."""
+    acc = dot(rough(x, WIDE), b, acc, WIDE)
+    if not WIDE:
+        acc = dot(remainder(x, WIDE), b, acc, WIDE)
+    return acc
+
+
+@triton.jit
+def pair_dot(x, hi, lo, acc, WIDE: tl.constexpr):
+    """acc + x (hi + lo) with x in float32; lo is not read if WIDE."""
+    acc = fine_dot(x, hi, acc, WIDE)
+    if not WIDE:
+        acc = dot(rough(x, WIDE), lo, acc, WIDE)
+    return acc
+
+
+@triton.jit
+def widened(x, WIDE: tl.constexpr):
+    """An operand as float32, for use in a loop that it does not change in.
+
+    Opaque to the compiler, which would else do this once before the loop and keep twice the registers.
+    """
+    if WIDE or INTERPRETED:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+            dtype=tl.float32, is_pure=False, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def rough_product(x, operand, WIDE: tl.constexpr):
+    """rough(x o operand); if not WIDE x is rounded first, and the product formed in pairs of 16 bits."""
+    if WIDE or INTERPRETED:
+        return rough(x * operand.to(tl.float32), WIDE)
+    else:
+        return rough(x, WIDE) * operand

@@ -1,0 +1,161 @@
+"""What is read from the states, and what the reading's gradient asks of the solve.
+
+Forward (paper, sections 4.1 and 4.2), with M_{c,j} = e^{G_c - G_j} for j <= c and zeta_c = e^{G_c}:
+
+    y = r_q q + alpha (x - r_q q)            r_q = 1 / (||q|| + 1e-6) if normalised, else 1
+    o = scale ((zeta o Y) S_kv_0 + ((Y K^T) o M o beta^2 r_k) V)
+
+Backward (section 4.3), dy and then, with z = A^{-1} (alpha dy) from the solve:
+
+    dy = scale ((zeta o dO) S_kv_0^T + ((dO V^T) o M o beta^2 r_k) K)
+    dalpha = <x - r_q q, dy>       dq = (1 - alpha) dy + z, taken through the normalisation
+    w = a <z, x> / ||S||           b_j = sum_{c >= j} M_{c,j} w_c zeta_c         rest = <y, dy> - <z, r_q q>
+
+x, y and dy stay in float32. One program works on one chunk of one head.
+
+Legend: C tokens of a chunk; H query heads, Hk key/value heads; D key dim, V value dim; BD, BV blocks of them.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    chunk_of,
+    dot,
+    fine_dot,
+    key_weights,
+    load_matrix,
+    load_rows,
+    load_scalars,
+    log_decays,
+    pair_dot,
+    past_mask,
+    rough,
+    store_rows,
+    store_scalars,
+)
+from .state import blend
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def read_states(
+    q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr, query_scale_ptr, key_scale_ptr,
+    x_ptr,  # [tokens, H, D] float32
+    kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
+    o_ptr,  # out: [tokens, H, V]
+    chunk_ptr, scale, first_chunk, H, Hk, D, V,
+    C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
+    SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    h, local = program % H, program // H
+    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    if start >= end:
+        return
+    hk = h // (H // Hk)
+    G = log_decays(g_ptr, start, end, H, h, C)
+    beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
+    y = blend(
+        q_ptr, x_ptr, alpha_ptr, query_scale_ptr, start, end, H, h, D, C, BD, SOLVE, HAS_ALPHA, NORMALIZE
+    ) * scale  # fmt: skip
+    K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    scores = fine_dot(y, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
+    scores = scores * past_mask(G, C) * (beta * beta * key_scale)[None, :]
+    y = y * tl.exp(G)[:, None]
+    for block in tl.static_range(BLOCKS):
+        S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
+        S_lo = S_hi
+        if not WIDE:
+            S_lo = load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV)
+        o = pair_dot(y, S_hi, S_lo, tl.zeros([C, BV], tl.float32), WIDE)
+        values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
+        o = fine_dot(scores, values, o, WIDE)
+        store_rows(o_ptr, o, start, end, H, h, V, block * BV, C, BV)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def read_gradients(
+    k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr, key_scale_ptr, do_ptr,
+    kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
+    dy_ptr, rhs_ptr,  # out: dy and alpha dy, [chunks, H, C, BD] float32; one tensor if there is no alpha
+    chunk_ptr, scale, first_chunk, H, Hk, D, V,
+    C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    h, local = program % H, program // H
+    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    if start >= end:
+        return
+    hk = h // (H // Hk)
+    G = log_decays(g_ptr, start, end, H, h, C)
+    scaled_zeta = scale * tl.exp(G)
+    beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
+    dy = tl.zeros([C, BD], tl.float32)
+    scores = tl.zeros([C, C], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        dO = load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV)
+        values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
+        scores = dot(rough(dO, WIDE), tl.trans(values), scores, WIDE)
+        S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
+        S_lo = S_hi
+        if not WIDE:
+            S_lo = load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV)
+        faded = dO.to(tl.float32) * scaled_zeta[:, None]
+        dy = pair_dot(faded, tl.trans(S_hi), tl.trans(S_lo), dy, WIDE)
+    scores = scores * past_mask(G, C) * (scale * beta * beta * key_scale)[None, :]
+    K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    dy = fine_dot(scores, K, dy, WIDE)
+    row = program * C
+    store_rows(dy_ptr, dy, row, row + C, 1, 0, BD, 0, C, BD)
+    if HAS_ALPHA:
+        alpha = load_scalars(alpha_ptr, start, end, H, h, C)
+        store_rows(rhs_ptr, dy * alpha[:, None], row, row + C, 1, 0, BD, 0, C, BD)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def query_gradients(
+    q_ptr, g_ptr, alpha_ptr, query_scale_ptr, x_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
+    dy_ptr, z_ptr,  # [chunks, H, C, BD] float32
+    dq_ptr, dalpha_ptr, w_ptr, b_ptr, rest_ptr,  # out: [tokens, H, D], [tokens, H]
+    chunk_ptr, ridge_ratio, first_chunk, H, D,
+    C: tl.constexpr, BD: tl.constexpr, SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    h, local = program % H, program // H
+    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    if start >= end:
+        return
+    row = program * C
+    q = load_rows(q_ptr, start, end, H, h, D, 0, C, BD).to(tl.float32)
+    query_scale = tl.full([C], 1.0, tl.float32)
+    if NORMALIZE:
+        query_scale = load_scalars(query_scale_ptr, start, end, H, h, C)
+        q = q * query_scale[:, None]
+    dy = load_rows(dy_ptr, row, row + C, 1, 0, BD, 0, C, BD)
+    rest = tl.sum(q * dy, 1)
+    dq = dy
+    if SOLVE:
+        x = load_rows(x_ptr, start, end, H, h, D, 0, C, BD)
+        z = load_rows(z_ptr, row, row + C, 1, 0, BD, 0, C, BD)
+        through_alpha = tl.sum((x - q) * dy, 1)
+        dq = z
+        if HAS_ALPHA:
+            store_scalars(dalpha_ptr, through_alpha, start, end, H, h, C)
+            alpha = load_scalars(alpha_ptr, start, end, H, h, C)
+            through_alpha = alpha * through_alpha
+            dq = (1.0 - alpha)[:, None] * dy + z
+        rest += through_alpha - tl.sum(z * q, 1)
+        norm = load_scalars(norm_ptr, start, end, H, h, C)
+        w = ridge_ratio * tl.sum(z * x, 1) * tl.where(norm > 0.0, 1.0 / norm, 0.0)
+        G = log_decays(g_ptr, start, end, H, h, C)
+        store_scalars(w_ptr, w, start, end, H, h, C)
+        store_scalars(b_ptr, tl.sum(past_mask(G, C) * (w * tl.exp(G))[:, None], 0), start, end, H, h, C)
+    if NORMALIZE:
+        norm = tl.sqrt(tl.sum(q * q, 1)) / query_scale
+        along = tl.where(norm > 0.0, tl.sum(q * dq, 1) / (norm * query_scale), 0.0)
+        dq = (dq - q * along[:, None]) * query_scale[:, None]
+    store_rows(dq_ptr, dq, start, end, H, h, D, 0, C, BD)
+    store_scalars(rest_ptr, rest, start, end, H, h, C)

@@ -1,0 +1,148 @@
+"""The Chebyshev solve of a chunk's ridge systems; forward and adjoint are this one kernel (paper, section 4.2).
+
+Divided by the norm of its state, every token has the system (S^_c + a I) x_c = rhs_c, all eigenvalues in
+[a, 1 + a]. For all C tokens of a chunk one product with their matrices is, with zeta_c = e^{G_c} / ||S_c||_F and
+M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 / ||S_c||_F for j <= c:
+
+    X S^ = (zeta o X) S_0 + ((X K^T) o M) K
+
+and one stage of n Chebyshev nodes (one vector, no momentum):  x <- x - tau_i (S^ x + a x - rhs).
+
+Stages refine: each later one solves for the residual of the sum so far. Within a stage products are rough (in
+16 bits if not WIDE); the residual is formed from pairs hi + lo, as exactly as float32 sums allow. The sum so
+far waits in memory, where the solution will be, while a stage runs: the iteration needs all registers.
+
+Legend: C tokens of a chunk; D key dim, BD its power of two; S_0 [D, D] first state; K [C, D] keys as they came.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    chunk_of,
+    dot,
+    fine_dot,
+    key_weights,
+    load_matrix,
+    load_rows,
+    load_scalars,
+    log_decays,
+    pair_dot,
+    past_mask,
+    remainder,
+    rough,
+    rough_product,
+    store_rows,
+    store_scalars,
+    widened,
+)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def state_norms(
+    k_ptr, g_ptr, beta_ptr, key_scale_ptr,  # [tokens, Hk, D], [tokens, H] twice, [tokens, Hk]
+    kk_ptr,  # first states (hi), [chunks, H, D, D]
+    norm_ptr,  # out: [tokens, H] float32
+    chunk_ptr, first_chunk, H, Hk, D,
+    C: tl.constexpr, BD: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """||S_c||_F of every token, with M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and zeta_c = e^{G_c}:
+
+        ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + 2 zeta_c sum_j M_{c,j} k_j^T S_0 k_j
+                      + sum_j [M (K K^T)^2]_{c,j} M_{c,j}
+
+    Every term is at least zero, nothing cancels.
+    """
+    program = tl.program_id(0)
+    h, local = program % H, program // H
+    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    if start >= end:
+        return
+    hk = h // (H // Hk)
+    G = log_decays(g_ptr, start, end, H, h, C)
+    zeta = tl.exp(G)
+    beta, scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
+    keys = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD)
+    S = load_matrix(kk_ptr, program, D, D, 0, 0, BD, BD)
+    first_square = tl.sum(tl.sum(S.to(tl.float32) * S.to(tl.float32), 1), 0)
+    K = rough(keys, WIDE)
+    through_state = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
+    quadratic = tl.sum(through_state * keys.to(tl.float32), 1)
+    gram = dot(K, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
+    gram = gram * gram
+    M = past_mask(G, C) * (beta * beta * scale * scale)[None, :]
+    meeting = pair_dot(M, rough(gram, WIDE), remainder(gram, WIDE), tl.zeros([C, C], tl.float32), WIDE)
+    square = zeta * zeta * first_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + meeting), 1)
+    store_scalars(norm_ptr, tl.sqrt(tl.maximum(square, 0.0)), start, end, H, h, C)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def solve_chunks(
+    rhs_ptr, x_ptr,  # right-hand sides, out: solutions float32; [tokens, H, D], or [chunks, H, C, BD] if LOCAL
+    k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr, norm_ptr,  # [tokens, Hk, D], [tokens, H], [tokens, Hk]
+    kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D]
+    tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
+    chunk_ptr, ridge_ratio, first_chunk, H, Hk, D,
+    C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, LOCAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """x_c = (S_c + a ||S_c||_F I)^{-1} rhs_scale_c rhs_c for all tokens of one chunk; 0 where S_c is."""
+    program = tl.program_id(0).to(tl.int64)
+    h, local = program % H, program // H
+    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    if start >= end:
+        return
+    hk = h // (H // Hk)
+    row, stop, rows_H, rows_h, rows_D = start, end, H, h, D
+    if LOCAL:
+        row, stop, rows_H, rows_h, rows_D = program * C, program * C + C, 1, program * 0, BD
+
+    K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    Kt = tl.trans(K)
+    S = load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD)
+    norm = load_scalars(norm_ptr, start, end, H, h, C)
+    inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
+    G = log_decays(g_ptr, start, end, H, h, C)
+    zeta = tl.exp(G) * inverse
+    beta, scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
+    weight = beta * beta * scale * scale
+    rough_M = rough(past_mask(G, C) * inverse[:, None] * weight[None, :], WIDE)
+    # A product's zeros put the right-hand side in the registers where the iteration wants it, once.
+    nothing = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE) * 0.0
+    target = rough(load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32) + nothing, WIDE)
+
+    x = nothing
+    for stage in tl.static_range(STAGES):
+        if stage > 0:
+            # What x is made of, exactly enough, so that x itself need not stay.
+            x_hi, x_lo = rough(x, WIDE), remainder(x, WIDE)
+            product = dot(x_hi, S, tl.zeros([C, BD], tl.float32), WIDE)
+            scores = dot(x_hi, Kt, tl.zeros([C, C], tl.float32), WIDE)
+            if not WIDE:
+                product = dot(x_lo, S, product, WIDE)
+                scores = dot(x_lo, Kt, scores, WIDE)
+                S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
+                product = dot(x_hi, S_lo, product, WIDE)
+            scores = scores * past_mask(G, C) * inverse[:, None] * weight[None, :]
+            product = fine_dot(scores, K, product * zeta[:, None], WIDE)
+            tl.debug_barrier()
+            product += ridge_ratio * load_rows(x_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+            rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
+            target = rough(rhs - product, WIDE)
+        first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
+        x = tl.load(tau_ptr + first) * target.to(tl.float32)
+        for node in range(first + 1, last):
+            tau = tl.load(tau_ptr + node)
+            scores = dot(rough(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
+            product = dot(rough_product(scores, rough_M, WIDE), K, tl.zeros([C, BD], tl.float32), WIDE)
+            product = dot(rough(x * zeta[:, None], WIDE), S, product, WIDE)
+            x = x * (1.0 - tau * ridge_ratio) + tau * (widened(target, WIDE) - product)
+        if stage > 0:
+            x += load_rows(x_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+        if stage == STAGES - 1:
+            if HAS_SCALE:
+                inverse = inverse * load_scalars(rhs_scale_ptr, start, end, H, h, C)
+            x = x * inverse[:, None]
+        store_rows(x_ptr, x, row, stop, rows_H, rows_h, rows_D, 0, C, BD)

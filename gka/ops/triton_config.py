@@ -1,0 +1,88 @@
+"""Block sizes, warps and pipeline stages of the kernels: a small table, no autotuning.
+
+Only dtype and head dims choose, never a batch size or a length: a new length compiles nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+# Largest key dim, by `Config.wide`: above, float32 operands (float16 gets them too) would not fit into shared
+# memory.
+MAX_DIM = {False: 128, True: 64}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Shorter chunks have narrow products (see `_power_of_two`); through the interpreter they make short tests.
+CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
+
+
+@dataclass(frozen=True)
+class Config:
+    """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`;
+    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`.
+
+    The others: num_warps and num_stages, by kernel.
+    """
+
+    wide: bool
+    BD: int
+    BV: int
+    tile: tuple[int, int]
+    half: int
+    rows: int
+    wide_row: int
+    scan: dict[str, int]
+    norms: dict[str, int]
+    solve: dict[str, int]
+    read: dict[str, int]
+    elementwise: dict[str, int]
+    increments: dict[str, int]
+    local: dict[str, int]
+
+
+def _power_of_two(n: int) -> int:
+    """At least 64: Triton 3.6 multiplies wrongly on Hopper where a product has 16 or 32 columns."""
+    return max(64, 1 << (n - 1).bit_length())
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return dtype != torch.bfloat16
+
+
+def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
+    """Whether there are kernels for inputs of this dtype, key dim and chunk size."""
+    return (
+        dtype != torch.float64
+        and D <= MAX_DIM[_is_wide(dtype)]
+        and (chunk_size is None or chunk_size in CHUNK_SIZES)
+    )
+
+
+def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int) -> Config:
+    """Raises ValueError for what `supports` denies."""
+    if not supports(dtype, D, chunk_size):
+        raise ValueError(
+            f'backend "triton" has no kernels for {dtype}, D = {D}, chunk_size = {chunk_size}; expected bfloat16 '
+            f"and D <= {MAX_DIM[False]}, or float32 or float16 and D <= {MAX_DIM[True]}, and chunk_size "
+            f'{CHUNK_SIZES[-1]}; backend "chunked" takes all'
+        )
+    wide = _is_wide(dtype)
+    BD, BV = _power_of_two(D), min(MAX_DIM[wide], _power_of_two(V))
+    return Config(
+        wide=wide,
+        BD=BD,
+        BV=BV,
+        tile=(64, 64),
+        half=64,
+        rows=8,
+        wide_row=_power_of_two(max(D, V)),
+        scan={"num_warps": 4, "num_stages": 1},
+        norms={"num_warps": 4, "num_stages": 1},
+        solve={"num_warps": 4, "num_stages": 1},
+        read={"num_warps": 4, "num_stages": 1},
+        elementwise={"num_warps": 8, "num_stages": 1},
+        increments={"num_warps": 4, "num_stages": 1},
+        local={"num_warps": 4, "num_stages": 1},
+    )

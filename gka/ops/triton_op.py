@@ -1,0 +1,392 @@
+"""The op by Triton kernels: what is launched, on which workspace, with which sizes.
+
+Chunks are numbered sequence by sequence; a table on the device gives the tokens of each, so packed batches and
+plain ones are one case and nothing waits for the device. The states at all chunks would be larger than
+everything else: work is cut into parts of consecutive chunks that share one workspace. The states at every
+EDGE_EVERY-th chunk are kept (`Saved.edge_kk`, `edge_kv`), and the backward pass scans each part anew.
+
+    forward     scan_states, state_norms, solve_chunks, read_states                                  part by part
+    backward    scan_states, read_gradients, solve_chunks, query_gradients, increments_kk, increments_kv,
+                scan_gradients, value_gradients, key_scores, key_gradients               parts from last to first
+
+Legend: B batch, T time, H query heads, Hk key/value heads, D key dim, V value dim, N sequences, NT chunks, C their
+tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels.local import key_gradients, key_scores, value_gradients
+from ..kernels.prepare import scales_of_rows, weigh_tokens
+from ..kernels.readout import query_gradients, read_gradients, read_states
+from ..kernels.solve import solve_chunks, state_norms
+from ..kernels.state import increments_kk, increments_kv, scan_gradients, scan_states
+from .solvers import node_steps
+from .triton_config import INTERPRETED, Config, config_for
+from .types import Gradients, Inputs, Options, Outputs, Saved
+
+WORKSPACE_BYTES = 2**30  # of the states of one part, forwards
+EDGE_EVERY = 64  # chunks between two states that are kept for the backward pass
+
+
+def default_chunk_size(device: torch.device) -> int:
+    """Tokens per chunk: 64 rows are what one group of warps multiplies at once."""
+    return 64
+
+
+@lru_cache(maxsize=64)
+def _node_table(steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Step sizes of all stages in a row, float32, and where each stage starts, int32."""
+    taus = [tau for n in steps for tau in node_steps(n, ridge_ratio)]
+    starts = [sum(steps[:stage]) for stage in range(len(steps) + 1)]
+    return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _even_chunks(B: int, T: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Chunk table [NT, 2] and first chunks [B + 1] of B sequences of T tokens."""
+    per_sequence = -(-T // C)
+    sequence = torch.arange(B, device=device).unsqueeze(1) * T
+    starts = sequence + torch.arange(per_sequence, device=device) * C
+    table = torch.stack((starts, (sequence + T).expand_as(starts)), dim=-1)
+    return table.reshape(-1, 2).contiguous(), torch.arange(B + 1, device=device) * per_sequence
+
+
+def _packed_chunks(cu_seqlens: Tensor, chunks: int, C: int) -> tuple[Tensor, Tensor]:
+    """The same for a packed batch; `chunks` is at least their number, the table's rest is empty chunks."""
+    edges = cu_seqlens.long()
+    counts = (edges.diff() + C - 1) // C
+    offsets = torch.cat((edges.new_zeros(1), counts.cumsum(0)))
+    numbers = torch.arange(chunks, device=edges.device)
+    sequence = torch.searchsorted(offsets[1:], numbers, right=True).clamp_max(counts.numel() - 1)
+    starts = edges[sequence] + (numbers - offsets[sequence]) * C
+    table = torch.stack((starts, edges[sequence + 1]), dim=1)
+    return table.masked_fill((numbers >= offsets[-1]).unsqueeze(1), 0), offsets
+
+
+@dataclass
+class _Call:
+    """Sizes, tables and flags of one call of the op."""
+
+    inputs: Inputs
+    options: Options
+
+    def __post_init__(self) -> None:
+        inputs, C = self.inputs, self.options.chunk_size
+        q = inputs.q
+        if not (q.is_cuda or INTERPRETED):
+            raise ValueError(
+                f'backend "triton" needs tensors on a GPU, not on {q.device}; leave `backend` out, or set '
+                "TRITON_INTERPRET=1 in the environment to run the kernels through Triton's interpreter"
+            )
+        self.B, self.T, self.H, self.D = q.shape
+        self.Hk, self.V = inputs.v.shape[2:]
+        self.N, self.solve = inputs.sequences, bool(self.options.steps)
+        self.config: Config = config_for(q.dtype, self.D, self.V, C)
+        self.NT = chunk_count(inputs, C)
+        if inputs.cu_seqlens is None:
+            self.chunks, self.offsets = _even_chunks(self.B, self.T, C, q.device)
+        else:
+            self.chunks, self.offsets = _packed_chunks(inputs.cu_seqlens, self.NT, C)
+        self.taus, self.stages = _node_table(self.options.steps, self.options.ridge_ratio, q.device)
+        per_part = part_length(inputs, self.options)
+        self.parts = [(n, min(n + per_part, self.NT)) for n in range(0, max(self.NT, 1), per_part)]
+        self.state_type = torch.float32 if self.config.wide else torch.bfloat16
+
+    def flags(self, *names: str) -> dict[str, bool]:
+        """Constexprs by name."""
+        inputs = self.inputs
+        known = {
+            "SOLVE": self.solve,
+            "HAS_ALPHA": inputs.alpha is not None,
+            "HAS_BETA": inputs.beta is not None,
+            "NORMALIZE": self.options.normalize_qk,
+            "HAS_INITIAL": inputs.S_kv is not None,
+        }
+        return {name: known[name] for name in names}
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return {"C": self.options.chunk_size, "WIDE": self.config.wide}
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Constexprs of kernels that go through V in blocks."""
+        return {"BD": self.config.BD, "BV": self.config.BV, "BLOCKS": -(-self.V // self.config.BV)}
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.inputs.q.device)
+
+    def states(self) -> list[Tensor]:
+        """Workspace of one part: S_kk and S_kv, each hi and lo; lo is hi where there is none, S_kk then S_kv."""
+        n = min(self.NT, max(last - first for first, last in self.parts))
+        shapes = [(self.D, self.D)] * self.solve + [(self.D, self.V)]
+        found: list[Tensor] = []
+        for rows, columns in shapes:
+            hi = self.empty(n, self.H, rows, columns, dtype=self.state_type)
+            found += [hi, hi if self.config.wide else torch.empty_like(hi)]
+        return found if self.solve else 2 * found
+
+    def local(self) -> Tensor:
+        """Workspace for rows of one part, [chunks, H, C, BD] float32."""
+        n = max(last - first for first, last in self.parts)
+        return self.empty(n, self.H, self.options.chunk_size, self.config.BD)
+
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """1 / (norm + 1e-6) of queries [B, T, H] and keys [B, T, Hk], if they are normalised."""
+        if not self.options.normalize_qk:
+            return None, None
+        found = []
+        for rows in (self.inputs.q, self.inputs.k):
+            scale, count = self.empty(*rows.shape[:3]), rows.shape[:3].numel()
+            if count:
+                scales_of_rows[(triton.cdiv(count, 16),)](rows, scale, count, self.D, ROWS=16, BD=self.config.BD)
+            found.append(scale)
+        return found[0], found[1]
+
+    def weights(self, key_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of keys at their chunk's end, in S_kk and S_kv [B, T, H] each, and decays [NT, H]."""
+        B, T, H = self.inputs.g.shape
+        to_kk, to_kv, decay = self.empty(B, T, H), self.empty(B, T, H), self.empty(self.NT, H)
+        if self.NT * H:
+            weigh_tokens[(self.NT * H,)](
+                self.inputs.g, self.inputs.beta, key_scale, to_kk, to_kv, decay, self.chunks, H, self.Hk,
+                C=self.options.chunk_size, **self.flags("HAS_BETA", "NORMALIZE"), num_warps=1,
+            )  # fmt: skip
+        return to_kk, to_kv, decay
+
+    def scan(
+        self, part: int, weights: tuple[Tensor, Tensor, Tensor], edges: tuple[Tensor | None, Tensor | None],
+        final: tuple[Tensor | None, Tensor | None], states: list[Tensor], *, again: bool,
+    ) -> None:  # fmt: skip
+        """Scan the states of a part: once, keeping those at `edges`, or again, from all of them at once."""
+        inputs, (first, last), (BM, BN) = self.inputs, self.parts[part], self.config.tile
+        columns = (-(-self.D // BN) if self.solve else 0) + -(-self.V // BN)
+        tiles = -(-self.D // BM) * columns
+        span = EDGE_EVERY if again else max(1, last - first)
+        spans = -(-max(1, last - first) // span)
+        if not tiles * self.H * self.N:
+            return
+        scan_states[(tiles * self.H * self.N * spans,)](
+            inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final), *_both(*edges),
+            *states,
+            self.chunks, self.offsets, first, last, span, self.H, self.Hk, self.D, self.V, tiles, spans,
+            BM=BM, BN=BN, EVERY=EDGE_EVERY, KEEP_EDGES=not again, HAS_FINAL=final[1] is not None,
+            **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **self.config.scan,
+        )  # fmt: skip
+
+    def solve_part(
+        self, part: int, rhs: Tensor, x: Tensor, scale: Tensor | None, key_scale: Tensor | None,
+        norm: Tensor, states: list[Tensor], *, local: bool,
+    ) -> None:  # fmt: skip
+        """x = A^{-1} rhs, times scale; rows are those of tokens, or of the part if `local`."""
+        (first, last), inputs = self.parts[part], self.inputs
+        solve_chunks[((last - first) * self.H,)](
+            rhs, x, inputs.k, inputs.g, scale, inputs.beta, key_scale, norm, states[0], states[1],
+            self.taus, self.stages, self.chunks, self.options.ridge_ratio, first, self.H, self.Hk, self.D,
+            BD=self.config.BD, STAGES=len(self.options.steps), LOCAL=local, HAS_SCALE=scale is not None,
+            **self.flags("HAS_BETA", "NORMALIZE"), **self.arithmetic, **self.config.solve,
+        )  # fmt: skip
+
+
+def _both(kk: Tensor | None, kv: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """S_kk and S_kv for a kernel that chooses between their pointers: one that is missing stands in, unread."""
+    return kv if kk is None else kk, kv
+
+
+def _edge(edges: list[Tensor | None], part: int) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[part % tensor.shape[0]] for tensor in edges]
+
+
+def chunk_count(inputs: Inputs, C: int) -> int:
+    """NT, or an upper bound that needs no look at `cu_seqlens`."""
+    B, T = inputs.q.shape[:2]
+    return B * -(-T // C) if inputs.cu_seqlens is None else T // C + inputs.sequences
+
+
+def part_length(inputs: Inputs, options: Options) -> int:
+    """Chunks of one part, a multiple of EDGE_EVERY."""
+    H, D, V = inputs.q.shape[2], inputs.q.shape[3], inputs.v.shape[3]
+    per_edge = H * D * ((D if options.steps else 0) + V) * 4 * EDGE_EVERY
+    return max(1, WORKSPACE_BYTES // per_edge) * EDGE_EVERY
+
+
+def empty_saved(inputs: Inputs, options: Options) -> Saved:
+    """What `forward` saves, uninitialised."""
+    q, V, solve = inputs.q, inputs.v.shape[3], bool(options.steps)
+    H, D = q.shape[2:]
+    edges = chunk_count(inputs, options.chunk_size) // EDGE_EVERY + 1
+    return Saved(
+        q.new_empty(q.shape, dtype=torch.float32) if solve else None,
+        q.new_empty(q.shape[:3], dtype=torch.float32) if solve else None,
+        q.new_empty(edges, H, D, D, dtype=torch.float32) if solve else None,
+        q.new_empty(edges, H, D, V, dtype=torch.float32),
+    )
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _contiguous(inputs: Inputs) -> Inputs:
+    return inputs._replace(
+        **{name: tensor.contiguous() for name, tensor in inputs._asdict().items() if tensor is not None}
+    )
+
+
+def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
+    """The op; `save` keeps what `backward` needs."""
+    inputs = _contiguous(inputs)
+    call, saved = _Call(inputs, options), empty_saved(inputs, options)
+    o = call.empty(call.B, call.T, call.H, call.V, dtype=inputs.q.dtype)
+    final_kk = final_kv = None
+    if output_final_state:
+        final_kv = call.empty(call.N, call.H, call.D, call.V)
+        final_kk = call.empty(call.N, call.H, call.D, call.D) if call.solve else None
+    with _on(inputs.q.device):
+        states, edges = call.states(), (saved.edge_kk, saved.edge_kv)
+        query_scale, key_scale = call.scales()
+        weights = call.weights(key_scale)
+        for part, (first, last) in enumerate(call.parts):
+            call.scan(part, weights, edges, (final_kk, final_kv), states, again=False)
+            programs = (last - first) * call.H
+            if not programs:
+                continue
+            if saved.x is not None and saved.norm is not None:
+                state_norms[(programs,)](
+                    inputs.k, inputs.g, inputs.beta, key_scale, states[0], saved.norm, call.chunks,
+                    first, call.H, call.Hk, call.D, BD=call.config.BD,
+                    **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.norms,
+                )  # fmt: skip
+                call.solve_part(part, inputs.q, saved.x, query_scale, key_scale, saved.norm, states, local=False)
+            read_states[(programs,)](
+                inputs.q, inputs.k, inputs.v, inputs.g, inputs.alpha, inputs.beta, query_scale, key_scale,
+                saved.x, *states[2:], o, call.chunks, options.scale, first, call.H, call.Hk, call.D, call.V,
+                **call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE"),
+                **call.blocks, **call.arithmetic, **call.config.read,
+            )  # fmt: skip
+    return Outputs(o, final_kk, final_kv, saved if save else Saved())
+
+
+def backward(
+    inputs: Inputs,
+    options: Options,
+    saved: Saved,
+    final: tuple[Tensor, Tensor],
+    do: Tensor,
+    d_final: tuple[Tensor | None, Tensor | None],
+) -> Gradients:
+    """Gradients of the inputs from those of o and of the final states `final`."""
+    inputs, do = _contiguous(inputs), do.contiguous()
+    call = _Call(inputs, options)
+    q, H, Hk, D, V = inputs.q, call.H, call.Hk, call.D, call.V
+    has_final = any(tensor is not None for tensor in d_final)
+    finals: list[Tensor | None] = [None, None]
+    d_given: list[Tensor | None] = [None, None]
+    if has_final:
+        finals = [state if state.numel() else None for state in final]
+        d_given = [
+            (torch.zeros_like(state) if given is None else given.contiguous()) if state.numel() else None
+            for state, given in zip(final, d_final, strict=True)
+        ]
+    dq, dg = torch.empty_like(q), torch.empty_like(inputs.g)
+    dk = call.empty(call.B, call.T, H, D, dtype=q.dtype)
+    dv = call.empty(call.B, call.T, H, V, dtype=q.dtype)
+    dalpha, dbeta, dS_kk, dS_kv = (
+        None if tensor is None else torch.empty_like(tensor)
+        for tensor in (inputs.alpha, inputs.beta, inputs.S_kk, inputs.S_kv)
+    )
+    if not call.solve and dalpha is not None:
+        dalpha.zero_()
+    with _on(q.device):
+        states = call.states()
+        d_kk, d_kk_lo, d_kv, d_kv_lo = call.states()
+        ends = call.empty(call.NT, H, 2, D)
+        query_scale, key_scale = call.scales()
+        weights = call.weights(key_scale)
+        edges = (saved.edge_kk if call.solve else None, saved.edge_kv)
+        d_edges = [None if e is None else call.empty(2, *e.shape[1:]) for e in edges]
+        rest, written, dy = call.empty(call.B, call.T, H), call.empty(call.B, call.T, H), call.local()
+        C = options.chunk_size
+        scores = call.empty(call.parts[0][1], H, 4, C, C, dtype=call.state_type)
+        z = w = b = along = None
+        rhs = dy
+        if call.solve:
+            z = call.local()
+            w, b, along = (torch.empty_like(rest) for _ in range(3))
+            rhs = dy if inputs.alpha is None else call.local()
+        per_block = call.config.BD // call.config.half
+        tiles_kk, tiles_kv = -(-D // call.config.rows) if call.solve else 0, -(-D // call.config.rows)
+        for part in reversed(range(len(call.parts))):
+            first, last = call.parts[part]
+            programs = (last - first) * H
+            call.scan(part, weights, edges, (None, None), states, again=True)
+            if programs:
+                read_gradients[(programs,)](
+                    inputs.k, inputs.v, inputs.g, inputs.alpha, inputs.beta, key_scale, do, *states[2:], dy, rhs,
+                    call.chunks, options.scale, first, H, Hk, D, V,
+                    HAS_ALPHA=rhs is not dy, **call.flags("HAS_BETA", "NORMALIZE"),
+                    **call.blocks, **call.arithmetic, **call.config.read,
+                )  # fmt: skip
+                if z is not None and saved.norm is not None:
+                    call.solve_part(part, rhs, z, None, key_scale, saved.norm, states, local=True)
+                query_gradients[(programs,)](
+                    q, inputs.g, inputs.alpha, query_scale, saved.x, saved.norm, dy, z, dq, dalpha, w, b, rest,
+                    call.chunks, options.ridge_ratio, first, H, D, C=options.chunk_size, BD=call.config.BD,
+                    **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.elementwise,
+                )  # fmt: skip
+                if call.solve:
+                    increments_kk[(programs * per_block,)](
+                        inputs.k, saved.x, z, inputs.g, inputs.beta, key_scale, w, b, states[0], d_kk, d_kk_lo,
+                        call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
+                        **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
+                    )  # fmt: skip
+                blocks = call.blocks.pop("BLOCKS")
+                increments_kv[(programs * blocks,)](
+                    q, saved.x, do, inputs.g, inputs.alpha, query_scale, d_kv, d_kv_lo, call.chunks, options.scale,
+                    first, H, D, V, blocks, BD=call.config.BD, BV=call.config.BV,
+                    **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
+                )  # fmt: skip
+            if H * call.N:
+                scan_gradients[((tiles_kk + tiles_kv) * H * call.N,)](
+                    weights[2], states[0], states[2], *_both(*finals), *_both(*d_given),
+                    *_both(dS_kk, dS_kv), *_both(*_edge(d_edges, part + 1)), *_both(*_edge(d_edges, part)),
+                    d_kk, d_kk_lo, d_kv, d_kv_lo, ends, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
+                    BM=call.config.rows, BV=call.config.wide_row, HAS_FINAL=has_final,
+                    WIDE=call.config.wide, **call.flags("HAS_INITIAL"), **call.config.elementwise,
+                )  # fmt: skip
+            if programs:
+                k, v, g, beta = inputs.k, inputs.v, inputs.g, inputs.beta
+                sizes = (first, H, Hk, D, V)
+                flags: dict[str, Any] = call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE")
+                flags |= {**call.blocks, **call.arithmetic, **call.config.local}
+                value_gradients[(programs,)](
+                    q, k, v, g, inputs.alpha, beta, query_scale, key_scale, saved.x, do,
+                    d_kv, d_kv_lo, dv, written, call.chunks, options.scale, *sizes, **flags,
+                )  # fmt: skip
+                key_scores[(programs,)](
+                    k, v, g, inputs.alpha, beta, query_scale, key_scale, saved.x, z, do, w, scores, along,
+                    call.chunks, options.scale, *sizes, **flags,
+                )  # fmt: skip
+                key_gradients[(programs,)](
+                    q, k, v, g, beta, key_scale, saved.x, z, b, rest, written, along, scores,
+                    states[0], d_kk, d_kk_lo, d_kv, ends, dk, dg, dbeta, call.chunks, *sizes, **flags,
+                )  # fmt: skip
+    dk, dv = (_sum_groups(tensor, Hk) for tensor in (dk, dv))
+    return Gradients(dq, dk, dv, dg, dalpha, dbeta, dS_kk, dS_kv)
+
+
+def _sum_groups(tensor: Tensor, Hk: int) -> Tensor:
+    """[B, T, H, .] summed over the query heads of each key/value head, in float32."""
+    if tensor.shape[2] == Hk:
+        return tensor
+    return tensor.unflatten(2, (Hk, -1)).sum(3, dtype=torch.float32).to(tensor.dtype)

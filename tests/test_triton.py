@@ -1,0 +1,149 @@
+"""The Triton kernels on a machine without a GPU: through Triton's interpreter against float64, and compiled.
+
+On a machine with a GPU the same kernels run compiled, in `test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family, family_inputs
+from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, run
+
+from gka.ops import gated_kalmanet
+
+triton = pytest.importorskip("triton", reason="Triton is made for Linux only")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the kernels themselves"),
+]
+ROOT = Path(__file__).parent.parent
+MORE = (
+    Case(lengths=(20, 20), H=2, Hk=2, D=40, V=70, alpha=False, beta=False, state=False),
+    Case(lengths=(0, 0), H=2, Hk=1, D=5, V=3),
+    Case(lengths=(0, 17, 16, 15, 0), H=2, Hk=1, D=5, V=3, packed=True),
+)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
+def test_float32_equals_the_chunked_form(case: Case) -> None:
+    """All but dg to rounding; dg takes <z, q> for <z, A x>, which differ by the truncation of the solve."""
+    arguments = converted(make_inputs(case), torch.float32)
+    chunk_size = 16 if sum(case.lengths) < 60 else 32
+    out = run(arguments, backend="triton", chunk_size=chunk_size, steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    assert_close({"dg": out.pop("dg")}, {"dg": ref.pop("dg")}, 1e-3, "dg")
+    assert_close(out, ref, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "steps"), [*((CASES[n], (16, 16)) for n in (1, 2, 5, 6)), (CASES[6], (8, 8, 8, 8))], ids=str
+)
+def test_bfloat16_is_refined(case: Case, steps: tuple[int, ...]) -> None:
+    arguments = converted(make_inputs(case), torch.bfloat16)
+    out = run(arguments, backend="triton", chunk_size=32, steps=steps)
+    assert out["o"].dtype == torch.bfloat16
+    ref = run(doubled(arguments), backend="chunked", steps=(100,))
+    assert_close({"o": out.pop("o")}, {"o": ref.pop("o")}, 4e-3, "o")
+    assert_close(out, ref, 1.5e-2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    """The issue of 16 bits at full width; shorter than on a GPU."""
+    family = FAMILIES[name]
+    inputs: dict[str, Any] = family_inputs(Family(160, family.m, family.common), H=1)
+    inputs["alpha"] = inputs["beta"] = torch.ones_like(inputs["g"])
+    out = run(inputs, backend="triton", steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    assert_close({"o": out["o"]}, {"o": exact["o"]}, 2e-3, name)
+    grads = [n for n in out if n.startswith("d")]
+    assert_close({n: out[n] for n in grads}, {n: exact[n] for n in grads}, 8e-3, name)
+
+
+def test_float16() -> None:
+    arguments = converted(make_inputs(CASES[6]), torch.float16)
+    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    assert out["o"].dtype == torch.float16
+    assert_close(out, run(doubled(arguments), backend="chunked", steps=(31,)), 2e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_a_solve(packed: bool) -> None:
+    case = Case(lengths=(19, 30) if packed else (35,), H=4, Hk=2, D=6, V=9, packed=packed, normalize_qk=True)
+    arguments = converted(make_inputs(case), torch.float32)
+    arguments["S_kk"] = None
+    out = run(arguments, backend="triton", chunk_size=16, steps=())
+    assert_close(out, run(doubled(arguments), backend="chunked", steps=()), 5e-6)
+
+
+def test_parts_and_chunk_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gka.ops import triton_op
+
+    case = Case(lengths=(40, 0, 3, 50, 0), H=2, Hk=1, D=8, V=4, packed=True)
+    arguments = converted(make_inputs(case), torch.float32)
+    whole = run(arguments, backend="triton", chunk_size=32, steps=(40,))
+    monkeypatch.setattr(triton_op, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_op, "EDGE_EVERY", 2)
+    assert_close(run(arguments, backend="triton", chunk_size=16, steps=(40,)), whole, 1e-4)
+
+
+def test_zero_keys_and_forgetting() -> None:
+    """No NaN where S_kk is zero, and nothing of a past that g = -inf or -1e4 forgot."""
+    arguments = converted(make_inputs(Case(lengths=(40,), Hk=2, state=False)), torch.float32)
+    with torch.no_grad():
+        arguments["k"][:, :5] = 0.0
+        arguments["g"][:, 20] = -torch.inf
+        arguments["g"][:, 30] = -1e4
+    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    for name in out:
+        assert out[name].isfinite().all(), name
+    assert_close({"dg": out.pop("dg")}, {"dg": ref.pop("dg")}, 1e-3, "dg")
+    assert_close(out, ref, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "no kernels for torch.float64"),
+        ({"D": 129, "dtype": torch.bfloat16}, "D = 129"),
+        ({"D": 65}, "D = 65"),
+        ({"chunk_size": 20}, "chunk_size = 20"),
+    ],
+)
+def test_what_there_are_no_kernels_for(change: dict[str, Any], message: str) -> None:
+    q = torch.randn(1, 4, 1, change.get("D", 8), dtype=change.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        gated_kalmanet(q, q, q, -torch.rand(1, 4, 1), backend="triton", chunk_size=change.get("chunk_size"))
+
+
+def run_alone(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process without the interpreter."""
+    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def test_tensors_on_the_cpu_get_an_error() -> None:
+    code = (
+        "import torch; from gka.ops import gated_kalmanet; q = torch.randn(1, 2, 1, 8);"
+        "gated_kalmanet(q, q, q, -torch.rand(1, 2, 1), backend='triton')"
+    )
+    done = run_alone("-c", code)
+    assert done.returncode != 0 and 'backend "triton" needs tensors on a GPU, not on cpu' in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100"])
+def test_registers_and_spills_are_no_worse_than_committed(architecture: str) -> None:
+    done = run_alone("-m", "benchmarks.compile_kernels", "--check", "--arch", architecture)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
