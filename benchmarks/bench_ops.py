@@ -2,21 +2,26 @@
 
     python -m benchmarks.bench_ops                 # growth with T, peer, memory: about 6 minutes on 2 cores
     python -m benchmarks.bench_ops --only growth
+    python -m benchmarks.bench_ops --only wide --device cuda   # the paper's width in bfloat16, on a GPU
 
 growth: T doubles from 4096 to 65536; time must double with it.
 peer:   the PyTorch form of the gated delta rule that transformers uses for Qwen3-Next, at the same shape.
 memory: peak of forward + backward, each T in a process of its own, beside what must be held: inputs, output,
         their gradients, and both states at every chunk.
+wide:   the paper's width, D = V = 128, in bfloat16, beside softmax attention and, where flash-linear-attention is
+        installed, its Gated DeltaNet and simple GLA: time, first call, peak memory above the inputs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.common import medians, write_result
+from benchmarks.common import medians, seconds, write_result
 from gka.ops import gated_kalmanet
 from gka.ops.chunked import default_chunk_size
 
@@ -158,6 +163,85 @@ def bench_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def attention(inputs: Inputs) -> Tensor:
+    q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def gated_delta_net(inputs: Inputs) -> Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    names = ("q", "k", "v")
+    o: Tensor = chunk_gated_delta_rule(*(inputs[n] for n in names), g=inputs["g"], beta=inputs["beta"])[0]
+    return o
+
+
+def simple_gla(inputs: Inputs) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    o: Tensor = chunk_simple_gla(inputs["q"], inputs["k"], inputs["v"], g=inputs["g"])[0]
+    return o
+
+
+def wide_peers(device: torch.device) -> tuple[dict[str, Callable[[Inputs], Tensor]], str]:
+    """Peers by name, and a note on those of flash-linear-attention."""
+    peers: dict[str, Callable[[Inputs], Tensor]] = {"SDPA, causal": attention}
+    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
+        print("wide    no flash-linear-attention, or no GPU for it: its ops are not measured")
+        return peers, ""
+    from fla.ops.common import chunk_o
+
+    note = ""
+    if not chunk_o.TRITON_ABOVE_3_7_1:
+        # On Hopper it refuses to run backwards with this Triton, whose code for it gives wrong numbers: only the
+        # time is wanted here.
+        chunk_o.TRITON_ABOVE_3_7_1 = True
+        note = "its check of Triton's version is passed over, for the time alone"
+    return peers | {"Gated DeltaNet": gated_delta_net, "simple GLA": simple_gla}, note
+
+
+def first_calls(functions: dict[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Of each function the seconds of its first call, compilation included, and peak bytes of its second."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, function in functions.items():
+        found[name] = {"first call": seconds(function, device), "peak bytes": None}
+        print(f"        {name:15s} first call {found[name]['first call']:6.1f} s", flush=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            found[name]["peak bytes"] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
+def bench_wide(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for B, T, H in options.shapes:
+        made = make_inputs(B * T, H, 128, torch.bfloat16, options.device)
+        inputs = {n: x.detach().view(B, T, *x.shape[2:]).requires_grad_() for n, x in made.items()}
+        shape = {"B": B, "T": T, "H": H, "D": 128, "V": 128, "dtype": "bfloat16"}
+        functions: dict[str, Callable[[Inputs], Tensor]] = {
+            f"gka {steps}": partial(forward, steps=steps) for steps in ((16, 16), (16, 8), (31,))
+        }
+        peers, note = wide_peers(options.device)
+        functions |= peers
+        for what, wrap in (("forward", without_gradients), ("forward+backward", with_gradients)):
+            calls = {name: wrap(function, inputs) for name, function in functions.items()}
+            first = first_calls(calls, options.device)
+            times = medians(calls, options.device, options.repeats)
+            for name, time in times.items():
+                row = {"part": "wide", "what": what, "op": name, **shape, "seconds": time, **first[name]}
+                rows.append(row | ({"note": note} if note and name in ("Gated DeltaNet", "simple GLA") else {}))
+                milliseconds = time["median"] * 1e3
+                print(f"wide    B {B} T {T:6d} H {H:2d} {what:17s} {name:15s} {milliseconds:8.3f} ms", flush=True)
+    return rows
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    B, T, H = map(int, text.split(","))
+    return B, T, H
+
+
 PARTS = {"growth": bench_growth, "peer": bench_peer, "memory": bench_memory}
 
 
@@ -165,10 +249,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_ops", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", choices=list(PARTS), action="append", help="parts to run; all if not given")
     parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cpu"), help="device of growth and peer"
+        "--only", choices=[*PARTS, "wide"], action="append", help="parts to run; all but wide if not given"
     )
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cpu"), help="device of growth, peer and wide"
+    )
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", metavar="B,T,H", default=[(1, 131072, 16), (4, 8192, 8)],
+        help="wide: default 1,131072,16 4,8192,8",
+    )  # fmt: skip
     parser.add_argument("--shortest", type=int, default=4096, help="growth: least T")
     parser.add_argument("--longest", type=int, default=65536, help="growth: largest T")
     parser.add_argument("--heads", type=int, default=4, help="growth: H")
@@ -181,7 +271,8 @@ def main() -> None:
         T, H, D, dtype = options.measure_memory
         print(json.dumps(measure_memory(int(T), int(H), int(D), dtype)))
         return
-    rows = [row for part in options.only or PARTS for row in PARTS[part](options)]
+    parts = {**PARTS, "wide": bench_wide}
+    rows = [row for part in options.only or PARTS for row in parts[part](options)]
     write_result("ops", rows, " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]]), options.output)
 
 

@@ -67,6 +67,21 @@ def ops(result: Result) -> str:
         shape = f"B 1, H {first['H']}, D = V = {first['D']}"
         header = ["T", "dtype", "peak", "inputs, output, gradients, all chunk states", "ratio"]
         parts.append(f"Peak memory of forward + backward ({shape})\n\n{markdown_table(header, table)}")
+    if "wide" in rows:
+        table, notes = [], {}
+        for row in rows["wide"]:
+            same = [peer for peer in rows["wide"] if all(peer[key] == row[key] for key in ("what", "B", "T"))]
+            base = next((peer["seconds"]["median"] for peer in same if peer["op"] == "Gated DeltaNet"), None)
+            seconds = row["seconds"]["median"]
+            shape = f"B {row['B']}, T {row['T']}, H {row['H']}"
+            ratio = _ratio(seconds / base if base else None)
+            gigabytes = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.2f}"
+            table.append([shape, row["what"], row["op"], f"{seconds * 1e3:.2f}", ratio, gigabytes])
+            if "note" in row:
+                notes[row["op"]] = row["note"]
+        header = ["shape", "what", "op", "median ms", "ratio to Gated DeltaNet", "peak GB above the inputs"]
+        parts.append(f"At the paper's width (D = V = 128, bfloat16)\n\n{markdown_table(header, table)}")
+        parts += [f"{op}: {note}." for op, note in notes.items()]
     return "\n\n".join(parts)
 
 

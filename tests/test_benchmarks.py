@@ -37,6 +37,20 @@ def test_bench_ops(tmp_path: Path) -> None:
     assert all(row["seconds"]["median"] > 0 for row in result["rows"])
 
 
+def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
+    output = tmp_path / "wide.json"
+    run("benchmarks.bench_ops", "--only", "wide", "--shapes", "2,70,1", "--repeats", "1", "--output", str(output))
+    result = json.loads(output.read_text())
+    assert [row["op"] for row in result["rows"]] == 2 * [
+        "gka (16, 16)",
+        "gka (16, 8)",
+        "gka (31,)",
+        "SDPA, causal",
+    ]
+    assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
+    assert "| B 2, T 70, H 1 | forward+backward | gka (16, 16) |" in table.ops(result)
+
+
 def test_memory_stays_within_three_times_what_must_be_held() -> None:
     """Forward + backward at T = 4096: no copy per iterate, none per pair of tokens."""
     measured = json.loads(run("benchmarks.bench_ops", "--measure-memory", "4096", "8", "64", "float32"))
