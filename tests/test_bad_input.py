@@ -72,6 +72,7 @@ BAD = {
     "state with S_kk": ({"steps": ()}, ValueError, "S_kk is given; expected None"),
     "chunk size": ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
     "backend": ({"backend": "cuda"}, ValueError, "backend is 'cuda'; expected one of"),
+    "empty backend": ({"backend": ""}, ValueError, "backend is ''; expected one of"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "q has batch size 2; expected 1"),
 }
 

@@ -115,7 +115,7 @@ def gated_kalmanet(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; expected an integer of at least 1, or None")
     _check_decay(g)
-    chosen = backend or _suitable_backend(q, chunk_size)
+    chosen = _suitable_backend(q, chunk_size) if backend is None else backend
     if chosen not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {sorted(_BACKENDS)} or None")
     o, final_state = _BACKENDS[chosen](
