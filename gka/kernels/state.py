@@ -105,25 +105,9 @@ def scan_states(
         start, stop = chunk_of(chunk_ptr, here)
         # The next chunk is read while this one is added: a step must not wait for memory.
         keys, right, weight, decay = _read(
-            k_ptr,
-            right_ptr,
-            weight_ptr,
-            decay_ptr,
-            start,
-            stop,
-            here,
-            h,
-            hk,
-            H,
-            Hk,
-            D,
-            width,
-            row,
-            column,
-            C,
-            BM,
-            BN,
-        )
+            k_ptr, right_ptr, weight_ptr, decay_ptr, start, stop, here,
+            h, hk, H, Hk, D, width, row, column, C, BM, BN,
+        )  # fmt: skip
         for chunk in range(here, there):
             start += C
             next_stop = tl.where(chunk + 1 < there, stop, start)
@@ -137,9 +121,7 @@ def scan_states(
             index = (chunk - first_of_all) * H + h
             store_matrix(hi_ptr, rough(S, WIDE), index, D, width, row, column, BM, BN)
             if not WIDE:
-                store_matrix(
-                    lo_ptr, remainder(S, WIDE), (chunk - first_of_all) * H + h, D, width, row, column, BM, BN
-                )
+                store_matrix(lo_ptr, remainder(S, WIDE), index, D, width, row, column, BM, BN)
             weighted = right.to(tl.float32) * weight[:, None]
             transposed = tl.trans(rough(keys, WIDE))
             S = dot(transposed, rough(weighted, WIDE), S * decay, WIDE)

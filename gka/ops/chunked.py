@@ -45,7 +45,7 @@ def default_chunk_size(device: torch.device) -> int:
 
 def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
     """The op; `save` keeps x for `backward`."""
-    p, steps, q = Problem(*inputs, *options), options.steps, inputs.q
+    p, steps, q = Problem(inputs, options), options.steps, inputs.q
     o = q.new_empty(p.tokens + 1, p.H, p.V)
     x = p.target(q, p.dtype) if save and steps else None
     final_kk = final_kv = None
@@ -91,7 +91,7 @@ def backward(
     d_final: tuple[Tensor | None, Tensor | None],
 ) -> Gradients:
     """Gradients of the inputs from those of o and of the final states; `final` itself is not needed."""
-    p, steps, q, x = Problem(*inputs, *options), options.steps, inputs.q, saved.x
+    p, steps, q, x = Problem(inputs, options), options.steps, inputs.q, saved.x
     dS_kk, dS_kv = d_final
     assert x is not None
     targets = [None if tensor is None else p.target(tensor) for tensor in inputs[:6]]

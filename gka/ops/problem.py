@@ -9,7 +9,6 @@ C tokens per chunk, b chunks of a block times Hk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .chunk_math import Chunks, Systems, unit_rows
 from .schedule import Block, Group, schedule
+from .types import Inputs, Options, state_dtype
 
 # Elements of the tensors that a block holds at once; larger blocks only miss the caches.
 BLOCK_ELEMENTS = {"cpu": 2**23}
@@ -31,31 +31,17 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     )
 
 
-@dataclass
 class Problem:
     """The inputs of one call, flattened over the batch, and how to read and write blocks of them."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    alpha: Tensor | None
-    beta: Tensor | None
-    S_kk: Tensor | None
-    S_kv: Tensor | None
-    cu_seqlens: Tensor | None
-    ridge_ratio: float
-    steps: tuple[int, ...]
-    scale: float
-    chunk_size: int
-    normalize_qk: bool
-
-    def __post_init__(self) -> None:
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        self.q, self.k, self.v, self.g, self.alpha, self.beta, self.S_kk, self.S_kv, self.cu_seqlens = inputs
+        self.ridge_ratio, self.steps, self.scale, self.chunk_size, self.normalize_qk = options
         batch, length, self.H, self.D = self.q.shape
         self.Hk, self.V = self.v.shape[2], self.v.shape[3]
         self.R = self.H // self.Hk
         self.tokens = batch * length
-        self.dtype = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        self.dtype = state_dtype(self.q.dtype)
         refined_16_bit = self.q.dtype in (torch.bfloat16, torch.float16) and len(self.steps) > 1
         fast = refined_16_bit and _has_fast_bfloat16(self.q.device)
         self.product_dtype = torch.bfloat16 if fast else self.dtype

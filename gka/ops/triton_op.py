@@ -99,6 +99,7 @@ class _Call:
         self.taus, self.stages = _node_table(self.options.steps, self.options.ridge_ratio, q.device)
         per_part = part_length(inputs, self.options)
         self.parts = [(n, min(n + per_part, self.NT)) for n in range(0, max(self.NT, 1), per_part)]
+        self.part_chunks = self.parts[0][1]  # the first part is the longest
         self.state_type = torch.float32 if self.config.wide else torch.bfloat16
 
     def flags(self, *names: str) -> dict[str, bool]:
@@ -127,18 +128,16 @@ class _Call:
 
     def states(self) -> list[Tensor]:
         """Workspace of one part: S_kk and S_kv, each hi and lo; lo is hi where there is none, S_kk then S_kv."""
-        n = min(self.NT, max(last - first for first, last in self.parts))
         shapes = [(self.D, self.D)] * self.solve + [(self.D, self.V)]
         found: list[Tensor] = []
         for rows, columns in shapes:
-            hi = self.empty(n, self.H, rows, columns, dtype=self.state_type)
+            hi = self.empty(self.part_chunks, self.H, rows, columns, dtype=self.state_type)
             found += [hi, hi if self.config.wide else torch.empty_like(hi)]
         return found if self.solve else 2 * found
 
     def local(self) -> Tensor:
         """Workspace for rows of one part, [chunks, H, C, BD] float32."""
-        n = max(last - first for first, last in self.parts)
-        return self.empty(n, self.H, self.options.chunk_size, self.config.BD)
+        return self.empty(self.part_chunks, self.H, self.options.chunk_size, self.config.BD)
 
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
         """1 / (norm + 1e-6) of queries [B, T, H] and keys [B, T, Hk], if they are normalised."""
@@ -317,7 +316,7 @@ def backward(
         d_edges = [None if e is None else call.empty(2, *e.shape[1:]) for e in edges]
         rest, written, dy = call.empty(call.B, call.T, H), call.empty(call.B, call.T, H), call.local()
         C = options.chunk_size
-        scores = call.empty(call.parts[0][1], H, 4, C, C, dtype=call.state_type)
+        scores = call.empty(call.part_chunks, H, 4, C, C, dtype=call.state_type)
         z = w = b = along = None
         rhs = dy
         if call.solve:
@@ -341,7 +340,7 @@ def backward(
                     call.solve_part(part, rhs, z, None, key_scale, saved.norm, states, local=True)
                 query_gradients[(programs,)](
                     q, inputs.g, inputs.alpha, query_scale, saved.x, saved.norm, dy, z, dq, dalpha, w, b, rest,
-                    call.chunks, options.ridge_ratio, first, H, D, C=options.chunk_size, BD=call.config.BD,
+                    call.chunks, options.ridge_ratio, first, H, D, C=C, BD=call.config.BD,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.elementwise,
                 )  # fmt: skip
                 if call.solve:
@@ -350,7 +349,7 @@ def backward(
                         call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
                         **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                     )  # fmt: skip
-                blocks = call.blocks.pop("BLOCKS")
+                blocks = call.blocks["BLOCKS"]
                 increments_kv[(programs * blocks,)](
                     q, saved.x, do, inputs.g, inputs.alpha, query_scale, d_kv, d_kv_lo, call.chunks, options.scale,
                     first, H, D, V, blocks, BD=call.config.BD, BV=call.config.BV,
