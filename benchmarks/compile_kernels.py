@@ -89,8 +89,8 @@ def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...]) -> list[Launch]
     """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
     from gka.ops import State, gated_kalmanet, triton_op
 
-    q, k, v = (torch.randn(1, 256, 16, D, dtype=dtype, requires_grad=True) for _ in range(3))
-    gates = [torch.rand(1, 256, 16, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(1, 4224, 16, D, dtype=dtype, requires_grad=True) for _ in range(3))
+    gates = [torch.rand(1, 4224, 16, requires_grad=True) for _ in range(3)]
     states = [torch.zeros(1, 16, D, D, requires_grad=True) for _ in range(2)]
     initial = State(states[0] if steps else None, states[1])
     with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as found:

@@ -67,6 +67,15 @@ def store_rows(ptr, x, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+def load_pairs(hi_ptr, lo_ptr, start, end, H, h, dim, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """[C, BLOCK] float32 of rows that are kept as operands hi + lo; lo is not read if WIDE."""
+    x = load_rows(hi_ptr, start, end, H, h, dim, 0, C, BLOCK).to(tl.float32)
+    if not WIDE:
+        x += load_rows(lo_ptr, start, end, H, h, dim, 0, C, BLOCK).to(tl.float32)
+    return x
+
+
+@triton.jit
 def load_matrix(ptr, index, rows, columns, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] of matrix number `index` of a tensor [n, rows, columns], from (row, column)."""
     i = row + tl.arange(0, ROWS)

@@ -5,13 +5,14 @@ Forward (paper, sections 4.1 and 4.2), with M_{c,j} = e^{G_c - G_j} for j <= c a
     y = r_q q + alpha (x - r_q q)            r_q = 1 / (||q|| + 1e-6) if normalised, else 1
     o = scale ((zeta o Y) S_kv_0 + ((Y K^T) o M o beta^2 r_k) V)
 
-Backward (section 4.3), dy and then, with z = A^{-1} (alpha dy) from the solve:
+Backward (section 4.3), dy and then, with z = alpha A^{-1} dy from the solve:
 
     dy = scale ((zeta o dO) S_kv_0^T + ((dO V^T) o M o beta^2 r_k) K)
     dalpha = <x - r_q q, dy>       dq = (1 - alpha) dy + z, taken through the normalisation
     w = a <z, x> / ||S||           b_j = sum_{c >= j} M_{c,j} w_c zeta_c         rest = <y, dy> - <z, r_q q>
+    pull = sum_c w_c zeta_c^2
 
-x, y and dy stay in float32. One program works on one chunk of one head.
+x and z are pairs hi + lo, dy is float32. One program works on one chunk of one head.
 
 Legend: C tokens of a chunk; H query heads, Hk key/value heads; D key dim, V value dim; BD, BV blocks of them.
 """
@@ -25,6 +26,7 @@ from .common import (
     fine_dot,
     key_weights,
     load_matrix,
+    load_pairs,
     load_rows,
     load_scalars,
     log_decays,
@@ -40,7 +42,7 @@ from .state import blend
 @triton.jit(do_not_specialize=["first_chunk"])
 def read_states(
     q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr, query_scale_ptr, key_scale_ptr,
-    x_ptr,  # [tokens, H, D] float32
+    x_hi_ptr, x_lo_ptr,  # [tokens, H, D]
     kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
     o_ptr,  # out: [tokens, H, V]
     chunk_ptr, scale, first_chunk, H, Hk, D, V,
@@ -56,9 +58,8 @@ def read_states(
     hk = h // (H // Hk)
     G = log_decays(g_ptr, start, end, H, h, C)
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
-    y = blend(
-        q_ptr, x_ptr, alpha_ptr, query_scale_ptr, start, end, H, h, D, C, BD, SOLVE, HAS_ALPHA, NORMALIZE
-    ) * scale  # fmt: skip
+    y = blend(q_ptr, x_hi_ptr, x_lo_ptr, alpha_ptr, query_scale_ptr, start, end, H, h, D,
+              C, BD, SOLVE, HAS_ALPHA, NORMALIZE, WIDE) * scale  # fmt: skip
     K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     scores = fine_dot(y, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
     scores = scores * past_mask(G, C) * (beta * beta * key_scale)[None, :]
@@ -76,13 +77,12 @@ def read_states(
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def read_gradients(
-    k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr, key_scale_ptr, do_ptr,
+    k_ptr, v_ptr, g_ptr, beta_ptr, key_scale_ptr, do_ptr,
     kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
-    dy_ptr, rhs_ptr,  # out: dy and alpha dy, [chunks, H, C, BD] float32; one tensor if there is no alpha
+    dy_ptr,  # out: [chunks, H, C, BD] float32
     chunk_ptr, scale, first_chunk, H, Hk, D, V,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h, local = program % H, program // H
@@ -110,18 +110,16 @@ def read_gradients(
     dy = fine_dot(scores, K, dy, WIDE)
     row = program * C
     store_rows(dy_ptr, dy, row, row + C, 1, 0, BD, 0, C, BD)
-    if HAS_ALPHA:
-        alpha = load_scalars(alpha_ptr, start, end, H, h, C)
-        store_rows(rhs_ptr, dy * alpha[:, None], row, row + C, 1, 0, BD, 0, C, BD)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def query_gradients(
-    q_ptr, g_ptr, alpha_ptr, query_scale_ptr, x_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
-    dy_ptr, z_ptr,  # [chunks, H, C, BD] float32
-    dq_ptr, dalpha_ptr, w_ptr, b_ptr, rest_ptr,  # out: [tokens, H, D], [tokens, H]
+    q_ptr, g_ptr, alpha_ptr, query_scale_ptr, x_hi_ptr, x_lo_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
+    dy_ptr, z_hi_ptr, z_lo_ptr,  # [chunks, H, C, BD], dy float32
+    dq_ptr, dalpha_ptr, w_ptr, b_ptr, rest_ptr, pull_ptr,  # out: [tokens, H, D], [tokens, H], pull [chunks, H]
     chunk_ptr, ridge_ratio, first_chunk, H, D,
     C: tl.constexpr, BD: tl.constexpr, SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h, local = program % H, program // H
@@ -138,8 +136,8 @@ def query_gradients(
     rest = tl.sum(q * dy, 1)
     dq = dy
     if SOLVE:
-        x = load_rows(x_ptr, start, end, H, h, D, 0, C, BD)
-        z = load_rows(z_ptr, row, row + C, 1, 0, BD, 0, C, BD)
+        x = load_pairs(x_hi_ptr, x_lo_ptr, start, end, H, h, D, C, BD, WIDE)
+        z = load_pairs(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, C, BD, WIDE)
         through_alpha = tl.sum((x - q) * dy, 1)
         dq = z
         if HAS_ALPHA:
@@ -152,7 +150,9 @@ def query_gradients(
         w = ridge_ratio * tl.sum(z * x, 1) * tl.where(norm > 0.0, 1.0 / norm, 0.0)
         G = log_decays(g_ptr, start, end, H, h, C)
         store_scalars(w_ptr, w, start, end, H, h, C)
-        store_scalars(b_ptr, tl.sum(past_mask(G, C) * (w * tl.exp(G))[:, None], 0), start, end, H, h, C)
+        zeta = tl.exp(G)
+        store_scalars(b_ptr, tl.sum(past_mask(G, C) * (w * zeta)[:, None], 0), start, end, H, h, C)
+        tl.store(pull_ptr + program, tl.sum(w * zeta * zeta, 0))
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(q * q, 1)) / query_scale
         along = tl.where(norm > 0.0, tl.sum(q * dq, 1) / (norm * query_scale), 0.0)

@@ -10,7 +10,8 @@ and one stage of n Chebyshev nodes (one vector, no momentum):  x <- x - tau_i (S
 
 Stages refine: each later one solves for the residual of the sum so far. Within a stage products are rough (in
 16 bits if not WIDE); the residual is formed from pairs hi + lo, as exactly as float32 sums allow. The sum so
-far waits in memory, where the solution will be, while a stage runs: the iteration needs all registers.
+far waits in memory, where the solution will be and as a pair like it, while a stage runs: the iteration needs
+all registers.
 
 Legend: C tokens of a chunk; D key dim, BD its power of two; S_0 [D, D] first state; K [C, D] keys as they came.
 """
@@ -24,6 +25,7 @@ from .common import (
     fine_dot,
     key_weights,
     load_matrix,
+    load_pairs,
     load_rows,
     load_scalars,
     log_decays,
@@ -79,7 +81,8 @@ def state_norms(
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def solve_chunks(
-    rhs_ptr, x_ptr,  # right-hand sides, out: solutions float32; [tokens, H, D], or [chunks, H, C, BD] if LOCAL
+    rhs_ptr, x_hi_ptr, x_lo_ptr,  # right-hand sides, out: solutions (hi, lo of no use if WIDE)
+    # these are [tokens, H, D], or [chunks, H, C, BD] if LOCAL
     k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr, norm_ptr,  # [tokens, Hk, D], [tokens, H], [tokens, Hk]
     kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D]
     tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
@@ -111,26 +114,27 @@ def solve_chunks(
     rough_M = rough(past_mask(G, C) * inverse[:, None] * weight[None, :], WIDE)
     # A product's zeros put the right-hand side in the registers where the iteration wants it, once.
     nothing = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE) * 0.0
+    tl.debug_barrier()
     target = rough(load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32) + nothing, WIDE)
 
     x = nothing
     for stage in tl.static_range(STAGES):
         if stage > 0:
-            # What x is made of, exactly enough, so that x itself need not stay.
-            x_hi, x_lo = rough(x, WIDE), remainder(x, WIDE)
-            product = dot(x_hi, S, tl.zeros([C, BD], tl.float32), WIDE)
-            scores = dot(x_hi, Kt, tl.zeros([C, C], tl.float32), WIDE)
+            scores = dot(rough(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
             if not WIDE:
-                product = dot(x_lo, S, product, WIDE)
-                scores = dot(x_lo, Kt, scores, WIDE)
-                S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
-                product = dot(x_hi, S_lo, product, WIDE)
+                scores = dot(remainder(x, WIDE), Kt, scores, WIDE)
             scores = scores * past_mask(G, C) * inverse[:, None] * weight[None, :]
-            product = fine_dot(scores, K, product * zeta[:, None], WIDE)
             tl.debug_barrier()
-            product += ridge_ratio * load_rows(x_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
             rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
-            target = rough(rhs - product, WIDE)
+            product = fine_dot(scores, K, ridge_ratio * x - rhs, WIDE)
+            x = x * zeta[:, None]
+            product = dot(rough(x, WIDE), S, product, WIDE)
+            if not WIDE:
+                product = dot(remainder(x, WIDE), S, product, WIDE)
+                tl.debug_barrier()
+                S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
+                product = dot(rough(x, WIDE), S_lo, product, WIDE)
+            target = rough(-product, WIDE)
         first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
         x = tl.load(tau_ptr + first) * target.to(tl.float32)
         for node in range(first + 1, last):
@@ -140,9 +144,12 @@ def solve_chunks(
             product = dot(rough(x * zeta[:, None], WIDE), S, product, WIDE)
             x = x * (1.0 - tau * ridge_ratio) + tau * (widened(target, WIDE) - product)
         if stage > 0:
-            x += load_rows(x_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+            tl.debug_barrier()
+            x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, C, BD, WIDE)
         if stage == STAGES - 1:
             if HAS_SCALE:
                 inverse = inverse * load_scalars(rhs_scale_ptr, start, end, H, h, C)
             x = x * inverse[:, None]
-        store_rows(x_ptr, x, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+        store_rows(x_hi_ptr, rough(x, WIDE), row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+        if not WIDE:
+            store_rows(x_lo_ptr, remainder(x, WIDE), row, stop, rows_H, rows_h, rows_D, 0, C, BD)

@@ -6,15 +6,16 @@ Forward, with the weights of `prepare.weigh_tokens`:
 
 Backward (paper, section 4.3; zeta_c = e^{G_c}), with G_ and W_ the gradients of S_kk and S_kv:
 
-    G_ <- decay G_ - ((zeta o Z)^T X + (zeta o X)^T Z) / 2 - (sum_c w_c zeta_c^2) S_0 - K^T diag(b beta^2 r^2) K
-    W_ <- decay W_ + scale (zeta o Y)^T dO
+    G_ <- decay G_ - ((zeta o Z)^T X + (zeta o X)^T Z) / 2 - pull S_0 - K^T diag(b beta^2 r^2) K
+    W_ <- decay W_ + scale (zeta o Y)^T dO                              pull = sum_c w_c zeta_c^2
 
-The forward scan forms what it adds as it goes. Backwards that would be six tiles a step, so all chunks'
-increments are formed first, side by side, and then summed up in place.
+The forward scan forms what it adds as it goes, in spans of EVERY chunks side by side: first every span sums up
+what it adds by itself, `join_edges` makes of these sums the states at the spans' edges, and from there all spans
+are scanned for the state before each chunk; the backward pass does that last step anew. Backwards a step would be
+six tiles, so all chunks' increments are formed first, side by side, and then summed up in place.
 
 Every program owns a tile of one head's state and goes through the chunks of one sequence. A call covers chunks
-from `first` to `last`; the one sequence that crosses either edge is handed over in `edge`. The forward pass
-keeps the state at every EVERY-th chunk, so that the backward pass can scan from all of them at once.
+from `first` to `last`; the one sequence that crosses either edge is handed over in `edge`.
 
 Legend: N sequences, NT chunks, H query heads, Hk key/value heads, D key dim, V value dim; BM, BN sizes of a tile.
 """
@@ -27,6 +28,7 @@ from .common import (
     dot,
     key_weights,
     load_matrix,
+    load_pairs,
     load_rows,
     load_scalars,
     load_transposed,
@@ -56,27 +58,34 @@ def _read(
     return keys, right, weight, decay
 
 
-@triton.jit(do_not_specialize=["first_of_all", "last_of_all", "span", "spans"])
+@triton.jit(do_not_specialize=["first_of_all", "last_of_all", "spans"])
 def scan_states(
     k_ptr, v_ptr, to_kk_ptr, to_kv_ptr, decay_ptr,  # [tokens, Hk, D], [tokens, Hk, V], [tokens, H] twice, [NT, H]
     initial_kk_ptr, initial_kv_ptr, final_kk_ptr, final_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32, or no use
-    edge_kk_ptr, edge_kv_ptr,  # states before every EVERY-th chunk, [., H, D, D], [., H, D, V] float32
+    edge_kk_ptr, edge_kv_ptr, fade_ptr,  # before every EVERY-th chunk, [., H, D, D], [., H, D, V], [., H] float32
     kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if WIDE
     chunk_ptr, offset_ptr,  # [NT, 2], [N + 1] int64
-    first_of_all, last_of_all, span, H, Hk, D, V, tiles, spans,
-    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, KEEP_EDGES: tl.constexpr,
+    first_of_all, last_of_all, H, Hk, D, V, tiles, spans,
+    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, SUM_ONLY: tl.constexpr,
     SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Chunks `first_of_all` to `last_of_all` in `spans` spans side by side, each of them begun at an edge."""
+    """Chunks `first_of_all` to `last_of_all` in spans side by side, each of them begun at an edge.
+
+    SUM_ONLY: no state is stored, but at each span's end what the sequence that goes on there has summed up in the
+    span, and what is left there of the state at the span's begin (0 if the sequence began later).
+    """
     program = tl.program_id(0)
     tile, h = program % tiles, (program // tiles) % H
     program = program // (tiles * H)
-    n, first = program // spans, first_of_all + program % spans * span
-    last = tl.minimum(first + span, last_of_all)
+    n, first = program // spans, first_of_all + program % spans * EVERY
+    last = tl.minimum(first + EVERY, last_of_all)
     begin, end = tl.load(offset_ptr + n), tl.load(offset_ptr + n + 1)
     if _is_elsewhere(begin, end, first, last):
         return
+    if SUM_ONLY:
+        if (end <= last) | (begin >= last):
+            return
     hk = h // (H // Hk)
     columns_kk = tl.cdiv(D, BN) if SOLVE else 0
     columns = columns_kk + tl.cdiv(V, BN)
@@ -86,13 +95,16 @@ def scan_states(
     width = tl.where(is_kk, D, V)
     right_ptr = k_ptr if is_kk else v_ptr
     weight_ptr = to_kk_ptr if is_kk else to_kv_ptr
-    hi_ptr = kk_hi_ptr if is_kk else kv_hi_ptr
-    lo_ptr = kk_lo_ptr if is_kk else kv_lo_ptr
     edge_ptr = edge_kk_ptr if is_kk else edge_kv_ptr
+    if not SUM_ONLY:
+        hi_ptr = kk_hi_ptr if is_kk else kv_hi_ptr
+        lo_ptr = kk_lo_ptr if is_kk else kv_lo_ptr
 
     S = tl.zeros([BM, BN], tl.float32)
+    fade = tl.where(begin < first, 1.0, 0.0)
     if begin < first:
-        S = load_matrix(edge_ptr, first // EVERY * H + h, D, width, row, column, BM, BN)
+        if not SUM_ONLY:
+            S = load_matrix(edge_ptr, first // EVERY * H + h, D, width, row, column, BM, BN)
     elif HAS_INITIAL:
         initial_ptr = initial_kk_ptr if is_kk else initial_kv_ptr
         S = load_matrix(initial_ptr, n * H + h, D, width, row, column, BM, BN)
@@ -115,38 +127,56 @@ def scan_states(
                 k_ptr, right_ptr, weight_ptr, decay_ptr, start, next_stop, chunk + 1,
                 h, hk, H, Hk, D, width, row, column, C, BM, BN,
             )  # fmt: skip
-            if KEEP_EDGES:
-                if (chunk % EVERY == 0) & (chunk > begin):
-                    store_matrix(edge_ptr, S, chunk // EVERY * H + h, D, width, row, column, BM, BN)
-            index = (chunk - first_of_all) * H + h
-            store_matrix(hi_ptr, rough(S, WIDE), index, D, width, row, column, BM, BN)
-            if not WIDE:
-                store_matrix(lo_ptr, remainder(S, WIDE), index, D, width, row, column, BM, BN)
+            if not SUM_ONLY:
+                index = (chunk - first_of_all) * H + h
+                store_matrix(hi_ptr, rough(S, WIDE), index, D, width, row, column, BM, BN)
+                if not WIDE:
+                    store_matrix(lo_ptr, remainder(S, WIDE), index, D, width, row, column, BM, BN)
             weighted = right.to(tl.float32) * weight[:, None]
             transposed = tl.trans(rough(keys, WIDE))
             S = dot(transposed, rough(weighted, WIDE), S * decay, WIDE)
             if not WIDE:
                 S = dot(transposed, remainder(weighted, WIDE), S, WIDE)
+            fade = fade * decay
             keys, right, weight, decay = next_keys, next_right, next_weight, next_decay
 
-    if (end > last) & (begin < end):
-        if KEEP_EDGES:
-            store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
+    if SUM_ONLY:
+        store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
+        tl.store(fade_ptr + (last // EVERY * H + h), fade)
     elif HAS_FINAL:
-        final_ptr = final_kk_ptr if is_kk else final_kv_ptr
-        store_matrix(final_ptr, S, n * H + h, D, width, row, column, BM, BN)
+        if (end <= last) | (begin == end):
+            final_ptr = final_kk_ptr if is_kk else final_kv_ptr
+            store_matrix(final_ptr, S, n * H + h, D, width, row, column, BM, BN)
+
+
+@triton.jit(do_not_specialize=["edges"])
+def join_edges(edge_ptr, fade_ptr, edges, H, elements, BLOCK: tl.constexpr):
+    """States at the edges [edges, H, elements] from what each span has summed up, in place; fade [edges, H].
+
+    Edge 0 is of no use, and so are those in whose place no sequence goes on: nothing of them is taken further.
+    """
+    blocks = tl.cdiv(elements, BLOCK)
+    h, place = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    S = tl.zeros([BLOCK], tl.float32)
+    for edge in range(1, edges):
+        row = (edge * H + h).to(tl.int64)
+        fade = tl.load(fade_ptr + row)
+        added = tl.load(edge_ptr + row * elements + place, mask=inside, other=0.0)
+        S = tl.where(fade == 0.0, 0.0, S * fade) + added
+        tl.store(edge_ptr + row * elements + place, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def increments_kk(
-    k_ptr, x_ptr, z_ptr,  # [tokens, Hk, D], [tokens, H, D], z [chunks, H, C, BD]
-    g_ptr, beta_ptr, key_scale_ptr, w_ptr, b_ptr,  # [tokens, H], key_scale [tokens, Hk]
-    kk_ptr, d_kk_hi_ptr, d_kk_lo_ptr,  # first states (hi), out: [chunks, H, D, D]
+    k_ptr, x_ptr, z_ptr,  # [tokens, Hk, D], [tokens, H, D], [chunks, H, C, BD]; x and z: hi
+    g_ptr, beta_ptr, key_scale_ptr, b_ptr,  # [tokens, H], key_scale [tokens, Hk]
+    d_kk_ptr,  # out: [chunks, H, D, D]
     chunk_ptr, first_chunk, H, Hk, D,
     C: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk adds to G_ on the way back, BD rows and HALF columns a program."""
+    """What every chunk adds to G_ on the way back but for pull S_0, BD rows and HALF columns a program."""
     program = tl.program_id(0).to(tl.int64)
     half, program = (program % (BD // HALF)).to(tl.int32), program // (BD // HALF)
     h, local = program % H, program // H
@@ -157,30 +187,26 @@ def increments_kk(
     column = half * HALF
     half_zeta = -0.5 * tl.exp(log_decays(g_ptr, start, stop, H, h, C))
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, stop, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
-    w = load_scalars(w_ptr, start, stop, H, h, C)
     b = load_scalars(b_ptr, start, stop, H, h, C) * beta * beta * key_scale * key_scale
     row = program * C
-    dS = load_matrix(kk_ptr, program, D, D, 0, column, BD, HALF).to(tl.float32)
-    dS = dS * -tl.sum(4.0 * w * half_zeta * half_zeta, 0)
+    dS = tl.zeros([BD, HALF], tl.float32)
     left = load_rows(z_ptr, row, row + C, 1, 0, BD, 0, C, BD)
-    right = rough(load_rows(x_ptr, start, stop, H, h, D, column, C, HALF) * half_zeta[:, None], WIDE)
-    dS = dot(tl.trans(rough(left, WIDE)), right, dS, WIDE)
+    right = load_rows(x_ptr, start, stop, H, h, D, column, C, HALF).to(tl.float32) * half_zeta[:, None]
+    dS = dot(tl.trans(rough(left, WIDE)), rough(right, WIDE), dS, WIDE)
     left = load_rows(x_ptr, start, stop, H, h, D, 0, C, BD)
-    right = rough(load_rows(z_ptr, row, row + C, 1, 0, BD, column, C, HALF) * half_zeta[:, None], WIDE)
-    dS = dot(tl.trans(rough(left, WIDE)), right, dS, WIDE)
+    right = load_rows(z_ptr, row, row + C, 1, 0, BD, column, C, HALF).to(tl.float32) * half_zeta[:, None]
+    dS = dot(tl.trans(rough(left, WIDE)), rough(right, WIDE), dS, WIDE)
     left = load_rows(k_ptr, start, stop, Hk, hk, D, 0, C, BD)
     right = load_rows(k_ptr, start, stop, Hk, hk, D, column, C, HALF).to(tl.float32) * -b[:, None]
     dS = dot(tl.trans(rough(left, WIDE)), rough(right, WIDE), dS, WIDE)
-    store_matrix(d_kk_hi_ptr, rough(dS, WIDE), program, D, D, 0, column, BD, HALF)
-    if not WIDE:
-        store_matrix(d_kk_lo_ptr, remainder(dS, WIDE), program, D, D, 0, column, BD, HALF)
+    store_matrix(d_kk_ptr, rough(dS, WIDE), program, D, D, 0, column, BD, HALF)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def increments_kv(
-    q_ptr, x_ptr, do_ptr,  # [tokens, H, D] twice, [tokens, H, V]
+    q_ptr, x_ptr, do_ptr,  # [tokens, H, D] twice, x: hi; [tokens, H, V]
     g_ptr, alpha_ptr, query_scale_ptr,  # [tokens, H]
-    d_kv_hi_ptr, d_kv_lo_ptr,  # out: [chunks, H, D, V]
+    d_kv_ptr,  # out: [chunks, H, D, V]
     chunk_ptr, scale, first_chunk, H, D, V, blocks,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -194,44 +220,44 @@ def increments_kv(
     if start >= stop:
         return
     zeta = tl.exp(log_decays(g_ptr, start, stop, H, h, C))
-    y = blend(q_ptr, x_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D, C, BD, SOLVE, HAS_ALPHA, NORMALIZE)
+    y = blend(q_ptr, x_ptr, x_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D,
+              C, BD, SOLVE, HAS_ALPHA, NORMALIZE, True)  # fmt: skip
     dO = load_rows(do_ptr, start, stop, H, h, V, column, C, BV).to(tl.float32) * (scale * zeta)[:, None]
     dS = dot(tl.trans(rough(y, WIDE)), rough(dO, WIDE), tl.zeros([BD, BV], tl.float32), WIDE)
-    store_matrix(d_kv_hi_ptr, rough(dS, WIDE), program, D, V, 0, column, BD, BV)
-    if not WIDE:
-        store_matrix(d_kv_lo_ptr, remainder(dS, WIDE), program, D, V, 0, column, BD, BV)
+    store_matrix(d_kv_ptr, rough(dS, WIDE), program, D, V, 0, column, BD, BV)
 
 
 @triton.jit
 def blend(
-    q_ptr, x_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D,
+    q_ptr, x_hi_ptr, x_lo_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D,
     C: tl.constexpr, BD: tl.constexpr, SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
+    HI_ONLY: tl.constexpr,
 ):  # fmt: skip
     """y = q + alpha (x - q) [C, BD] float32, with q = r_q times the query as it came."""
     if SOLVE and not HAS_ALPHA:
-        return load_rows(x_ptr, start, stop, H, h, D, 0, C, BD)
+        return load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, HI_ONLY)
     else:
         y = load_rows(q_ptr, start, stop, H, h, D, 0, C, BD).to(tl.float32)
         if NORMALIZE:
             y = y * load_scalars(query_scale_ptr, start, stop, H, h, C)[:, None]
         if SOLVE:
-            x = load_rows(x_ptr, start, stop, H, h, D, 0, C, BD)
+            x = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, HI_ONLY)
             y += load_scalars(alpha_ptr, start, stop, H, h, C)[:, None] * (x - y)
         return y
 
 
 @triton.jit(do_not_specialize=["first", "last"])
 def scan_gradients(
-    decay_ptr,  # [NT, H] float32
+    decay_ptr, pull_ptr,  # [NT, H] float32, [chunks, H] float32
     kk_ptr, kv_ptr,  # first states of the chunks (hi), [chunks, H, D, D], [chunks, H, D, V]
-    final_kk_ptr, final_kv_ptr, d_final_kk_ptr, d_final_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32, or no use
-    d_initial_kk_ptr, d_initial_kv_ptr,  # as initial states
+    d_final_kk_ptr, d_final_kv_ptr, d_initial_kk_ptr, d_initial_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32
     edge_in_kk_ptr, edge_in_kv_ptr, edge_out_kk_ptr, edge_out_kv_ptr,  # [H, D, D], [H, D, V] float32
-    d_kk_hi_ptr, d_kk_lo_ptr, d_kv_hi_ptr, d_kv_lo_ptr,  # increments, replaced by gradients at the chunks' ends
-    ends_ptr,  # out: [NT, H, 2, D] float32, sums over rows of <G_, S> at the chunks' ends, S_kk and S_kv
+    d_kk_ptr, d_kv_ptr,  # increments, replaced by gradients at the chunks' ends
+    through_ptr,  # out: [chunks, H, 2, D] float32, e^{G_C} times sums over rows of <G_, S_0>, of S_kk and S_kv
     offset_ptr,  # [N + 1] int64
     first, last, H, D, V, tiles_kk, tiles_kv,
-    BM: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Tiles are whole rows, BM at a time: first those of S_kk, then those of S_kv."""
     program = tl.program_id(0)
@@ -244,55 +270,41 @@ def scan_gradients(
     row = tl.where(is_kk, tile, tile - tiles_kk) * BM
     width = tl.where(is_kk, D, V)
     state_ptr = kk_ptr if is_kk else kv_ptr
-    hi_ptr = d_kk_hi_ptr if is_kk else d_kv_hi_ptr
-    lo_ptr = d_kk_lo_ptr if is_kk else d_kv_lo_ptr
+    d_ptr = d_kk_ptr if is_kk else d_kv_ptr
     rows = row + tl.arange(0, BM)
-    sums_ptr = ends_ptr + tl.where(is_kk, 0, D) + rows
+    sums_ptr = through_ptr + tl.where(is_kk, 0, D) + rows
 
     dS = tl.zeros([BM, BV], tl.float32)
     if (end > last) & (begin < end):
         edge_ptr = edge_in_kk_ptr if is_kk else edge_in_kv_ptr
         dS = load_matrix(edge_ptr, h, D, width, row, 0, BM, BV)
-    else:
-        S = tl.zeros([BM, BV], tl.float32)
-        if HAS_FINAL:
-            d_final_ptr = d_final_kk_ptr if is_kk else d_final_kv_ptr
-            final_ptr = final_kk_ptr if is_kk else final_kv_ptr
-            dS = load_matrix(d_final_ptr, n * H + h, D, width, row, 0, BM, BV)
-            S = load_matrix(final_ptr, n * H + h, D, width, row, 0, BM, BV)
-            if is_kk:
-                dS = 0.5 * (dS + load_transposed(d_final_ptr, n * H + h, D, D, 0, row, BV, BM))
-        if begin < end:
-            tl.store(sums_ptr + ((end - 1) * H + h) * 2 * D, tl.sum(dS * S, 1), mask=rows < D)
+    elif HAS_FINAL:
+        d_final_ptr = d_final_kk_ptr if is_kk else d_final_kv_ptr
+        dS = load_matrix(d_final_ptr, n * H + h, D, width, row, 0, BM, BV)
+        if is_kk:
+            dS = 0.5 * (dS + load_transposed(d_final_ptr, n * H + h, D, D, 0, row, BV, BM))
 
     stop_chunk = tl.minimum(end, last)
     steps = stop_chunk - tl.maximum(begin, first)
     if steps > 0:
         index = (stop_chunk - 1 - first) * H + h
-        added = load_matrix(hi_ptr, index, D, width, row, 0, BM, BV).to(tl.float32)
-        if not WIDE:
-            added += load_matrix(lo_ptr, index, D, width, row, 0, BM, BV).to(tl.float32)
+        added = load_matrix(d_ptr, index, D, width, row, 0, BM, BV)
         S = load_matrix(state_ptr, index, D, width, row, 0, BM, BV)
         decay = tl.load(decay_ptr + (stop_chunk - 1) * H + h)
         for step in range(0, steps):
             chunk = stop_chunk - 1 - step
             index = (chunk - first) * H + h
             before = tl.where(step + 1 < steps, index - H, index)
-            next_added = load_matrix(hi_ptr, before, D, width, row, 0, BM, BV)
-            if not WIDE:
-                next_low = load_matrix(lo_ptr, before, D, width, row, 0, BM, BV)
+            next_added = load_matrix(d_ptr, before, D, width, row, 0, BM, BV)
             next_S = load_matrix(state_ptr, before, D, width, row, 0, BM, BV)
             next_decay = tl.load(decay_ptr + tl.where(step + 1 < steps, chunk - 1, chunk) * H + h)
-            store_matrix(hi_ptr, rough(dS, WIDE), index, D, width, row, 0, BM, BV)
-            if not WIDE:
-                store_matrix(lo_ptr, remainder(dS, WIDE), index, D, width, row, 0, BM, BV)
-            dS = dS * decay + added
-            sums = tl.sum(dS * S.to(tl.float32), 1)
-            tl.store(sums_ptr + ((chunk - 1) * H + h) * 2 * D, sums, mask=rows < tl.where(chunk > begin, D, 0))
-            added = next_added.to(tl.float32)
-            if not WIDE:
-                added += next_low.to(tl.float32)
-            S, decay = next_S, next_decay
+            store_matrix(d_ptr, rough(dS, WIDE), index, D, width, row, 0, BM, BV)
+            faded, first_state = dS * decay, S.to(tl.float32)
+            tl.store(sums_ptr + index * 2 * D, tl.sum(faded * first_state, 1), mask=rows < D)
+            dS = faded + added.to(tl.float32)
+            if SOLVE:
+                dS -= tl.load(pull_ptr + index, mask=is_kk, other=0.0) * first_state
+            added, S, decay = next_added, next_S, next_decay
 
     if begin < first:
         edge_ptr = edge_out_kk_ptr if is_kk else edge_out_kv_ptr

@@ -118,13 +118,13 @@ def _forward(
     normalize_qk: bool,
     output_final_state: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the final S_kk and S_kv, and x, norm, edge_kk, edge_kv of `Saved`; empty for None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final S_kk and S_kv, and x, x_lo, norm, edge_kk, edge_kv of `Saved`; empty for None."""
     inputs = Inputs(q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens)
     options = _options(q, backend, ridge_ratio, steps, scale, chunk_size, normalize_qk)
     o, final_kk, final_kv, saved = backend_module(backend).forward(inputs, options, output_final_state, save)
-    final_kk, final_kv, x, norm, edge_kk, edge_kv = _given(q, final_kk, final_kv, *saved)
-    return o, final_kk, final_kv, x, norm, edge_kk, edge_kv
+    final_kk, final_kv, x, x_lo, norm, edge_kk, edge_kv = _given(q, final_kk, final_kv, *saved)
+    return o, final_kk, final_kv, x, x_lo, norm, edge_kk, edge_kv
 
 
 @_forward.register_fake
@@ -156,6 +156,7 @@ def _backward(
     final_kk: Tensor,
     final_kv: Tensor,
     x: Tensor,
+    x_lo: Tensor,
     norm: Tensor,
     edge_kk: Tensor,
     edge_kv: Tensor,
@@ -172,7 +173,7 @@ def _backward(
     """`Gradients`, empty for None."""
     inputs = Inputs(q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens)
     options = _options(q, backend, ridge_ratio, steps, scale, chunk_size, normalize_qk)
-    saved, final = Saved(x, norm, edge_kk, edge_kv), (final_kk, final_kv)
+    saved, final = Saved(x, x_lo, norm, edge_kk, edge_kv), (final_kk, final_kv)
     found = backend_module(backend).backward(inputs, options, saved, final, do, (dS_kk, dS_kv))
     dq, dk, dv, dg, dalpha, dbeta, dS_kk_0, dS_kv_0 = _given(q, *found)
     return dq, dk, dv, dg, dalpha, dbeta, dS_kk_0, dS_kv_0

@@ -2,12 +2,13 @@
 
 Chunks are numbered sequence by sequence; a table on the device gives the tokens of each, so packed batches and
 plain ones are one case and nothing waits for the device. The states at all chunks would be larger than
-everything else: work is cut into parts of consecutive chunks that share one workspace. The states at every
-EDGE_EVERY-th chunk are kept (`Saved.edge_kk`, `edge_kv`), and the backward pass scans each part anew.
+everything else: only those at every EDGE_EVERY-th chunk are kept (`Saved.edge_kk`, `edge_kv`), and work is cut
+into parts of consecutive chunks that share one workspace, for which each part's states are scanned from there.
 
-    forward     scan_states, state_norms, solve_chunks, read_states                                  part by part
+    forward     scan_states (sums of spans), join_edges                                                    at once
+                scan_states, state_norms, solve_chunks, read_states                                  part by part
     backward    scan_states, read_gradients, solve_chunks, query_gradients, increments_kk, increments_kv,
-                scan_gradients, value_gradients, key_scores, key_gradients               parts from last to first
+                scan_gradients, value_gradients, key_gradients                           parts from last to first
 
 Legend: B batch, T time, H query heads, Hk key/value heads, D key dim, V value dim, N sequences, NT chunks, C their
 tokens.
@@ -24,11 +25,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..kernels.local import key_gradients, key_scores, value_gradients
+from ..kernels.local import key_gradients, value_gradients
 from ..kernels.prepare import scales_of_rows, weigh_tokens
 from ..kernels.readout import query_gradients, read_gradients, read_states
 from ..kernels.solve import solve_chunks, state_norms
-from ..kernels.state import increments_kk, increments_kv, scan_gradients, scan_states
+from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
 from .solvers import node_steps
 from .triton_config import INTERPRETED, Config, config_for
 from .types import Gradients, Inputs, Options, Outputs, Saved
@@ -126,18 +127,23 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.inputs.q.device)
 
-    def states(self) -> list[Tensor]:
-        """Workspace of one part: S_kk and S_kv, each hi and lo; lo is hi where there is none, S_kk then S_kv."""
-        shapes = [(self.D, self.D)] * self.solve + [(self.D, self.V)]
-        found: list[Tensor] = []
-        for rows, columns in shapes:
-            hi = self.empty(self.part_chunks, self.H, rows, columns, dtype=self.state_type)
-            found += [hi, hi if self.config.wide else torch.empty_like(hi)]
-        return found if self.solve else 2 * found
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Workspace of one part for S_kk and S_kv; S_kv stands in for the former where nothing is solved."""
+        shape = self.part_chunks, self.H, self.D
+        kv = self.empty(*shape, self.V, dtype=self.state_type)
+        return self.empty(*shape, self.D, dtype=self.state_type) if self.solve else kv, kv
 
-    def local(self) -> Tensor:
-        """Workspace for rows of one part, [chunks, H, C, BD] float32."""
-        return self.empty(self.part_chunks, self.H, self.options.chunk_size, self.config.BD)
+    def state_pairs(self) -> list[Tensor]:
+        """The same in pairs: S_kk, its lo, S_kv, its lo."""
+        return [tensor for hi in self.states() for tensor in self.pair(hi)]
+
+    def pair(self, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """hi and room for its lo, which is hi where there is none."""
+        return hi, hi if self.config.wide else torch.empty_like(hi)
+
+    def local(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Workspace for rows of one part, [chunks, H, C, BD]."""
+        return self.empty(self.part_chunks, self.H, self.options.chunk_size, self.config.BD, dtype=dtype)
 
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
         """1 / (norm + 1e-6) of queries [B, T, H] and keys [B, T, Hk], if they are normalised."""
@@ -163,35 +169,51 @@ class _Call:
         return to_kk, to_kv, decay
 
     def scan(
-        self, part: int, weights: tuple[Tensor, Tensor, Tensor], edges: tuple[Tensor | None, Tensor | None],
-        final: tuple[Tensor | None, Tensor | None], states: list[Tensor], *, again: bool,
+        self, chunks: tuple[int, int], weights: tuple[Tensor, Tensor, Tensor],
+        edges: tuple[Tensor | None, Tensor | None, Tensor | None], final: tuple[Tensor | None, Tensor | None],
+        states: list[Tensor] | None,
     ) -> None:  # fmt: skip
-        """Scan the states of a part: once, keeping those at `edges`, or again, from all of them at once."""
-        inputs, (first, last), (BM, BN) = self.inputs, self.parts[part], self.config.tile
+        """Scan the states of chunks first to last from the edges; without `states`, for the edges alone."""
+        inputs, (first, last), (BM, BN) = self.inputs, chunks, self.config.tile
         columns = (-(-self.D // BN) if self.solve else 0) + -(-self.V // BN)
-        tiles = -(-self.D // BM) * columns
-        span = EDGE_EVERY if again else max(1, last - first)
-        spans = -(-max(1, last - first) // span)
+        tiles, spans = -(-self.D // BM) * columns, -(-max(1, last - first) // EDGE_EVERY)
         if not tiles * self.H * self.N:
             return
         scan_states[(tiles * self.H * self.N * spans,)](
-            inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final), *_both(*edges),
-            *states,
-            self.chunks, self.offsets, first, last, span, self.H, self.Hk, self.D, self.V, tiles, spans,
-            BM=BM, BN=BN, EVERY=EDGE_EVERY, KEEP_EDGES=not again, HAS_FINAL=final[1] is not None,
+            inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final),
+            *_both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
+            self.chunks, self.offsets, first, last, self.H, self.Hk, self.D, self.V, tiles, spans,
+            BM=BM, BN=BN, EVERY=EDGE_EVERY, SUM_ONLY=states is None, HAS_FINAL=final[1] is not None,
             **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **self.config.scan,
         )  # fmt: skip
 
+    def find_edges(
+        self, weights: tuple[Tensor, Tensor, Tensor], edges: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Fill in the states at every EDGE_EVERY-th chunk."""
+        count = self.NT // EDGE_EVERY + 1
+        if self.NT <= EDGE_EVERY:
+            return
+        fade = self.empty(count, self.H)
+        self.scan((0, self.NT), weights, (*edges, fade), (None, None), None)
+        for edge in edges:
+            elements = 0 if edge is None else edge.shape[2] * edge.shape[3]
+            if elements:
+                join_edges[(triton.cdiv(elements, 512) * self.H,)](
+                    edge, fade, count, self.H, elements, BLOCK=512, num_warps=4
+                )
+
     def solve_part(
-        self, part: int, rhs: Tensor, x: Tensor, scale: Tensor | None, key_scale: Tensor | None,
+        self, part: int, rhs: Tensor, x: tuple[Tensor, Tensor], scale: Tensor | None, key_scale: Tensor | None,
         norm: Tensor, states: list[Tensor], *, local: bool,
     ) -> None:  # fmt: skip
-        """x = A^{-1} rhs, times scale; rows are those of tokens, or of the part if `local`."""
+        """x = A^{-1} rhs, times scale, as a pair; rows are those of tokens, or of the part if `local`."""
         (first, last), inputs = self.parts[part], self.inputs
         solve_chunks[((last - first) * self.H,)](
-            rhs, x, inputs.k, inputs.g, scale, inputs.beta, key_scale, norm, states[0], states[1],
-            self.taus, self.stages, self.chunks, self.options.ridge_ratio, first, self.H, self.Hk, self.D,
-            BD=self.config.BD, STAGES=len(self.options.steps), LOCAL=local, HAS_SCALE=scale is not None,
+            rhs, *x, inputs.k, inputs.g, scale, inputs.beta, key_scale, norm, states[0], states[1],
+            self.taus, self.stages, self.chunks, self.options.ridge_ratio, first,
+            self.H, self.Hk, self.D, BD=self.config.BD, STAGES=len(self.options.steps), LOCAL=local,
+            HAS_SCALE=scale is not None,
             **self.flags("HAS_BETA", "NORMALIZE"), **self.arithmetic, **self.config.solve,
         )  # fmt: skip
 
@@ -223,8 +245,10 @@ def empty_saved(inputs: Inputs, options: Options) -> Saved:
     q, V, solve = inputs.q, inputs.v.shape[3], bool(options.steps)
     H, D = q.shape[2:]
     edges = chunk_count(inputs, options.chunk_size) // EDGE_EVERY + 1
+    in_pairs = q.dtype == torch.bfloat16
     return Saved(
-        q.new_empty(q.shape, dtype=torch.float32) if solve else None,
+        q.new_empty(q.shape, dtype=torch.bfloat16 if in_pairs else torch.float32) if solve else None,
+        q.new_empty(q.shape, dtype=torch.bfloat16) if solve and in_pairs else None,
         q.new_empty(q.shape[:3], dtype=torch.float32) if solve else None,
         q.new_empty(edges, H, D, D, dtype=torch.float32) if solve else None,
         q.new_empty(edges, H, D, V, dtype=torch.float32),
@@ -252,24 +276,26 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
         final_kv = call.empty(call.N, call.H, call.D, call.V)
         final_kk = call.empty(call.N, call.H, call.D, call.D) if call.solve else None
     with _on(inputs.q.device):
-        states, edges = call.states(), (saved.edge_kk, saved.edge_kv)
+        states, edges = call.state_pairs(), (saved.edge_kk, saved.edge_kv)
+        x, x_lo = saved.x, saved.x if saved.x_lo is None else saved.x_lo
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
+        call.find_edges(weights, edges)
         for part, (first, last) in enumerate(call.parts):
-            call.scan(part, weights, edges, (final_kk, final_kv), states, again=False)
+            call.scan((first, last), weights, (*edges, None), (final_kk, final_kv), states)
             programs = (last - first) * call.H
             if not programs:
                 continue
-            if saved.x is not None and saved.norm is not None:
+            if x is not None and x_lo is not None and saved.norm is not None:
                 state_norms[(programs,)](
                     inputs.k, inputs.g, inputs.beta, key_scale, states[0], saved.norm, call.chunks,
                     first, call.H, call.Hk, call.D, BD=call.config.BD,
                     **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.norms,
                 )  # fmt: skip
-                call.solve_part(part, inputs.q, saved.x, query_scale, key_scale, saved.norm, states, local=False)
+                call.solve_part(part, inputs.q, (x, x_lo), query_scale, key_scale, saved.norm, states, local=False)
             read_states[(programs,)](
                 inputs.q, inputs.k, inputs.v, inputs.g, inputs.alpha, inputs.beta, query_scale, key_scale,
-                saved.x, *states[2:], o, call.chunks, options.scale, first, call.H, call.Hk, call.D, call.V,
+                x, x_lo, *states[2:], o, call.chunks, options.scale, first, call.H, call.Hk, call.D, call.V,
                 **call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE"),
                 **call.blocks, **call.arithmetic, **call.config.read,
             )  # fmt: skip
@@ -284,20 +310,19 @@ def backward(
     do: Tensor,
     d_final: tuple[Tensor | None, Tensor | None],
 ) -> Gradients:
-    """Gradients of the inputs from those of o and of the final states `final`."""
+    """Gradients of the inputs from those of o and of the final states, which are not looked at themselves."""
     inputs, do = _contiguous(inputs), do.contiguous()
     call = _Call(inputs, options)
-    q, H, Hk, D, V = inputs.q, call.H, call.Hk, call.D, call.V
+    q, k, v, g, beta = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta
+    H, Hk, D, V, C = call.H, call.Hk, call.D, call.V, options.chunk_size
     has_final = any(tensor is not None for tensor in d_final)
-    finals: list[Tensor | None] = [None, None]
     d_given: list[Tensor | None] = [None, None]
     if has_final:
-        finals = [state if state.numel() else None for state in final]
         d_given = [
             (torch.zeros_like(state) if given is None else given.contiguous()) if state.numel() else None
             for state, given in zip(final, d_final, strict=True)
         ]
-    dq, dg = torch.empty_like(q), torch.empty_like(inputs.g)
+    dq, dg = torch.empty_like(q), torch.empty_like(g)
     dk = call.empty(call.B, call.T, H, D, dtype=q.dtype)
     dv = call.empty(call.B, call.T, H, V, dtype=q.dtype)
     dalpha, dbeta, dS_kk, dS_kv = (
@@ -307,78 +332,71 @@ def backward(
     if not call.solve and dalpha is not None:
         dalpha.zero_()
     with _on(q.device):
-        states = call.states()
-        d_kk, d_kk_lo, d_kv, d_kv_lo = call.states()
-        ends = call.empty(call.NT, H, 2, D)
+        states, (d_kk, d_kv) = call.state_pairs(), call.states()
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
         edges = (saved.edge_kk if call.solve else None, saved.edge_kv)
         d_edges = [None if e is None else call.empty(2, *e.shape[1:]) for e in edges]
-        rest, written, dy = call.empty(call.B, call.T, H), call.empty(call.B, call.T, H), call.local()
-        C = options.chunk_size
+        through = call.empty(call.part_chunks, H, 2, D)
+        rest, written, written_end = (call.empty(call.B, call.T, H) for _ in range(3))
         scores = call.empty(call.part_chunks, H, 4, C, C, dtype=call.state_type)
-        z = w = b = along = None
-        rhs = dy
-        if call.solve:
-            z = call.local()
+        dy = call.local()
+        x = x_lo = z = z_lo = w = b = along = pull = None
+        if call.solve and saved.x is not None:
+            x, x_lo = saved.x, saved.x if call.config.wide else saved.x_lo
+            z, z_lo = call.pair(call.local(call.state_type))
             w, b, along = (torch.empty_like(rest) for _ in range(3))
-            rhs = dy if inputs.alpha is None else call.local()
-        per_block = call.config.BD // call.config.half
+            pull = call.empty(call.part_chunks, H)
+        per_block, blocks = call.config.BD // call.config.half, call.blocks["BLOCKS"]
         tiles_kk, tiles_kv = -(-D // call.config.rows) if call.solve else 0, -(-D // call.config.rows)
         for part in reversed(range(len(call.parts))):
             first, last = call.parts[part]
             programs = (last - first) * H
-            call.scan(part, weights, edges, (None, None), states, again=True)
+            call.scan((first, last), weights, (*edges, None), (None, None), states)
             if programs:
                 read_gradients[(programs,)](
-                    inputs.k, inputs.v, inputs.g, inputs.alpha, inputs.beta, key_scale, do, *states[2:], dy, rhs,
-                    call.chunks, options.scale, first, H, Hk, D, V,
-                    HAS_ALPHA=rhs is not dy, **call.flags("HAS_BETA", "NORMALIZE"),
+                    k, v, g, beta, key_scale, do, *states[2:], dy, call.chunks, options.scale,
+                    first, H, Hk, D, V, **call.flags("HAS_BETA", "NORMALIZE"),
                     **call.blocks, **call.arithmetic, **call.config.read,
                 )  # fmt: skip
-                if z is not None and saved.norm is not None:
-                    call.solve_part(part, rhs, z, None, key_scale, saved.norm, states, local=True)
+                if z is not None and z_lo is not None and saved.norm is not None:
+                    call.solve_part(part, dy, (z, z_lo), inputs.alpha, key_scale, saved.norm, states, local=True)
                 query_gradients[(programs,)](
-                    q, inputs.g, inputs.alpha, query_scale, saved.x, saved.norm, dy, z, dq, dalpha, w, b, rest,
-                    call.chunks, options.ridge_ratio, first, H, D, C=C, BD=call.config.BD,
+                    q, g, inputs.alpha, query_scale, x, x_lo, saved.norm, dy, z, z_lo,
+                    dq, dalpha, w, b, rest, pull, call.chunks, options.ridge_ratio, first, H, D,
+                    C=C, BD=call.config.BD, WIDE=call.config.wide,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.elementwise,
                 )  # fmt: skip
                 if call.solve:
                     increments_kk[(programs * per_block,)](
-                        inputs.k, saved.x, z, inputs.g, inputs.beta, key_scale, w, b, states[0], d_kk, d_kk_lo,
+                        k, x, z, g, beta, key_scale, b, d_kk,
                         call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
                         **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                     )  # fmt: skip
-                blocks = call.blocks["BLOCKS"]
                 increments_kv[(programs * blocks,)](
-                    q, saved.x, do, inputs.g, inputs.alpha, query_scale, d_kv, d_kv_lo, call.chunks, options.scale,
+                    q, x, do, g, inputs.alpha, query_scale, d_kv, call.chunks, options.scale,
                     first, H, D, V, blocks, BD=call.config.BD, BV=call.config.BV,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                 )  # fmt: skip
             if H * call.N:
                 scan_gradients[((tiles_kk + tiles_kv) * H * call.N,)](
-                    weights[2], states[0], states[2], *_both(*finals), *_both(*d_given),
-                    *_both(dS_kk, dS_kv), *_both(*_edge(d_edges, part + 1)), *_both(*_edge(d_edges, part)),
-                    d_kk, d_kk_lo, d_kv, d_kv_lo, ends, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
+                    weights[2], pull, states[0], states[2], *_both(*d_given), *_both(dS_kk, dS_kv),
+                    *_both(*_edge(d_edges, part + 1)), *_both(*_edge(d_edges, part)),
+                    d_kk, d_kv, through, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
                     BM=call.config.rows, BV=call.config.wide_row, HAS_FINAL=has_final,
-                    WIDE=call.config.wide, **call.flags("HAS_INITIAL"), **call.config.elementwise,
+                    WIDE=call.config.wide, **call.flags("SOLVE", "HAS_INITIAL"), **call.config.elementwise,
                 )  # fmt: skip
             if programs:
-                k, v, g, beta = inputs.k, inputs.v, inputs.g, inputs.beta
                 sizes = (first, H, Hk, D, V)
                 flags: dict[str, Any] = call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE")
                 flags |= {**call.blocks, **call.arithmetic, **call.config.local}
                 value_gradients[(programs,)](
-                    q, k, v, g, inputs.alpha, beta, query_scale, key_scale, saved.x, do,
-                    d_kv, d_kv_lo, dv, written, call.chunks, options.scale, *sizes, **flags,
-                )  # fmt: skip
-                key_scores[(programs,)](
-                    k, v, g, inputs.alpha, beta, query_scale, key_scale, saved.x, z, do, w, scores, along,
-                    call.chunks, options.scale, *sizes, **flags,
+                    q, k, v, g, inputs.alpha, beta, query_scale, key_scale, x, x_lo, z, z_lo, do, w, d_kv,
+                    dv, scores, written, written_end, along, call.chunks, options.scale, *sizes, **flags,
                 )  # fmt: skip
                 key_gradients[(programs,)](
-                    q, k, v, g, beta, key_scale, saved.x, z, b, rest, written, along, scores,
-                    states[0], d_kk, d_kk_lo, d_kv, ends, dk, dg, dbeta, call.chunks, *sizes, **flags,
+                    q, k, v, g, beta, key_scale, x, z, b, rest, written, written_end, along, scores,
+                    states[0], d_kk, d_kv, through, dk, dg, dbeta, call.chunks, *sizes, **flags,
                 )  # fmt: skip
     dk, dv = (_sum_groups(tensor, Hk) for tensor in (dk, dv))
     return Gradients(dq, dk, dv, dg, dalpha, dbeta, dS_kk, dS_kv)

@@ -54,11 +54,12 @@ class Options(NamedTuple):
 class Saved(NamedTuple):
     """What a backend keeps for its backward pass, beside inputs and final states; None for what it does not.
 
-    x: [B, T, H, D], solutions; norm: [B, T, H], ||S_kk||_F; edge_kk, edge_kv: [., H, D, D or V], states where
-        the work was cut.
+    x: [B, T, H, D], solutions, and x_lo, what is to be added to them where their dtype is too short;
+        norm: [B, T, H], ||S_kk||_F; edge_kk, edge_kv: [., H, D, D or V], states where the work was cut.
     """
 
     x: Tensor | None = None
+    x_lo: Tensor | None = None
     norm: Tensor | None = None
     edge_kk: Tensor | None = None
     edge_kv: Tensor | None = None
