@@ -65,7 +65,7 @@ def value_gradients(
     dv_ptr, scores_ptr,  # out: [tokens, H, V]; of X, Z, K, Q in dk, [chunks, H, 4, C, C]
     written_ptr, written_end_ptr,  # out: <u, v> but for the term with W_, and that term, [tokens, H] float32
     along_ptr,  # out: part of <p, k>, [tokens, H] float32
-    chunk_ptr, scale, first_chunk, H, Hk, D, V,
+    chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -142,7 +142,7 @@ def key_gradients(
     kk_ptr, d_kk_ptr, d_kv_ptr,  # S_kk_0 (hi), G_, W_, [chunks, H, D, D | V]
     through_ptr,  # [chunks, H, 2, D] float32, from `scan_gradients`
     dk_ptr, dg_ptr, dbeta_ptr,  # out: [tokens, H, D], [tokens, H] twice
-    chunk_ptr, first_chunk, H, Hk, D, V,
+    chunk_ptr, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,

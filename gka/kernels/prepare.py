@@ -13,7 +13,7 @@ from .common import chunk_of, key_weights, last_of, log_decays, store_scalars
 
 
 @triton.jit(do_not_specialize=["rows"])
-def scales_of_rows(x_ptr, scale_ptr, rows, D, ROWS: tl.constexpr, BD: tl.constexpr):
+def scales_of_rows(x_ptr, scale_ptr, rows, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     """1 / (||row||_2 + 1e-6) of x [rows, D] -> scale [rows] float32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BD)

@@ -9,8 +9,7 @@ Backward (section 4.3), dy and then, with z = alpha A^{-1} dy from the solve:
 
     dy = scale ((zeta o dO) S_kv_0^T + ((dO V^T) o M o beta^2 r_k) K)
     dalpha = <x - r_q q, dy>       dq = (1 - alpha) dy + z, taken through the normalisation
-    w = a <z, x> / ||S||           b_j = sum_{c >= j} M_{c,j} w_c zeta_c         rest = <y, dy> - <z, r_q q>
-    pull = sum_c w_c zeta_c^2
+    w = a <z, x> / ||S||           rest = <y, dy> - <z, r_q q>
 
 x and z are pairs hi + lo, dy is float32. One program works on one chunk of one head.
 
@@ -45,7 +44,7 @@ def read_states(
     x_hi_ptr, x_lo_ptr,  # [tokens, H, D]
     kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
     o_ptr,  # out: [tokens, H, V]
-    chunk_ptr, scale, first_chunk, H, Hk, D, V,
+    chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -78,9 +77,9 @@ def read_states(
 @triton.jit(do_not_specialize=["first_chunk"])
 def read_gradients(
     k_ptr, v_ptr, g_ptr, beta_ptr, key_scale_ptr, do_ptr,
-    kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
+    kv_ptr,  # first states (hi), [chunks, H, D, V]
     dy_ptr,  # out: [chunks, H, C, BD] float32
-    chunk_ptr, scale, first_chunk, H, Hk, D, V,
+    chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -99,12 +98,8 @@ def read_gradients(
         dO = load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV)
         values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         scores = dot(rough(dO, WIDE), tl.trans(values), scores, WIDE)
-        S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
-        S_lo = S_hi
-        if not WIDE:
-            S_lo = load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV)
-        faded = dO.to(tl.float32) * scaled_zeta[:, None]
-        dy = pair_dot(faded, tl.trans(S_hi), tl.trans(S_lo), dy, WIDE)
+        S = load_matrix(kv_ptr, program, D, V, 0, block * BV, BD, BV)
+        dy = fine_dot(dO.to(tl.float32) * scaled_zeta[:, None], tl.trans(S), dy, WIDE)
     scores = scores * past_mask(G, C) * (scale * beta * beta * key_scale)[None, :]
     K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     dy = fine_dot(scores, K, dy, WIDE)
@@ -114,48 +109,47 @@ def read_gradients(
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def query_gradients(
-    q_ptr, g_ptr, alpha_ptr, query_scale_ptr, x_hi_ptr, x_lo_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
+    q_ptr, alpha_ptr, query_scale_ptr, x_hi_ptr, x_lo_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
     dy_ptr, z_hi_ptr, z_lo_ptr,  # [chunks, H, C, BD], dy float32
-    dq_ptr, dalpha_ptr, w_ptr, b_ptr, rest_ptr, pull_ptr,  # out: [tokens, H, D], [tokens, H], pull [chunks, H]
-    chunk_ptr, ridge_ratio, first_chunk, H, D,
-    C: tl.constexpr, BD: tl.constexpr, SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    dq_ptr, dalpha_ptr, w_ptr, rest_ptr,  # out: [tokens, H, D], [tokens, H]
+    chunk_ptr, ridge_ratio, first_chunk, H, D: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    """One program works on ROWS rows of a chunk: they have nothing to do with each other."""
+    share = tl.program_id(0) % (C // ROWS) * ROWS
+    program = (tl.program_id(0) // (C // ROWS)).to(tl.int64)
     h, local = program % H, program // H
     start, end = chunk_of(chunk_ptr, first_chunk + local)
+    start += share
     if start >= end:
         return
-    row = program * C
-    q = load_rows(q_ptr, start, end, H, h, D, 0, C, BD).to(tl.float32)
-    query_scale = tl.full([C], 1.0, tl.float32)
+    row = program * C + share
+    q = load_rows(q_ptr, start, end, H, h, D, 0, ROWS, BD).to(tl.float32)
+    query_scale = tl.full([ROWS], 1.0, tl.float32)
     if NORMALIZE:
-        query_scale = load_scalars(query_scale_ptr, start, end, H, h, C)
+        query_scale = load_scalars(query_scale_ptr, start, end, H, h, ROWS)
         q = q * query_scale[:, None]
-    dy = load_rows(dy_ptr, row, row + C, 1, 0, BD, 0, C, BD)
+    dy = load_rows(dy_ptr, row, row + ROWS, 1, 0, BD, 0, ROWS, BD)
     rest = tl.sum(q * dy, 1)
     dq = dy
     if SOLVE:
-        x = load_pairs(x_hi_ptr, x_lo_ptr, start, end, H, h, D, C, BD, WIDE)
-        z = load_pairs(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, C, BD, WIDE)
+        x = load_pairs(x_hi_ptr, x_lo_ptr, start, end, H, h, D, ROWS, BD, WIDE)
+        z = load_pairs(z_hi_ptr, z_lo_ptr, row, row + ROWS, 1, 0, BD, ROWS, BD, WIDE)
         through_alpha = tl.sum((x - q) * dy, 1)
         dq = z
         if HAS_ALPHA:
-            store_scalars(dalpha_ptr, through_alpha, start, end, H, h, C)
-            alpha = load_scalars(alpha_ptr, start, end, H, h, C)
+            store_scalars(dalpha_ptr, through_alpha, start, end, H, h, ROWS)
+            alpha = load_scalars(alpha_ptr, start, end, H, h, ROWS)
             through_alpha = alpha * through_alpha
             dq = (1.0 - alpha)[:, None] * dy + z
         rest += through_alpha - tl.sum(z * q, 1)
-        norm = load_scalars(norm_ptr, start, end, H, h, C)
+        norm = load_scalars(norm_ptr, start, end, H, h, ROWS)
         w = ridge_ratio * tl.sum(z * x, 1) * tl.where(norm > 0.0, 1.0 / norm, 0.0)
-        G = log_decays(g_ptr, start, end, H, h, C)
-        store_scalars(w_ptr, w, start, end, H, h, C)
-        zeta = tl.exp(G)
-        store_scalars(b_ptr, tl.sum(past_mask(G, C) * (w * zeta)[:, None], 0), start, end, H, h, C)
-        tl.store(pull_ptr + program, tl.sum(w * zeta * zeta, 0))
+        store_scalars(w_ptr, w, start, end, H, h, ROWS)
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(q * q, 1)) / query_scale
         along = tl.where(norm > 0.0, tl.sum(q * dq, 1) / (norm * query_scale), 0.0)
         dq = (dq - q * along[:, None]) * query_scale[:, None]
-    store_rows(dq_ptr, dq, start, end, H, h, D, 0, C, BD)
-    store_scalars(rest_ptr, rest, start, end, H, h, C)
+    store_rows(dq_ptr, dq, start, end, H, h, D, 0, ROWS, BD)
+    store_scalars(rest_ptr, rest, start, end, H, h, ROWS)

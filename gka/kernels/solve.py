@@ -31,9 +31,9 @@ from .common import (
     log_decays,
     pair_dot,
     past_mask,
-    remainder,
     rough,
     rough_product,
+    split,
     store_rows,
     store_scalars,
     widened,
@@ -45,7 +45,7 @@ def state_norms(
     k_ptr, g_ptr, beta_ptr, key_scale_ptr,  # [tokens, Hk, D], [tokens, H] twice, [tokens, Hk]
     kk_ptr,  # first states (hi), [chunks, H, D, D]
     norm_ptr,  # out: [tokens, H] float32
-    chunk_ptr, first_chunk, H, Hk, D,
+    chunk_ptr, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,8 @@ def state_norms(
     gram = dot(K, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
     gram = gram * gram
     M = past_mask(G, C) * (beta * beta * scale * scale)[None, :]
-    meeting = pair_dot(M, rough(gram, WIDE), remainder(gram, WIDE), tl.zeros([C, C], tl.float32), WIDE)
+    gram_hi, gram_lo = split(gram, WIDE)
+    meeting = pair_dot(M, gram_hi, gram_lo, tl.zeros([C, C], tl.float32), WIDE)
     square = zeta * zeta * first_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + meeting), 1)
     store_scalars(norm_ptr, tl.sqrt(tl.maximum(square, 0.0)), start, end, H, h, C)
 
@@ -86,7 +87,7 @@ def solve_chunks(
     k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr, norm_ptr,  # [tokens, Hk, D], [tokens, H], [tokens, Hk]
     kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D]
     tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
-    chunk_ptr, ridge_ratio, first_chunk, H, Hk, D,
+    chunk_ptr, ridge_ratio, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, LOCAL: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -120,23 +121,21 @@ def solve_chunks(
     x = nothing
     for stage in tl.static_range(STAGES):
         if stage > 0:
-            scores = dot(rough(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
-            if not WIDE:
-                scores = dot(remainder(x, WIDE), Kt, scores, WIDE)
+            scores = fine_dot(x, Kt, tl.zeros([C, C], tl.float32), WIDE)
             scores = scores * past_mask(G, C) * inverse[:, None] * weight[None, :]
             tl.debug_barrier()
             rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
             product = fine_dot(scores, K, ridge_ratio * x - rhs, WIDE)
-            x = x * zeta[:, None]
-            product = dot(rough(x, WIDE), S, product, WIDE)
+            hi, lo = split(x * zeta[:, None], WIDE)
+            product = dot(hi, S, product, WIDE)
             if not WIDE:
-                product = dot(remainder(x, WIDE), S, product, WIDE)
+                product = dot(lo, S, product, WIDE)
                 tl.debug_barrier()
                 S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
-                product = dot(rough(x, WIDE), S_lo, product, WIDE)
+                product = dot(hi, S_lo, product, WIDE)
             target = rough(-product, WIDE)
         first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
-        x = tl.load(tau_ptr + first) * target.to(tl.float32)
+        x = tl.load(tau_ptr + first) * widened(target, WIDE)
         for node in range(first + 1, last):
             tau = tl.load(tau_ptr + node)
             scores = dot(rough(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
@@ -150,6 +149,7 @@ def solve_chunks(
             if HAS_SCALE:
                 inverse = inverse * load_scalars(rhs_scale_ptr, start, end, H, h, C)
             x = x * inverse[:, None]
-        store_rows(x_hi_ptr, rough(x, WIDE), row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+        hi, lo = split(x, WIDE)
+        store_rows(x_hi_ptr, hi, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
         if not WIDE:
-            store_rows(x_lo_ptr, remainder(x, WIDE), row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+            store_rows(x_lo_ptr, lo, row, stop, rows_H, rows_h, rows_D, 0, C, BD)

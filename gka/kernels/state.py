@@ -7,7 +7,8 @@ Forward, with the weights of `prepare.weigh_tokens`:
 Backward (paper, section 4.3; zeta_c = e^{G_c}), with G_ and W_ the gradients of S_kk and S_kv:
 
     G_ <- decay G_ - ((zeta o Z)^T X + (zeta o X)^T Z) / 2 - pull S_0 - K^T diag(b beta^2 r^2) K
-    W_ <- decay W_ + scale (zeta o Y)^T dO                              pull = sum_c w_c zeta_c^2
+    W_ <- decay W_ + scale (zeta o Y)^T dO             b_j = sum_{c >= j} M_{c,j} w_c zeta_c
+                                                       pull = sum_c w_c zeta_c^2
 
 The forward scan forms what it adds as it goes, in spans of EVERY chunks side by side: first every span sums up
 what it adds by itself, `join_edges` makes of these sums the states at the spans' edges, and from there all spans
@@ -33,9 +34,11 @@ from .common import (
     load_scalars,
     load_transposed,
     log_decays,
-    remainder,
+    past_mask,
     rough,
+    split,
     store_matrix,
+    store_scalars,
 )
 
 
@@ -46,16 +49,10 @@ def _is_elsewhere(begin, end, first, last):
 
 
 @triton.jit
-def _read(
-    k_ptr, right_ptr, weight_ptr, decay_ptr, start, stop, chunk, h, hk, H, Hk, D, width, row, column,
-    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What one chunk adds with: keys [C, BM], keys or values [C, BN], their weights [C], and the decay."""
-    keys = load_rows(k_ptr, start, stop, Hk, hk, D, row, C, BM)
-    right = load_rows(right_ptr, start, stop, Hk, hk, width, column, C, BN)
+def _weights(weight_ptr, decay_ptr, start, stop, chunk, h, H, C: tl.constexpr):
+    """What keys weigh at their chunk's end [C], and the chunk's decay."""
     weight = load_scalars(weight_ptr, start, stop, H, h, C)
-    decay = tl.load(decay_ptr + chunk * H + h, mask=start < stop, other=1.0)
-    return keys, right, weight, decay
+    return weight, tl.load(decay_ptr + chunk * H + h, mask=start < stop, other=1.0)
 
 
 @triton.jit(do_not_specialize=["first_of_all", "last_of_all", "spans"])
@@ -63,12 +60,13 @@ def scan_states(
     k_ptr, v_ptr, to_kk_ptr, to_kv_ptr, decay_ptr,  # [tokens, Hk, D], [tokens, Hk, V], [tokens, H] twice, [NT, H]
     initial_kk_ptr, initial_kv_ptr, final_kk_ptr, final_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32, or no use
     edge_kk_ptr, edge_kv_ptr, fade_ptr,  # before every EVERY-th chunk, [., H, D, D], [., H, D, V], [., H] float32
-    kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if WIDE
+    kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if WIDE, and
+    # kv_lo None for an S_kv of which hi is enough
     chunk_ptr, offset_ptr,  # [NT, 2], [N + 1] int64
-    first_of_all, last_of_all, H, Hk, D, V, tiles, spans,
-    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, SUM_ONLY: tl.constexpr,
-    SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    WIDE: tl.constexpr,
+    first_of_all, last_of_all, H, Hk, D: tl.constexpr, V: tl.constexpr, tiles, spans,
+    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, PIPELINE: tl.constexpr,
+    SUM_ONLY: tl.constexpr, KV_LO: tl.constexpr, SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Chunks `first_of_all` to `last_of_all` in spans side by side, each of them begun at an edge.
 
@@ -94,11 +92,13 @@ def scan_states(
     column = tl.where(is_kk, tile % columns, tile % columns - columns_kk) * BN
     width = tl.where(is_kk, D, V)
     right_ptr = k_ptr if is_kk else v_ptr
-    weight_ptr = to_kk_ptr if is_kk else to_kv_ptr
+    to_ptr = to_kk_ptr if is_kk else to_kv_ptr
     edge_ptr = edge_kk_ptr if is_kk else edge_kv_ptr
     if not SUM_ONLY:
         hi_ptr = kk_hi_ptr if is_kk else kv_hi_ptr
-        lo_ptr = kk_lo_ptr if is_kk else kv_lo_ptr
+        lo_ptr = kk_lo_ptr
+        if KV_LO:
+            lo_ptr = kk_lo_ptr if is_kk else kv_lo_ptr
 
     S = tl.zeros([BM, BN], tl.float32)
     fade = tl.where(begin < first, 1.0, 0.0)
@@ -115,30 +115,29 @@ def scan_states(
     there = tl.minimum(end, last)
     if here < there:
         start, stop = chunk_of(chunk_ptr, here)
-        # The next chunk is read while this one is added: a step must not wait for memory.
-        keys, right, weight, decay = _read(
-            k_ptr, right_ptr, weight_ptr, decay_ptr, start, stop, here,
-            h, hk, H, Hk, D, width, row, column, C, BM, BN,
-        )  # fmt: skip
-        for chunk in range(here, there):
+        # The next chunks are on their way to shared memory while this one is added (PIPELINE of them), its few
+        # numbers come by register: a step must not wait for memory.
+        weight, decay = _weights(to_ptr, decay_ptr, start, stop, here, h, H, C)
+        for chunk in tl.range(here, there, num_stages=PIPELINE):
+            keys = load_rows(k_ptr, start, stop, Hk, hk, D, row, C, BM)
+            right = load_rows(right_ptr, start, stop, Hk, hk, width, column, C, BN)
             start += C
             next_stop = tl.where(chunk + 1 < there, stop, start)
-            next_keys, next_right, next_weight, next_decay = _read(
-                k_ptr, right_ptr, weight_ptr, decay_ptr, start, next_stop, chunk + 1,
-                h, hk, H, Hk, D, width, row, column, C, BM, BN,
-            )  # fmt: skip
+            next_weight, next_decay = _weights(to_ptr, decay_ptr, start, next_stop, chunk + 1, h, H, C)
             if not SUM_ONLY:
                 index = (chunk - first_of_all) * H + h
-                store_matrix(hi_ptr, rough(S, WIDE), index, D, width, row, column, BM, BN)
+                hi, lo = split(S, WIDE)
+                store_matrix(hi_ptr, hi, index, D, width, row, column, BM, BN)
                 if not WIDE:
-                    store_matrix(lo_ptr, remainder(S, WIDE), index, D, width, row, column, BM, BN)
-            weighted = right.to(tl.float32) * weight[:, None]
+                    if KV_LO or is_kk:
+                        store_matrix(lo_ptr, lo, index, D, width, row, column, BM, BN)
+            hi, lo = split(right.to(tl.float32) * weight[:, None], WIDE)
             transposed = tl.trans(rough(keys, WIDE))
-            S = dot(transposed, rough(weighted, WIDE), S * decay, WIDE)
+            S = dot(transposed, hi, S * decay, WIDE)
             if not WIDE:
-                S = dot(transposed, remainder(weighted, WIDE), S, WIDE)
+                S = dot(transposed, lo, S, WIDE)
             fade = fade * decay
-            keys, right, weight, decay = next_keys, next_right, next_weight, next_decay
+            weight, decay = next_weight, next_decay
 
     if SUM_ONLY:
         store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
@@ -170,9 +169,9 @@ def join_edges(edge_ptr, fade_ptr, edges, H, elements, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["first_chunk"])
 def increments_kk(
     k_ptr, x_ptr, z_ptr,  # [tokens, Hk, D], [tokens, H, D], [chunks, H, C, BD]; x and z: hi
-    g_ptr, beta_ptr, key_scale_ptr, b_ptr,  # [tokens, H], key_scale [tokens, Hk]
-    d_kk_ptr,  # out: [chunks, H, D, D]
-    chunk_ptr, first_chunk, H, Hk, D,
+    g_ptr, beta_ptr, key_scale_ptr, w_ptr,  # [tokens, H], key_scale [tokens, Hk]
+    d_kk_ptr, b_ptr, pull_ptr,  # out: [chunks, H, D, D]; [tokens, H] and [chunks, H] float32
+    chunk_ptr, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -185,9 +184,15 @@ def increments_kk(
         return
     hk = h // (H // Hk)
     column = half * HALF
-    half_zeta = -0.5 * tl.exp(log_decays(g_ptr, start, stop, H, h, C))
+    G = log_decays(g_ptr, start, stop, H, h, C)
+    half_zeta = -0.5 * tl.exp(G)
+    weighted = load_scalars(w_ptr, start, stop, H, h, C) * tl.exp(G)
+    b = tl.sum(past_mask(G, C) * weighted[:, None], 0)
+    if half == 0:
+        store_scalars(b_ptr, b, start, stop, H, h, C)
+        tl.store(pull_ptr + program, tl.sum(weighted * tl.exp(G), 0))
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, stop, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
-    b = load_scalars(b_ptr, start, stop, H, h, C) * beta * beta * key_scale * key_scale
+    b = b * beta * beta * key_scale * key_scale
     row = program * C
     dS = tl.zeros([BD, HALF], tl.float32)
     left = load_rows(z_ptr, row, row + C, 1, 0, BD, 0, C, BD)
@@ -207,7 +212,7 @@ def increments_kv(
     q_ptr, x_ptr, do_ptr,  # [tokens, H, D] twice, x: hi; [tokens, H, V]
     g_ptr, alpha_ptr, query_scale_ptr,  # [tokens, H]
     d_kv_ptr,  # out: [chunks, H, D, V]
-    chunk_ptr, scale, first_chunk, H, D, V, blocks,
+    chunk_ptr, scale, first_chunk, H, D: tl.constexpr, V: tl.constexpr, blocks,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -255,7 +260,7 @@ def scan_gradients(
     d_kk_ptr, d_kv_ptr,  # increments, replaced by gradients at the chunks' ends
     through_ptr,  # out: [chunks, H, 2, D] float32, e^{G_C} times sums over rows of <G_, S_0>, of S_kk and S_kv
     offset_ptr,  # [N + 1] int64
-    first, last, H, D, V, tiles_kk, tiles_kv,
+    first, last, H, D: tl.constexpr, V: tl.constexpr, tiles_kk, tiles_kv,
     BM: tl.constexpr, BV: tl.constexpr, SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip

@@ -21,7 +21,8 @@ CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
 @dataclass(frozen=True)
 class Config:
     """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`;
-    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`.
+    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; share: rows of `query_gradients`;
+    pipeline: chunks on their way in `scan_states`.
 
     The others: num_warps and num_stages, by kernel.
     """
@@ -33,11 +34,14 @@ class Config:
     half: int
     rows: int
     wide_row: int
+    share: int
+    pipeline: int
     scan: dict[str, int]
     norms: dict[str, int]
     solve: dict[str, int]
     read: dict[str, int]
-    elementwise: dict[str, int]
+    rowwise: dict[str, int]
+    gradients: dict[str, int]
     increments: dict[str, int]
     local: dict[str, int]
 
@@ -78,11 +82,14 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int) -> Config:
         half=64,
         rows=8,
         wide_row=_power_of_two(max(D, V)),
+        share=16,
+        pipeline=3,
         scan={"num_warps": 4, "num_stages": 1},
-        norms={"num_warps": 4, "num_stages": 1},
+        norms={"num_warps": 4, "num_stages": 1, "maxnreg": 168},
         solve={"num_warps": 4, "num_stages": 1},
         read={"num_warps": 4, "num_stages": 1},
-        elementwise={"num_warps": 8, "num_stages": 1},
-        increments={"num_warps": 4, "num_stages": 1},
+        rowwise={"num_warps": 4, "num_stages": 1},
+        gradients={"num_warps": 8, "num_stages": 1},
+        increments={"num_warps": 4, "num_stages": 1, "maxnreg": 168},
         local={"num_warps": 4, "num_stages": 1},
     )

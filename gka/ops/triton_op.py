@@ -34,7 +34,7 @@ from .solvers import node_steps
 from .triton_config import INTERPRETED, Config, config_for
 from .types import Gradients, Inputs, Options, Outputs, Saved
 
-WORKSPACE_BYTES = 2**30  # of the states of one part, forwards
+WORKSPACE_BYTES = 9 * 2**27  # of the states of one part, forwards; 9: 34.9 rounds of an H200 at H 16, D = V = 128
 EDGE_EVERY = 64  # chunks between two states that are kept for the backward pass
 
 
@@ -133,9 +133,10 @@ class _Call:
         kv = self.empty(*shape, self.V, dtype=self.state_type)
         return self.empty(*shape, self.D, dtype=self.state_type) if self.solve else kv, kv
 
-    def state_pairs(self) -> list[Tensor]:
-        """The same in pairs: S_kk, its lo, S_kv, its lo."""
-        return [tensor for hi in self.states() for tensor in self.pair(hi)]
+    def state_pairs(self, *, kv_lo: bool) -> list[Tensor | None]:
+        """The same in pairs: S_kk, its lo, S_kv, and its lo or None."""
+        kk, kv = self.states()
+        return [*(self.pair(kk) if self.solve else (kk, kk)), *(self.pair(kv) if kv_lo else (kv, None))]
 
     def pair(self, hi: Tensor) -> tuple[Tensor, Tensor]:
         """hi and room for its lo, which is hi where there is none."""
@@ -171,7 +172,7 @@ class _Call:
     def scan(
         self, chunks: tuple[int, int], weights: tuple[Tensor, Tensor, Tensor],
         edges: tuple[Tensor | None, Tensor | None, Tensor | None], final: tuple[Tensor | None, Tensor | None],
-        states: list[Tensor] | None,
+        states: list[Tensor | None] | None,
     ) -> None:  # fmt: skip
         """Scan the states of chunks first to last from the edges; without `states`, for the edges alone."""
         inputs, (first, last), (BM, BN) = self.inputs, chunks, self.config.tile
@@ -183,7 +184,9 @@ class _Call:
             inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final),
             *_both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
             self.chunks, self.offsets, first, last, self.H, self.Hk, self.D, self.V, tiles, spans,
-            BM=BM, BN=BN, EVERY=EDGE_EVERY, SUM_ONLY=states is None, HAS_FINAL=final[1] is not None,
+            BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=self.config.pipeline, SUM_ONLY=states is None,
+            KV_LO=states is None or states[3] is not None,
+            HAS_FINAL=final[1] is not None,
             **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **self.config.scan,
         )  # fmt: skip
 
@@ -205,7 +208,7 @@ class _Call:
 
     def solve_part(
         self, part: int, rhs: Tensor, x: tuple[Tensor, Tensor], scale: Tensor | None, key_scale: Tensor | None,
-        norm: Tensor, states: list[Tensor], *, local: bool,
+        norm: Tensor, states: list[Tensor | None], *, local: bool,
     ) -> None:  # fmt: skip
         """x = A^{-1} rhs, times scale, as a pair; rows are those of tokens, or of the part if `local`."""
         (first, last), inputs = self.parts[part], self.inputs
@@ -276,7 +279,7 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
         final_kv = call.empty(call.N, call.H, call.D, call.V)
         final_kk = call.empty(call.N, call.H, call.D, call.D) if call.solve else None
     with _on(inputs.q.device):
-        states, edges = call.state_pairs(), (saved.edge_kk, saved.edge_kv)
+        states, edges = call.state_pairs(kv_lo=True), (saved.edge_kk, saved.edge_kv)
         x, x_lo = saved.x, saved.x if saved.x_lo is None else saved.x_lo
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
@@ -332,7 +335,7 @@ def backward(
     if not call.solve and dalpha is not None:
         dalpha.zero_()
     with _on(q.device):
-        states, (d_kk, d_kv) = call.state_pairs(), call.states()
+        states, (d_kk, d_kv) = call.state_pairs(kv_lo=False), call.states()
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
         edges = (saved.edge_kk if call.solve else None, saved.edge_kv)
@@ -355,21 +358,21 @@ def backward(
             call.scan((first, last), weights, (*edges, None), (None, None), states)
             if programs:
                 read_gradients[(programs,)](
-                    k, v, g, beta, key_scale, do, *states[2:], dy, call.chunks, options.scale,
+                    k, v, g, beta, key_scale, do, states[2], dy, call.chunks, options.scale,
                     first, H, Hk, D, V, **call.flags("HAS_BETA", "NORMALIZE"),
                     **call.blocks, **call.arithmetic, **call.config.read,
                 )  # fmt: skip
                 if z is not None and z_lo is not None and saved.norm is not None:
                     call.solve_part(part, dy, (z, z_lo), inputs.alpha, key_scale, saved.norm, states, local=True)
-                query_gradients[(programs,)](
-                    q, g, inputs.alpha, query_scale, x, x_lo, saved.norm, dy, z, z_lo,
-                    dq, dalpha, w, b, rest, pull, call.chunks, options.ridge_ratio, first, H, D,
-                    C=C, BD=call.config.BD, WIDE=call.config.wide,
-                    **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.elementwise,
+                query_gradients[(programs * (C // call.config.share),)](
+                    q, inputs.alpha, query_scale, x, x_lo, saved.norm, dy, z, z_lo,
+                    dq, dalpha, w, rest, call.chunks, options.ridge_ratio, first, H, D,
+                    C=C, BD=call.config.BD, ROWS=call.config.share, WIDE=call.config.wide,
+                    **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.rowwise,
                 )  # fmt: skip
                 if call.solve:
                     increments_kk[(programs * per_block,)](
-                        k, x, z, g, beta, key_scale, b, d_kk,
+                        k, x, z, g, beta, key_scale, w, d_kk, b, pull,
                         call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
                         **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                     )  # fmt: skip
@@ -384,7 +387,7 @@ def backward(
                     *_both(*_edge(d_edges, part + 1)), *_both(*_edge(d_edges, part)),
                     d_kk, d_kv, through, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
                     BM=call.config.rows, BV=call.config.wide_row, HAS_FINAL=has_final,
-                    WIDE=call.config.wide, **call.flags("SOLVE", "HAS_INITIAL"), **call.config.elementwise,
+                    WIDE=call.config.wide, **call.flags("SOLVE", "HAS_INITIAL"), **call.config.gradients,
                 )  # fmt: skip
             if programs:
                 sizes = (first, H, Hk, D, V)
