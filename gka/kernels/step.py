@@ -100,6 +100,16 @@ def step_token(
     """The step of one sequence and head. Without SOLVE nothing is solved, y = q, and there is no S_kk."""
     program = tl.program_id(0)
     head = (program // H) * Hk + (program % H) // (H // Hk)
+    if SOLVE:  # first, what takes longest; the barrier keeps it there
+        place, inside = _places(kk_ptr, program, 0, D, D, BD, BD, G_KK)
+        S = tl.load(place, mask=inside, other=0.0)
+        if PREFETCH and not INTERPRETED:
+            LINES: tl.constexpr = D * V * kv_ptr.dtype.element_ty.primitive_bitwidth // 1024
+            BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
+            line = tl.arange(0, BLOCK)
+            first = kv_ptr + program.to(tl.int64) * (D * V)
+            _prefetch(first + tl.minimum(line, LINES - 1) * (1024 // kv_ptr.dtype.element_ty.primitive_bitwidth))
+        tl.debug_barrier()
     q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
     k = _load_vector(k_ptr + head.to(tl.int64) * D, D, BD)
     decay = tl.exp(tl.load(g_ptr + program).to(tl.float32))
@@ -113,18 +123,10 @@ def step_token(
 
     y = q
     if SOLVE:
-        place, inside = _places(kk_ptr, program, 0, D, D, BD, BD, G_KK)
-        S = tl.load(place, mask=inside, other=0.0)
-        if PREFETCH and not INTERPRETED:
-            LINES: tl.constexpr = D * V * kv_ptr.dtype.element_ty.primitive_bitwidth // 1024
-            BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
-            line = tl.arange(0, BLOCK)
-            first = kv_ptr + program.to(tl.int64) * (D * V)
-            _prefetch(first + tl.minimum(line, LINES - 1) * (1024 // kv_ptr.dtype.element_ty.primitive_bitwidth))
         S = _updated(S, decay, weighted, k, G_KK)
         place, inside = _places(new_kk_ptr, program, 0, D, D, BD, BD, G_KK)
         _store_state(place, S, inside)
-        norm = tl.sqrt(tl.sum(tl.sum(tl.sum(S * S, 0), 0), 0))
+        norm = tl.sqrt(tl.sum(tl.sum(S * S, 0)))
         inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
         target = q * inverse
         x = tl.load(tau_ptr) * target
