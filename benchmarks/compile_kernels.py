@@ -5,8 +5,8 @@
     python -m benchmarks.compile_kernels --check         # exit code 1 where worse than benchmarks/kernels.json
     python -m benchmarks.compile_kernels --write         # bring that file up to date
 
-The kernels are those that one forward and backward pass of the op launches, taken down instead of run. ptxas and
-cuobjdump come with Triton.
+The kernels are those that one forward and backward pass of the op launches, and a decode step, taken down instead
+of run. ptxas and cuobjdump come with Triton.
 """
 
 from __future__ import annotations
@@ -101,6 +101,26 @@ def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...]) -> list[Launch]
         torch.autograd.backward(
             [x for x in (o, *final) if x is not None], [x for x in (o, *final) if x is not None]
         )
+    return distinct(found)
+
+
+def step_launches(state: torch.dtype, D: int) -> list[Launch]:
+    """The kernel of a decode step, as a layer with gates launches it."""
+    from gka.ops import State, triton_step
+
+    q, k, v = (torch.randn(1, 16, D, dtype=torch.bfloat16) for _ in range(3))
+    gates = [torch.rand(1, 16) for _ in range(3)]
+    states = State(*(torch.zeros(1, 16, D, D, dtype=state) for _ in range(2)))
+    with mock.patch.object(triton_step, "INTERPRETED", True), taken_down() as found:
+        triton_step.gated_kalmanet_step(
+            q, k, v, -gates[0], *gates[1:], state=states, ridge_ratio=0.02, steps=(16, 16), scale=1.0,
+            normalize_qk=True, inplace=True,
+        )  # fmt: skip
+    return distinct(found)
+
+
+def distinct(found: list[Launch]) -> list[Launch]:
+    """Launches of different code."""
     unique: dict[tuple[Any, ...], Launch] = {}
     for kernel, values, options in found:
         constants = tuple(values[p.name] for p in kernel.params if p.is_constexpr)
@@ -114,20 +134,26 @@ CASES = {
     "bfloat16 D 64 ()": (torch.bfloat16, 64, ()),
     "float32 D 64 (31,)": (torch.float32, 64, (31,)),
 }
+STEP_CASES = {
+    "decode, float32 states, D 128": (torch.float32, 128),
+    "decode, bfloat16 states, D 128": (torch.bfloat16, 128),
+    "decode, float32 states, D 64": (torch.float32, 64),
+}
 
 
 def compile_all(architectures: list[int], cases: list[str], only: str | None = None) -> list[dict[str, Any]]:
     rows = []
     for name in cases:
         seen: Counter[str] = Counter()
-        for kernel, values, options in launches(*CASES[name]):
+        found = step_launches(*STEP_CASES[name]) if name in STEP_CASES else launches(*CASES[name])
+        for kernel, values, options in found:
             seen[kernel.fn.__name__] += 1
             number = seen[kernel.fn.__name__]
             label = kernel.fn.__name__ if number == 1 else f"{kernel.fn.__name__} {number}"
             if only and only not in kernel.fn.__name__:
                 continue
             for architecture in architectures:
-                if CASES[name][0] == torch.float32 and architecture != 90:
+                if name in CASES and CASES[name][0] == torch.float32 and architecture != 90:
                     continue  # tf32x3 is one code everywhere, and takes ptxas minutes
                 compiled = triton.compile(
                     source(kernel, values), target=GPUTarget("cuda", architecture, 32), options=options
@@ -164,13 +190,13 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="all if not given")
-    parser.add_argument("--case", action="append", choices=list(CASES), help="all if not given")
+    parser.add_argument("--case", action="append", choices=[*CASES, *STEP_CASES], help="all if not given")
     parser.add_argument("--only", help="kernels with this in their name")
     parser.add_argument("--check", action="store_true", help="compare with benchmarks/kernels.json")
     parser.add_argument("--write", action="store_true", help="write benchmarks/kernels.json")
     options = parser.parse_args()
     table = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
-    rows = compile_all(options.arch or list(ARCHITECTURES), options.case or list(CASES), options.only)
+    rows = compile_all(options.arch or list(ARCHITECTURES), options.case or [*CASES, *STEP_CASES], options.only)
     if options.check:
         if triton.__version__ not in table:
             sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; make them with --write")

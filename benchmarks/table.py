@@ -124,12 +124,33 @@ def numerics(result: Result) -> str:
     )
 
 
+def decode(result: Result) -> str:
+    """One decode step beside its floor, a line per batch and dtype of the states."""
+    rows = result["rows"]
+    columns = list(dict.fromkeys((row["what"], tuple(row["steps"] or ())) for row in rows))
+    first = rows[0]
+    table = []
+    for B, states in dict.fromkeys((row["B"], row["states"]) for row in rows):
+        found = {
+            (row["what"], tuple(row["steps"] or ())): row["seconds"]["median"]
+            for row in rows
+            if (row["B"], row["states"]) == (B, states)
+        }
+        cells = [f"{found[column] * 1e3:.3f}" if column in found else "" for column in columns]
+        table.append([str(B), states, *cells])
+    header = ["B", "states", *(f"{what} {steps}" if steps else what for what, steps in columns)]
+    shape = f"H {first['H']}, D = V = {first['D']}, median ms"
+    notes = "floor: a copy of both states; graph: the kernel replayed from a CUDA graph"
+    return f"One token of every sequence ({shape}; {notes})\n\n{markdown_table(header, table)}"
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ops": ("The op", ops),
+    "decode": ("Decoding", decode),
     "numerics": ("Numerics", numerics),
 }
 

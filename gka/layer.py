@@ -215,7 +215,8 @@ class GatedKalmaNet(nn.Module):
         with torch.autocast(q.device.type, enabled=False):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
-                o, state = gated_kalmanet_step(*token, state=past.state, **options)
+                inplace = not torch.is_grad_enabled()  # else `_read` copied the states
+                o, state = gated_kalmanet_step(*token, state=past.state, inplace=inplace, **options)
                 return o.unsqueeze(1), state
             return gated_kalmanet(
                 q,
@@ -251,8 +252,11 @@ class GatedKalmaNet(nn.Module):
             conv = [*conv, conv[1][..., :0]]
         for number, inputs in enumerate(conv):
             cache.update_conv_state(inputs, self.layer_idx, state_idx=number)
+        held: Any = cache.layers[self.layer_idx]
         for number, sums in enumerate(state):
-            if sums is not None:
+            if (
+                sums is not None and sums is not held.recurrent_states[number]
+            ):  # a decode step wrote what the cache holds
                 cache.update_recurrent_state(sums, self.layer_idx, state_idx=number)
 
     def _check(self, x: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None) -> None:

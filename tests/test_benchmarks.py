@@ -51,6 +51,20 @@ def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
     assert "| B 2, T 70, H 1 | forward+backward | gka (16, 16) |" in table.ops(result)
 
 
+def test_bench_decode(tmp_path: Path) -> None:
+    output = tmp_path / "decode.json"
+    sizes = ("--batches", "1", "3", "--heads", "2", "--dim", "8", "--repeats", "1")
+    printed = run("benchmarks.bench_decode", *sizes, "--output", str(output))
+    assert "not measured" in printed
+    result = json.loads(output.read_text())
+    assert {(row["B"], row["states"]) for row in result["rows"]} == {
+        (B, states) for B in (1, 3) for states in ("float32", "bfloat16")
+    }
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+    page = table.decode(result)
+    assert "| B | states | floor | kernel (16, 16) | PyTorch (16, 16) |" in page and "| 3 | bfloat16 |" in page
+
+
 def test_memory_stays_within_three_times_what_must_be_held() -> None:
     """Forward + backward at T = 4096: no copy per iterate, none per pair of tokens."""
     measured = json.loads(run("benchmarks.bench_ops", "--measure-memory", "4096", "8", "64", "float32"))

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from decode_helpers import STEP_CASES, StepCase, assert_step_equals_the_reference, step_arguments
 from families import FAMILIES, family_inputs
 from helpers import CASES, INPUTS, Case, assert_close, converted, doubled, make_inputs, relative_error, run
+from transformers import StaticCache
 
 import gka
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
+
+if torch.cuda.is_available():
+    from gka.ops import triton_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -133,6 +138,94 @@ def test_step_equals_whole(device: torch.device) -> None:
         o, state = gated_kalmanet_step(*(x[:, t] for x in tokens), state=state)
         outputs.append(o)
     assert relative_error(torch.stack(outputs, dim=1), ref) < 1e-10
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+def test_step(case: StepCase, device: torch.device) -> None:
+    assert_step_equals_the_reference(triton_step.gated_kalmanet_step, case, device)
+
+
+def test_step_takes_the_kernel_unless_a_gradient_is_needed(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    launch = triton_step._launch
+    monkeypatch.setattr(triton_step, "_launch", lambda *given: calls.append(1) or launch(*given))
+    arguments = step_arguments(StepCase(D=128, V=128, H=4, Hk=2, dtype=torch.bfloat16), device)
+    out, _ = gated_kalmanet_step(**arguments)
+    assert calls == [1]
+    arguments["q"].requires_grad_()
+    ref, _ = gated_kalmanet_step(**arguments)
+    assert calls == [1] and relative_error(out, ref) < 5e-3
+    with torch.no_grad():
+        gated_kalmanet_step(**arguments)
+    assert calls == [1, 1]
+
+
+def test_step_of_many_states(device: torch.device) -> None:
+    """More than 2^31 numbers of a state: the last sequence's address has 64 bits."""
+    B, H = 4100, 32
+    one = step_arguments(StepCase(B=1, H=H, Hk=H, D=128, V=128, state=torch.bfloat16), device)
+    many = {n: x.expand(B, *x.shape[1:]).contiguous() for n, x in one.items() if isinstance(x, torch.Tensor)}
+    state = State(*(x.expand(B, *x.shape[1:]).contiguous() for x in one["state"]))
+    o, state = gated_kalmanet_step(
+        **many, state=state, steps=one["steps"], normalize_qk=True, inplace=True, scale=0.3
+    )
+    ref, new = gated_kalmanet_step(**{**one, "scale": 0.3})
+    assert torch.equal(o[-1], ref[0]) and torch.equal(o[0], ref[0])
+    assert torch.equal(state.S_kv[-1], new.S_kv[0]) and torch.equal(state.S_kk[-1], new.S_kk[0])
+
+
+@pytest.mark.parametrize("steps", [[8, 8], []], ids=str)
+def test_registration_of_the_step(steps: list[int], device: torch.device) -> None:
+    a = step_arguments(StepCase(steps=tuple(steps)), device)
+    tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
+    for operator in (triton_step._step, triton_step._step_):
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, steps, 0.3, True))
+
+
+def decoder(device: torch.device) -> gka.GKAForCausalLM:
+    torch.manual_seed(0)
+    config = gka.GKAConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    return gka.GKAForCausalLM(config).eval().to(device)
+
+
+@torch.no_grad()
+def test_decoding_compiles_as_one_graph(device: torch.device) -> None:
+    """The states stay where they are, as CUDA graphs need them."""
+    torch._dynamo.reset()
+    model, tokens = decoder(device), torch.randint(0, 50, (2, 9), device=device)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(tokens[:, :5], past_key_values=cache)
+    held = [x for x in cache.layers[0].recurrent_states.values() if x is not None]
+    places = [x.data_ptr() for x in held]
+    compiled = torch.compile(model.forward, fullgraph=True)
+    steps = [
+        compiled(
+            tokens[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]], device=device)
+        ).logits
+        for t in range(5, 9)
+    ]
+    ref = model(tokens, use_cache=False).logits[:, 5:]
+    assert relative_error(torch.cat(steps, dim=1), ref) < 1e-4
+    assert [x.data_ptr() for x in cache.layers[0].recurrent_states.values() if x is not None] == places
+
+
+@torch.no_grad()
+def test_generate_equals_the_parallel_form(device: torch.device) -> None:
+    """Greedy text, and the logits of every token decoded one by one."""
+    model, tokens = decoder(device), torch.randint(0, 50, (2, 12), device=device)
+    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False)
+    assert torch.equal(
+        model.generate(tokens, use_cache=True, **options), model.generate(tokens, use_cache=False, **options)
+    )
+    cache = model(tokens[:, :4], use_cache=True).past_key_values
+    steps = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(4, 12)]
+    ref = model(tokens, use_cache=False).logits[:, 4:]
+    assert relative_error(torch.cat(steps, dim=1), ref) < 1e-4
 
 
 def test_values_are_checked_only_when_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

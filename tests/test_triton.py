@@ -13,10 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from decode_helpers import (
+    STEP_CASES,
+    StepCase,
+    assert_step_equals_the_reference,
+    reference_step,
+    step_arguments,
+)
 from families import FAMILIES, Family, family_inputs
 from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, run
 
-from gka.ops import gated_kalmanet
+from gka.ops import State, gated_kalmanet
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux only")
 pytestmark = [
@@ -147,3 +154,56 @@ def test_registers_and_spills_are_no_worse_than_committed(architecture: str) -> 
     done = run_alone("-m", "benchmarks.compile_kernels", "--check", "--arch", architecture)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------- decode step
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+def test_step(case: StepCase) -> None:
+    from gka.ops import triton_step
+
+    assert_step_equals_the_reference(triton_step.gated_kalmanet_step, case)
+
+
+def test_step_of_a_zero_state_and_forgetting() -> None:
+    """No NaN where S_kk is zero, and nothing of a past that g = -inf forgot."""
+    from gka.ops import triton_step
+
+    arguments = step_arguments(StepCase(alpha=False, normalize_qk=False))
+    arguments["k"].zero_()
+    arguments["g"].fill_(-torch.inf)
+    o, new = triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=1.0, inplace=False, **arguments)
+    assert not o.any() and not new.S_kk.any() and not new.S_kv.any()
+
+
+def test_step_of_states_that_are_not_contiguous() -> None:
+    from gka.ops import triton_step
+
+    arguments = step_arguments(StepCase(D=12, V=12))
+    expected_o, expected = reference_step(arguments)
+    held = State(*(x.transpose(1, 3).contiguous().transpose(1, 3) for x in arguments["state"]))
+    arguments["q"] = arguments["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    o, new = triton_step.gated_kalmanet_step(
+        ridge_ratio=0.02, scale=0.3, inplace=True, **{**arguments, "state": held}
+    )
+    assert new.S_kv is held.S_kv
+    assert_close({"o": o, **held._asdict()}, {"o": expected_o, **expected._asdict()}, 1e-5)
+
+
+@pytest.mark.parametrize("steps", [[8, 8], []], ids=str)
+def test_registration_of_the_step(steps: list[int]) -> None:
+    from gka.ops import triton_step
+
+    a = step_arguments(StepCase(steps=tuple(steps)))
+    tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
+    for operator in (triton_step._step, triton_step._step_):
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, steps, 0.3, True))
+
+
+def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gka.ops import triton_step
+
+    monkeypatch.setattr(triton_step, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
+        triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=True, **step_arguments(StepCase()))

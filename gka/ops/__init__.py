@@ -13,6 +13,7 @@ N sequences: B, or those of a packed batch.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from . import autograd, reference, step
 from .solvers import RIDGE_RATIO, default_steps
-from .triton_config import supports
+from .triton_config import supports, supports_step
 from .types import State, state_dtype
 
 __all__ = ["State", "gated_kalmanet", "gated_kalmanet_step"]
@@ -156,6 +157,7 @@ def gated_kalmanet_step(
     steps: Sequence[int] | None = None,
     scale: float | None = None,
     normalize_qk: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tensor, State]:
     """Gated KalmaNet for one token of every sequence, as in decoding (paper, section 4.1).
 
@@ -163,15 +165,21 @@ def gated_kalmanet_step(
 
     Args:
         q: [B, H, D]; k: [B, Hk, D]; v: [B, Hk, V]; g, alpha, beta: [B, H]; dtypes and ranges as there.
-        state: the states so far, S_kk [B, H, D, D] (None with `steps=()`) and S_kv [B, H, D, V], float32
-            (float64 for float64 inputs). They are not written to.
+        state: the states so far, S_kk [B, H, D, D] (None with `steps=()`) and S_kv [B, H, D, V], both float32
+            (float64 for float64 inputs) or, except for float64 inputs, both bfloat16: half the memory and traffic,
+            each update rounded when it is stored. The arithmetic is float32 all the same, and o is made of the
+            update before it is rounded.
         ridge_ratio, steps, scale, normalize_qk: as in `gated_kalmanet`.
+        inplace: whether the new states are written over `state`, whose tensors are then those returned; without,
+            they are left as they were. There are no gradients in place.
 
     Returns:
-        o [B, H, V] in q's dtype, and the new State.
+        o [B, H, V] in q's dtype, and the new State in the dtype of `state`. On an NVIDIA GPU, where no gradient is
+        asked for, one kernel does all of it (all dtypes but float64, D up to 128).
 
     Raises:
-        TypeError, ValueError: as `gated_kalmanet`.
+        TypeError: as `gated_kalmanet`.
+        ValueError: as `gated_kalmanet`, or `inplace` where gradients are needed.
     """
     _check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     _check_same_dtype(q, k=k, v=v)
@@ -184,9 +192,17 @@ def gated_kalmanet_step(
     stages = _checked_steps(steps, q.dtype)
     _check_numbers(ridge_ratio=ridge_ratio)
     _check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    _check_state("state", state, B, H, D, V, stages, q)
+    _check_state("state", state, B, H, D, V, stages, q, may_be_bfloat16=True)
     _check_decay(g)
-    return step.gated_kalmanet_step(
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (q, k, v, g, alpha, beta, *state)
+    )
+    if inplace and differentiable:
+        raise ValueError(
+            "inplace=True writes over the states, and an argument requires a gradient; "
+            "call under torch.no_grad() or leave inplace out"
+        )
+    return _step_backend(q, differentiable).gated_kalmanet_step(
         q,
         k,
         v,
@@ -198,6 +214,7 @@ def gated_kalmanet_step(
         steps=stages,
         scale=D**-0.5 if scale is None else float(scale),
         normalize_qk=normalize_qk,
+        inplace=inplace,
     )
 
 
@@ -206,6 +223,14 @@ def _suitable_backend(q: Tensor, chunk_size: int | None) -> str:
     if q.device.type == "cuda" and torch.version.cuda is not None and supports(q.dtype, q.shape[3], chunk_size):
         return "triton"
     return "chunked"
+
+
+def _step_backend(q: Tensor, differentiable: bool) -> Any:
+    """The module of the kernel where it serves the tensors, else that of PyTorch."""
+    if q.device.type == "cuda" and torch.version.cuda is not None and not differentiable:
+        if supports_step(q.dtype, q.shape[2]):
+            return importlib.import_module(".triton_step", __package__)
+    return step
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -279,7 +304,15 @@ def _checked_steps(steps: Sequence[int] | None, dtype: torch.dtype) -> tuple[int
 
 
 def _check_state(
-    name: str, state: State, N: int, H: int, D: int, V: int, steps: tuple[int, ...], q: Tensor
+    name: str,
+    state: State,
+    N: int,
+    H: int,
+    D: int,
+    V: int,
+    steps: tuple[int, ...],
+    q: Tensor,
+    may_be_bfloat16: bool = False,
 ) -> None:
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"{name} is a {type(state).__name__}; expected a gka.ops.State (S_kk, S_kv)")
@@ -294,7 +327,10 @@ def _check_state(
             raise TypeError(f"{name}.{part} is a {type(tensor).__name__}; expected a torch.Tensor {expected}")
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}.{part} has shape {tuple(tensor.shape)}; expected {expected}")
-        if tensor.dtype != dtype:
+        if part == "S_kk" and tensor.dtype != state[1].dtype and may_be_bfloat16:
+            raise TypeError(f"{name}.S_kk has dtype {tensor.dtype}; expected S_kv's, {state[1].dtype}")
+        narrow = may_be_bfloat16 and tensor.dtype == torch.bfloat16 and q.dtype != torch.float64
+        if tensor.dtype != dtype and not narrow:
             raise TypeError(f"{name}.{part} has dtype {tensor.dtype}; expected {dtype} for {q.dtype} inputs")
         _check_same_device(q, **{f"{name}.{part}": tensor})
 

@@ -29,13 +29,22 @@ def gated_kalmanet_step(
     steps: tuple[int, ...],
     scale: float,
     normalize_qk: bool,
+    inplace: bool,
 ) -> tuple[Tensor, State]:
     """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
 
-    The states' dtype is the dtype of the arithmetic; gradients flow by autograd and `ridge_solve`.
+    The arithmetic is in the states' dtype, or in float32 for bfloat16 states; gradients flow by autograd and
+    `ridge_solve`.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return _step(q, k, v, g, alpha, beta, state, ridge_ratio, steps, scale, normalize_qk)
+        o, (S_kk, S_kv) = _step(q, k, v, g, alpha, beta, state, ridge_ratio, steps, scale, normalize_qk)
+    if not inplace:
+        dtype = state.S_kv.dtype
+        return o, State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
+    state.S_kv.copy_(S_kv)
+    if S_kk is not None and state.S_kk is not None:
+        state.S_kk.copy_(S_kk)
+    return o, state
 
 
 def _step(
@@ -51,19 +60,19 @@ def _step(
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, State]:
-    heads, dtype = q.shape[1], state.S_kv.dtype
+    heads, dtype = q.shape[1], torch.promote_types(state.S_kv.dtype, torch.float32)
     query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize_qk:
         query, keys = unit_rows(query)[0], unit_rows(keys)[0]
     keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
     weighted = keys if beta is None else keys * beta.to(dtype).square().unsqueeze(-1)
     decay = g.to(dtype).exp()[..., None, None]
-    S_kv = torch.addcmul(decay * state.S_kv, weighted.unsqueeze(-1), values.unsqueeze(-2))
+    S_kv = torch.addcmul(decay * state.S_kv.to(dtype), weighted.unsqueeze(-1), values.unsqueeze(-2))
     S_kk: Tensor | None = None
     y = query
     if steps:
-        S_kk = state.S_kk
-        assert S_kk is not None
+        assert state.S_kk is not None
+        S_kk = state.S_kk.to(dtype)
         if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
         S_kk = torch.addcmul(decay * S_kk, weighted.unsqueeze(-1), keys.unsqueeze(-2))

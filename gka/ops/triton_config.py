@@ -93,3 +93,30 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int) -> Config:
         increments={"num_warps": 4, "num_stages": 1, "maxnreg": 168},
         local={"num_warps": 4, "num_stages": 1},
     )
+
+
+def supports_step(dtype: torch.dtype, D: int) -> bool:
+    """Whether there is a kernel of a decode step for inputs of this dtype and key dim."""
+    return dtype != torch.float64 and D <= MAX_DIM[False]
+
+
+def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
+    """Blocks, groups of rows, warps and registers of `step_token` with states of `dtype`.
+
+    A thread loads 16 bytes of a row; a group is the rows of neighbouring threads that load one row together. With
+    4 warps for 128 x 128 a thread holds 128 numbers of a state, and 168 registers let three programs share a
+    multiprocessor, so that one solves while the others wait for memory.
+    """
+    BD, BV = (max(16, min(128, 1 << (n - 1).bit_length())) for n in (D, V))
+    num_warps = max(1, BD // 32)
+    threads, at_once = 32 * num_warps, 4 if dtype == torch.float32 else 8
+
+    def groups(columns: int) -> int:
+        return max(1, min(BD, threads * at_once // columns))
+
+    return {
+        "BD": BD, "BV": BV,
+        "G_KK": groups(BD), "LOG_KK": groups(BD).bit_length() - 1,
+        "G_KV": groups(BV), "LOG_KV": groups(BV).bit_length() - 1,
+        "num_warps": num_warps, "num_stages": 1, "maxnreg": 168, "PREFETCH": False,
+    }  # fmt: skip

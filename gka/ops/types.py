@@ -15,7 +15,7 @@ class State(NamedTuple):
         is solved (`steps=()`).
     S_kv: [N, H, D, V], sum of decayed beta^2 k v^T.
 
-    Both float32, or float64 for float64 inputs.
+    Both float32, or float64 for float64 inputs; for decoding they may both be bfloat16.
     """
 
     S_kk: Tensor | None

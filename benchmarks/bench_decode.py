@@ -1,0 +1,169 @@
+"""Time of one decode step of the op beside its floor and its peers.
+
+    python -m benchmarks.bench_decode --device cuda
+    python -m benchmarks.bench_decode --batches 1 2 --heads 2 --dim 16    # on a CPU, to see that it runs
+
+floor:  a copy of both states: what a step must read and write.
+kernel: `gated_kalmanet_step`, in place (on a GPU the Triton kernel), called from Python.
+graph:  the same, replayed from a CUDA graph: without the time of launching.
+PyTorch: the step in PyTorch, in place.
+gated delta rule: `fused_recurrent_gated_delta_rule` of flash-linear-attention, where installed, one token from
+        float32 states to new ones; it solves nothing and has one state.
+
+Times are per step. Every call takes the next of several sets of states, so a small batch finds no more in the L2
+cache than a model of that many layers would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import medians, write_result
+from gka.ops import State, gated_kalmanet_step
+from gka.ops import step as pytorch_step
+
+STEPS = ((16, 16), (31,), (8,))
+PEER = "gated delta rule (flash-linear-attention)"
+Call = Callable[[], object]
+
+
+def make_inputs(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q, k, v, g, alpha, beta of one token."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, D, device=device).to(dtype) for _ in range(3))
+    gates = [torch.randn(B, H, device=device) for _ in range(3)]
+    return [q, k, v, torch.nn.functional.logsigmoid(gates[0] + 4), *(torch.sigmoid(x) for x in gates[1:])]
+
+
+def make_states(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device, sets: int) -> list[State]:
+    """States of a past of 4 D tokens, the same for all sequences."""
+    torch.manual_seed(1)
+    keys = torch.nn.functional.normalize(torch.randn(H, 4 * D, D, device=device), dim=-1)
+    S_kk = (keys.transpose(1, 2) @ keys).to(dtype)
+    S_kv = torch.randn(H, D, D, device=device).to(dtype)
+    return [State(*(x.expand(B, H, D, D).clone() for x in (S_kk, S_kv))) for _ in range(sets)]
+
+
+def delta_rule(inputs: list[Tensor], S_kv: Tensor) -> object:
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    q, k, v, g, _, beta = (x.unsqueeze(1) for x in inputs)
+    return fused_recurrent_gated_delta_rule(
+        q, k, v, g=g, beta=beta, initial_state=S_kv, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+
+
+def replayed(calls: list[Call]) -> Call:
+    """The calls as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def in_turn(calls: list[Call]) -> Call:
+    def call_all() -> None:
+        for call in calls:
+            call()
+
+    return call_all
+
+
+def calls_by_name(inputs: list[Tensor], states: list[State], steps: tuple[int, ...]) -> dict[str, list[Call]]:
+    """What is timed with these steps, a call for every set of states."""
+    options: dict[str, Any] = dict(ridge_ratio=0.02, steps=steps, normalize_qk=True, inplace=True)
+
+    def kernel(state: State) -> Call:
+        return lambda: gated_kalmanet_step(*inputs, state=state, **options)
+
+    def in_pytorch(state: State) -> Call:
+        scale = inputs[0].shape[-1] ** -0.5
+        return lambda: pytorch_step.gated_kalmanet_step(*inputs, state=state, scale=scale, **options)
+
+    return {
+        "kernel": [kernel(state) for state in states],
+        "PyTorch": [in_pytorch(state) for state in states],
+    }
+
+
+def peers_by_name(inputs: list[Tensor], states: list[State]) -> dict[str, list[Call]]:
+    """What does not depend on the steps."""
+    targets = [State(*(torch.empty_like(x) for x in states[0]))] * len(states)
+
+    def copy(source: State, target: State) -> Call:
+        return lambda: [x.copy_(y) for x, y in zip(target, source, strict=True)]
+
+    found: dict[str, list[Call]] = {"floor": [copy(*pair) for pair in zip(states, targets, strict=True)]}
+    wide = states[0].S_kv.dtype == torch.float32
+    if inputs[0].is_cuda and wide and importlib.util.find_spec("fla") is not None:
+        found[PEER] = [lambda state=state: delta_rule(inputs, state.S_kv) for state in states]  # type: ignore[misc]
+    return found
+
+
+@torch.no_grad()
+def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    H, D, device = options.heads, options.dim, options.device
+    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
+        print("no flash-linear-attention, or no GPU for it: its step is not measured")
+    for B in options.batches:
+        inputs = make_inputs(B, H, D, torch.bfloat16, device)
+        for dtype in (torch.float32, torch.bfloat16):
+            sets = max(2, min(16, 256 // (B * max(1, H // 16)))) if device.type == "cuda" else 2
+            states = make_states(B, H, D, dtype, device, sets)
+            shape = {"B": B, "H": H, "D": D, "V": D, "states": str(dtype).removeprefix("torch.")}
+            parts: list[tuple[tuple[int, ...] | None, dict[str, list[Call]]]] = [
+                (None, peers_by_name(inputs, states))
+            ]
+            parts += [(steps, calls_by_name(inputs, states, steps)) for steps in STEPS]
+            for steps, calls in parts:
+                functions = {name: in_turn(each) for name, each in calls.items()}
+                if device.type == "cuda":
+                    name = "kernel" if steps else "floor"
+                    functions["graph" if steps else "floor"] = replayed(calls[name])
+                for name, time in medians(functions, device, options.repeats).items():
+                    per_call = {key: value / sets for key, value in time.items()}
+                    rows.append({"what": name, **shape, "steps": steps, "seconds": per_call})
+                    label = f"{name} {steps}" if steps else name
+                    print(
+                        f"B {B:4d} {shape['states']:8s} {label:44s} {per_call['median'] * 1e3:8.4f} ms", flush=True
+                    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_decode",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B", help="sequences")
+    parser.add_argument("--heads", type=int, default=16, help="H")
+    parser.add_argument("--dim", type=int, default=128, help="D = V")
+    parser.add_argument("--repeats", type=int, default=20, help="timed rounds, of which the median counts")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default benchmarks/results/decode_MACHINE_DATE.json"
+    )
+    options = parser.parse_args()
+    command = " ".join(["python -m benchmarks.bench_decode", *sys.argv[1:]])
+    write_result("decode", bench(options), command, options.output)
+
+
+if __name__ == "__main__":
+    main()
