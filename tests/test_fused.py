@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from helpers import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from model_helpers import assert_near, cache_tensors, new_cache, random_inputs, tiny_config, tiny_layer
+from model_helpers import ROWS, assert_near, layer_outcome, random_inputs, tiny_layer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gka import fused
 from gka.short_conv import ShortConv, last_inputs, short_conv
@@ -141,33 +140,6 @@ def test_chunks_of_packed_sequences(lengths: list[int]) -> None:
     assert chunks.table.shape == (-(-sum(lengths) // fused.CHUNK) + len(lengths), 2)
 
 
-def outcome(layer: nn.Module, rows: str) -> dict[str, Tensor]:
-    """Outputs, states and gradients of the layer on rows of one kind."""
-    x = random_inputs(1 if rows == "packed" else 2, 13, 36).to(layer.A_log.dtype).requires_grad_()
-    cache = new_cache(tiny_config())
-    with torch.autocast("cpu", torch.bfloat16, enabled=rows == "autocast"):
-        if rows == "packed":
-            out = layer(x, cu_seqlens=torch.tensor([0, 4, 4, 5, 13]))
-        elif rows == "masked":
-            mask = torch.ones(2, 13)
-            mask[0, :4] = mask[1, 7:] = 0
-            out = layer(x, mask, cache)
-        elif rows == "in parts":
-            parts = x.split([6, 1, 2, 4], dim=1)
-            out = torch.cat([layer(part, past_key_values=cache) for part in parts], dim=1)
-        elif rows == "checkpointed":
-            out = checkpoint(layer, x, use_reentrant=False)
-        else:
-            out = layer(x)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    cotangent = random_inputs(*out.shape, seed=3).to(out.dtype)
-    grads = torch.autograd.grad(out, [x, *parameters], cotangent)
-    return {"out": out, **cache_tensors(cache), **dict(zip(["dx", *names], grads, strict=True))}
-
-
-ROWS = ["plain", "packed", "masked", "in parts", "checkpointed", "autocast"]
-
-
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_layer_stays_the_same(rows: str, stand_in: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
@@ -176,11 +148,11 @@ def test_the_layer_stays_the_same(rows: str, stand_in: pytest.MonkeyPatch) -> No
         stand_in.setattr(fused, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
     stand_in.setattr(fused, "DTYPES", (*fused.DTYPES, torch.float64))  # what stands in takes that, too
     layer = tiny_layer(torch.float32 if rows == "autocast" else torch.float64)
-    out = outcome(layer, rows)
+    out = layer_outcome(layer, rows)
     assert calls.count("short_conv") == 3 * calls.count("gated_rms_norm") > 0
     calls.clear()
     stand_in.setattr(fused, "ENABLED", False)
-    assert_close(out, outcome(layer, rows), 6e-2 if rows == "autocast" else 1e-6)
+    assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 1e-6)
     assert not calls
 
 
