@@ -94,7 +94,7 @@ class Chunks(NamedTuple):
         ends = counts.cumsum(0)
         numbers = torch.arange(_most_chunks(tokens, sequences), device=cu_seqlens.device)
         sequence = torch.searchsorted(ends, numbers, right=True).clamp(max=sequences - 1)
-        return cls(cu_seqlens, torch.stack((sequence, numbers - (ends - counts)[sequence]), dim=1))
+        return cls(cu_seqlens.contiguous(), torch.stack((sequence, numbers - (ends - counts)[sequence]), dim=1))
 
 
 def short_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
@@ -133,8 +133,9 @@ def _short_conv(
 ) -> Tensor:
     with torch.cuda.device_of(x):
         y, _ = _loaded().conv(
-            x=x.contiguous(), weight=weight.contiguous(), bias=None, residual=None, initial_state=state,
-            activation="silu", cu_seqlens=cu_seqlens, chunk_indices=table, chunk_size=CHUNK,
+            x=x.contiguous(), weight=weight.contiguous(), bias=None, residual=None,
+            initial_state=None if state is None else state.contiguous(), activation="silu",
+            cu_seqlens=cu_seqlens, chunk_indices=table, chunk_size=CHUNK,
         )  # fmt: skip
     result: Tensor = y
     return result
@@ -157,8 +158,9 @@ def _short_conv_backward(
     """Gradients of x, weight and state; that of no state is empty."""
     with torch.cuda.device_of(x):
         dx, dweight, _, _, dstate = _loaded().conv_backward(
-            x=x.contiguous(), dy=dy.contiguous(), dht=None, weight=weight.contiguous(), initial_state=state,
-            activation="silu", cu_seqlens=cu_seqlens, chunk_indices=table, chunk_size=CHUNK,
+            x=x.contiguous(), dy=dy.contiguous(), dht=None, weight=weight.contiguous(),
+            initial_state=None if state is None else state.contiguous(), activation="silu",
+            cu_seqlens=cu_seqlens, chunk_indices=table, chunk_size=CHUNK,
         )  # fmt: skip
     return dx, dweight, x.new_empty(0) if dstate is None else dstate
 
