@@ -3,6 +3,7 @@
     python -m benchmarks.bench_ops                 # growth with T, peer, memory: about 6 minutes on 2 cores
     python -m benchmarks.bench_ops --only growth
     python -m benchmarks.bench_ops --only wide --device cuda   # the paper's width in bfloat16, on a GPU
+    python -m benchmarks.bench_ops --only length --device cuda # from 2K to 1M tokens, with a picture
 
 growth: T doubles from 4096 to 65536; time must double with it.
 peer:   the PyTorch form of the gated delta rule that transformers uses for Qwen3-Next, at the same shape.
@@ -10,12 +11,13 @@ memory: peak of forward + backward, each T in a process of its own, beside what 
         their gradients, and both states at every chunk.
 wide:   the paper's width, D = V = 128, in bfloat16, beside softmax attention and, where flash-linear-attention is
         installed, its Gated DeltaNet and simple GLA: time, first call, peak memory above the inputs.
+length: the same width, T from 2048 to a million, forward, and to 262144 forward + backward, beside softmax
+        attention and Gated DeltaNet; written to a file of its own, length_MACHINE_DATE.json, and a picture beside.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import resource
 import subprocess
@@ -29,31 +31,18 @@ import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.common import medians, seconds, write_result
-from gka.ops import gated_kalmanet
+from benchmarks.bench_length import bench_length, plot
+from benchmarks.calls import (
+    Inputs,
+    first_calls,
+    forward,
+    make_inputs,
+    op_peers,
+    with_gradients,
+    without_gradients,
+)
+from benchmarks.common import medians, write_result
 from gka.ops.chunked import default_chunk_size
-
-Inputs = dict[str, Tensor]
-
-
-def make_inputs(T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """q, k normalised, v, g, alpha, beta of the op at batch 1, asking for gradients."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, T, H, D, device=device) for _ in range(3))
-    gates = [torch.randn(1, T, H, device=device) for _ in range(3)]
-    inputs = {
-        "q": torch.nn.functional.normalize(q, dim=-1).to(dtype),
-        "k": torch.nn.functional.normalize(k, dim=-1).to(dtype),
-        "v": v.to(dtype),
-        "g": torch.nn.functional.logsigmoid(gates[0] + 4),
-        "alpha": torch.sigmoid(gates[1]),
-        "beta": torch.sigmoid(gates[2]),
-    }
-    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-
-
-def forward(inputs: Inputs, steps: tuple[int, ...] | None) -> Tensor:
-    return gated_kalmanet(*inputs.values(), steps=steps)[0]
 
 
 def delta_rule(inputs: Inputs) -> Tensor:
@@ -63,22 +52,6 @@ def delta_rule(inputs: Inputs) -> Tensor:
     q, k, v, g, _, beta = inputs.values()
     o: Tensor = torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
     return o
-
-
-def without_gradients(function: Callable[..., Tensor], *arguments: Any) -> Callable[[], object]:
-    def call() -> object:
-        with torch.no_grad():
-            return function(*arguments)
-
-    return call
-
-
-def with_gradients(function: Callable[..., Tensor], inputs: Inputs, *arguments: Any) -> Callable[[], object]:
-    def call() -> object:
-        o = function(inputs, *arguments)
-        return torch.autograd.grad(o, list(inputs.values()), torch.ones_like(o), allow_unused=True)
-
-    return call
 
 
 def bench_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -163,57 +136,6 @@ def bench_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def attention(inputs: Inputs) -> Tensor:
-    q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def gated_delta_net(inputs: Inputs) -> Tensor:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    names = ("q", "k", "v")
-    o: Tensor = chunk_gated_delta_rule(*(inputs[n] for n in names), g=inputs["g"], beta=inputs["beta"])[0]
-    return o
-
-
-def simple_gla(inputs: Inputs) -> Tensor:
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    o: Tensor = chunk_simple_gla(inputs["q"], inputs["k"], inputs["v"], g=inputs["g"])[0]
-    return o
-
-
-def wide_peers(device: torch.device) -> tuple[dict[str, Callable[[Inputs], Tensor]], str]:
-    """Peers by name, and a note on those of flash-linear-attention."""
-    peers: dict[str, Callable[[Inputs], Tensor]] = {"SDPA, causal": attention}
-    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
-        print("wide    no flash-linear-attention, or no GPU for it: its ops are not measured")
-        return peers, ""
-    from fla.ops.common import chunk_o
-
-    note = ""
-    if not chunk_o.TRITON_ABOVE_3_7_1:
-        # On Hopper it refuses to run backwards with this Triton, whose code for it gives wrong numbers: only the
-        # time is wanted here.
-        chunk_o.TRITON_ABOVE_3_7_1 = True
-        note = "its check of Triton's version is passed over, for the time alone"
-    return peers | {"Gated DeltaNet": gated_delta_net, "simple GLA": simple_gla}, note
-
-
-def first_calls(functions: dict[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Of each function the seconds of its first call, compilation included, and peak bytes of its second."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, function in functions.items():
-        found[name] = {"first call": seconds(function, device), "peak bytes": None}
-        print(f"        {name:15s} first call {found[name]['first call']:6.1f} s", flush=True)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            function()
-            found[name]["peak bytes"] = torch.cuda.max_memory_allocated() - before
-    return found
-
-
 def bench_wide(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for B, T, H in options.shapes:
@@ -223,7 +145,7 @@ def bench_wide(options: argparse.Namespace) -> list[dict[str, Any]]:
         functions: dict[str, Callable[[Inputs], Tensor]] = {
             f"gka {steps}": partial(forward, steps=steps) for steps in ((16, 16), (16, 8), (31,))
         }
-        peers, note = wide_peers(options.device)
+        peers, note = op_peers(options.device)
         functions |= peers
         for what, wrap in (("forward", without_gradients), ("forward+backward", with_gradients)):
             calls = {name: wrap(function, inputs) for name, function in functions.items()}
@@ -250,10 +172,11 @@ def main() -> None:
         prog="python -m benchmarks.bench_ops", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--only", choices=[*PARTS, "wide"], action="append", help="parts to run; all but wide if not given"
-    )
+        "--only", choices=[*PARTS, "wide", "length"], action="append",
+        help="parts to run; all but wide and length if not given",
+    )  # fmt: skip
     parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cpu"), help="device of growth, peer and wide"
+        "--device", type=torch.device, default=torch.device("cpu"), help="device of growth, peer, wide and length"
     )
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="B,T,H", default=[(1, 131072, 16), (4, 8192, 8)],
@@ -263,17 +186,33 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=65536, help="growth: largest T")
     parser.add_argument("--heads", type=int, default=4, help="growth: H")
     parser.add_argument("--dim", type=int, default=64, help="growth: D = V")
+    parser.add_argument("--least-tokens", type=int, default=2**11, help="length: least T")
+    parser.add_argument("--most-tokens", type=int, default=2**20, help="length: largest T, forward")
+    parser.add_argument("--most-tokens-backward", type=int, default=2**18, help="length: and with gradients")
+    parser.add_argument(
+        "--limit", type=float, default=10.0, help="length: seconds of a call after which an op is not run longer"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
-    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/ops_MACHINE_DATE.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON file; default benchmarks/results/ops_MACHINE_DATE.json, which one run a day overwrites",
+    )
     parser.add_argument("--measure-memory", nargs=4, metavar=("T", "H", "D", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_memory:
         T, H, D, dtype = options.measure_memory
         print(json.dumps(measure_memory(int(T), int(H), int(D), dtype)))
         return
-    parts = {**PARTS, "wide": bench_wide}
-    rows = [row for part in options.only or PARTS for row in parts[part](options)]
-    write_result("ops", rows, " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]]), options.output)
+    chosen = options.only or list(PARTS)
+    if "length" in chosen and len(chosen) > 1:
+        parser.error("length has a file of its own: run it alone")
+    parts = {**PARTS, "wide": bench_wide, "length": bench_length}
+    rows = [row for part in chosen for row in parts[part](options)]
+    command = " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]])
+    path = write_result("length" if chosen == ["length"] else "ops", rows, command, options.output)
+    if chosen == ["length"]:
+        plot(path)
 
 
 if __name__ == "__main__":

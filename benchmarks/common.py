@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -50,19 +51,20 @@ def medians(
 
 
 def write_result(name: str, rows: list[dict[str, Any]], command: str, output: Path | None = None) -> Path:
-    """Write rows to benchmarks/results/NAME_MACHINE_DATE.json and say where."""
+    """Write rows to benchmarks/results/NAME_MACHINE_DATE.json and say where.
+
+    A run on the same day overwrites that file; `output` is for those that shall stand beside each other. Where the
+    code is no git checkout, GKA_COMMIT in the environment says which commit it is.
+    """
     machine = describe_machine()
     label = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")
     date = datetime.date.today().isoformat()
     path = output or RESULTS / f"{name}_{label}_{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     content = {
         "benchmark": name,
         "command": command,
-        "commit": commit or "not a git checkout",
+        "commit": commit(),
         "date": date,
         "machine": machine,
         "versions": describe_versions(),
@@ -71,3 +73,16 @@ def write_result(name: str, rows: list[dict[str, Any]], command: str, output: Pa
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {path}")
     return path
+
+
+def commit() -> str:
+    """GKA_COMMIT if it is set, else what git says of the checkout."""
+    given = os.environ.get("GKA_COMMIT")
+    if given:
+        return given
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:  # no git
+        return "not a git checkout"
+    return found.stdout.strip() or "not a git checkout"

@@ -148,24 +148,74 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def layer(result: Result) -> str:
+    """The layer beside its peers, and where its time goes."""
+    rows, table, where, notes = result["rows"], [], [], {}
+    first = rows[0]
+    for row in rows:
+        same = [peer for peer in rows if all(peer[key] == row[key] for key in ("what", "B", "T"))]
+        base = next((peer["seconds"]["median"] for peer in same if peer["layer"] == "Gated DeltaNet"), None)
+        seconds, shape = row["seconds"]["median"], f"B {row['B']}, T {row['T']}"
+        gigabytes = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.2f}"
+        cells = [f"{seconds * 1e3:.2f}", _ratio(seconds / base if base else None), gigabytes]
+        table.append([shape, row["what"], row["layer"], *cells, f"{row['first call']:.1f}"])
+        if "shares" in row:
+            where.append([shape, row["what"], row["layer"], *(f"{s * 1e3:.2f}" for s in row["shares"].values())])
+        if "note" in row:
+            notes[row["layer"]] = row["note"]
+    size = f"hidden {first['hidden']}, {first['H']} heads of {first['D']}, {first['dtype']}"
+    header = ["shape", "what", "layer", "median ms", "ratio to Gated DeltaNet", "peak GB", "first call, s"]
+    parts = [
+        f"The layer beside its peers ({size}); peak above parameters and input\n\n{markdown_table(header, table)}"
+    ]
+    if where:
+        header = ["shape", "what", "layer", *next(row["shares"] for row in rows if "shares" in row)]
+        parts.append(f"Milliseconds on the GPU by part, one profiled call\n\n{markdown_table(header, where)}")
+    return "\n\n".join(parts + [f"{name}: {note}." for name, note in notes.items()])
+
+
+def length(result: Result) -> str:
+    """Time against T."""
+    rows, notes, parts = result["rows"], {}, []
+    first = rows[0]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        of_what = [row for row in rows if row["what"] == what]
+        ops = list(dict.fromkeys(row["op"] for row in of_what))
+        table = []
+        for T in dict.fromkeys(row["T"] for row in of_what):
+            times = {row["op"]: row["seconds"] for row in of_what if row["T"] == T}
+            table.append([str(T), *(f"{times[op]['median'] * 1e3:.2f}" if times[op] else "not run" for op in ops)])
+        parts.append(f"{what}, milliseconds\n\n{markdown_table(['T', *ops], table)}")
+    for row in rows:
+        if "note" in row:
+            of_note = f"{row['op']}, {row['what']}, from T {row['T']}: {row['note']}."
+            notes.setdefault((row["op"], row["what"], row["note"]), of_note)
+    shape = f"B {first['B']}, H {first['H']}, D = V = {first['D']}, {first['dtype']}"
+    picture = Path(result["file"]).with_suffix(".png").name
+    parts = [f"Time against the number of tokens ({shape})", *parts, *notes.values()]
+    return "\n\n".join([*parts, f"![time against tokens](results/{picture})"])
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ops": ("The op", ops),
     "decode": ("Decoding", decode),
+    "length": ("The op against the number of tokens", length),
+    "layer": ("The layer", layer),
     "numerics": ("Numerics", numerics),
 }
 
 
 def page() -> str:
-    """The whole page; of each benchmark the newest file per machine."""
-    results: dict[tuple[str, str], Result] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        if result.get("benchmark") in SECTIONS:
-            machine = result["machine"]
-            results[result["benchmark"], machine["gpu"] or machine["processor"]] = {**result, "file": path.name}
+    """The whole page; of each benchmark and its parts the newest file per machine."""
+    found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(RESULTS.glob("*.json"))]
+    results: dict[tuple[str, str, tuple[str, ...]], Result] = {}
+    for result in sorted((r for r in found if r.get("benchmark") in SECTIONS), key=lambda r: str(r["date"])):
+        machine = result["machine"]
+        parts = tuple(sorted({row["part"] for row in result["rows"]}))
+        results[result["benchmark"], machine["gpu"] or machine["processor"], parts] = result
     text = ["# Results\n\nMade by `python -m benchmarks.table` from the files under `benchmarks/results/`."]
     for name, (title, write) in SECTIONS.items():
-        for (benchmark, machine), result in results.items():
+        for (benchmark, machine, _), result in results.items():
             if benchmark != name:
                 continue
             versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())

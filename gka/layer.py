@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from . import fused
 from .ops import State, gated_kalmanet, gated_kalmanet_step
 from .padding import RealFirst
-from .short_conv import Gaps, ShortConv, last_inputs, packed_short_conv, short_conv
+from .short_conv import ShortConv, last_inputs, packed_short_conv, packing, short_conv
 
 if TYPE_CHECKING:
     from .hf.config import GKAConfig
@@ -65,11 +66,36 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
-        """o, gate: [..., dim] -> [..., dim] in o's dtype; without a gate that factor is 1."""
-        y = F.rms_norm(at_least_float32(o), o.shape[-1:], eps=self.eps) * at_least_float32(self.weight)
+        """o, gate: [B, T, ..., dim] -> [B, T, ..., dim] in o's dtype; without a gate that factor is 1."""
+        if gate is not None and fused.usable(o):
+            return fused.gated_rms_norm(o, gate, self.weight, self.eps)
+        wide = at_least_float32(o)
+        y = F.rms_norm(wide, o.shape[-1:], self.weight.to(wide.dtype), self.eps)
         if gate is not None:
             y = y * F.silu(at_least_float32(gate))
         return y.to(o.dtype)
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether only its weight and bias make its output: no adapter, quantised weight, hook or offloading."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(hooks) and "forward" not in linear.__dict__
+
+
+def _project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
+    """What each of the small projections makes of x [B, T, hidden]; None for None.
+
+    Together they read x once, and add to its gradient once: at hidden 2048 each costs more in bytes than its few
+    columns in arithmetic.
+    """
+    given = [linear for linear in projections if linear is not None]
+    if len(given) < 2 or x.shape[1] == 1 or not all(map(_is_plain, given)):
+        return [None if linear is None else linear(x) for linear in projections]
+    weights: list[Tensor] = [p.weight for p in given]
+    biases: list[Tensor] = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in given]
+    out = F.linear(x, torch.cat(weights), torch.cat(biases))
+    parts = iter(out.split([p.out_features for p in given], dim=2))
+    return [None if linear is None else next(parts) for linear in projections]
 
 
 class _Past(NamedTuple):
@@ -157,25 +183,27 @@ class GatedKalmaNet(nn.Module):
         o, state = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, past_key_values is not None)
         if past_key_values is not None and state is not None:
             lengths = None if rows is None else rows.lengths
-            self._write(past_key_values, [last_inputs(x, self.conv_size, lengths) for x in inputs], state)
+            self._write(past_key_values, [last_inputs(*x, self.conv_size, lengths) for x in inputs], state)
         gate = None if self.g_proj is None else self.g_proj(hidden_states).view_as(o)
         out = self.o_proj(self.o_norm(o, gate).flatten(2))
         return out if rows is None else rows.restore(out)
 
     def _qkv(
         self, x: Tensor, past: _Past | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
         """q [B, T, H, D], k and v [B, T, Hk, D], and the inputs of the convolutions for `last_inputs`."""
-        gaps = None if cu_seqlens is None else Gaps.of(cu_seqlens, x.shape[1], self.conv_size)
+        packed = None
         outputs, inputs = [], []
         streams = ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
         for number, (projection, conv) in enumerate(streams):
             y = projection(x)
-            if conv is not None and gaps is not None:
-                y = packed_short_conv(conv, y, gaps)
+            if conv is not None and cu_seqlens is not None:
+                packed = packing(y, cu_seqlens, self.conv_size) if packed is None else packed
+                y = packed_short_conv(conv, y, packed)
             elif conv is not None:
-                y, seen = short_conv(conv, y, None if past is None else past.conv[number])
-                inputs.append(seen)
+                state = None if past is None else past.conv[number]
+                inputs.append((y, state))
+                y = short_conv(conv, y, state)
             outputs.append(y.unflatten(2, (-1, self.head_dim)))
         return outputs[0], outputs[1], outputs[2], inputs
 
@@ -183,15 +211,15 @@ class GatedKalmaNet(nn.Module):
         """g, alpha and beta, [B, T, H] each, in at least 32 bits; at pads g = 0 and beta = 0."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         alpha = beta = None
-        if self.a_proj is None:
+        raw_g, raw_beta, raw_alpha = _project(x, self.a_proj, self.b_proj, self.alpha_proj)
+        if raw_g is None:
             g = x.new_zeros(*x.shape[:2], self.num_heads, dtype=wide)
         else:
-            step = F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
-            g = -torch.exp(self.A_log.to(wide)) * step
-        if self.b_proj is not None:
-            beta = torch.sigmoid(self.b_proj(x).to(wide)) + BETA_FLOOR
-        if self.alpha_proj is not None:
-            alpha = torch.sigmoid(self.alpha_proj(x).to(wide))
+            g = -torch.exp(self.A_log.to(wide)) * F.softplus(raw_g.to(wide) + self.dt_bias.to(wide))
+        if raw_beta is not None:
+            beta = torch.sigmoid(raw_beta.to(wide)) + BETA_FLOOR
+        if raw_alpha is not None:
+            alpha = torch.sigmoid(raw_alpha.to(wide))
         if rows is not None:
             real = rows.real.unsqueeze(2).to(wide)
             g = g * real

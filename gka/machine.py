@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("gated-kalmanet", "torch", "transformers", "accelerate", "triton", "numpy")
+_PACKAGES = ("gated-kalmanet", "torch", "transformers", "accelerate", "triton", "flash-linear-attention", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -3,7 +3,8 @@
     y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t - W + 1 + j} )
 
 What lies before the first token is zero, or the last W - 1 inputs of an earlier call (its state). Packed sequences
-do not see each other: the convolution runs over a row with W - 1 zeros in front of every sequence.
+do not see each other: in PyTorch, the convolution runs over a row with W - 1 zeros in front of every sequence; the
+kernels of `fused.py`, where they are usable, take the sequences as they lie.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import fused
 
 
 class Gaps(NamedTuple):
@@ -54,7 +57,7 @@ class ShortConv(nn.Conv1d):
         return F.silu(super().forward(inputs))
 
 
-def short_conv(conv: ShortConv, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def short_conv(conv: ShortConv, x: Tensor, state: Tensor | None = None) -> Tensor:
     """Convolve rows of tokens.
 
     Args:
@@ -63,34 +66,51 @@ def short_conv(conv: ShortConv, x: Tensor, state: Tensor | None = None) -> tuple
         state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
 
     Returns:
-        y [B, T, C], and the inputs with the state in front, [B, C, W - 1 + T], for `last_inputs`.
+        [B, T, C].
     """
+    if fused.usable(x):
+        return fused.short_conv(x, conv.weight[:, 0], state)
     if state is None:
         state = x.new_zeros(x.shape[0], x.shape[2], conv.kernel_size[0] - 1)
-    inputs = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)
-    return conv(inputs).transpose(1, 2), inputs
+    y: Tensor = conv(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2))
+    return y.transpose(1, 2)
 
 
-def packed_short_conv(conv: ShortConv, x: Tensor, gaps: Gaps) -> Tensor:
+def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | fused.Chunks:
+    """What `packed_short_conv` needs to know of packed sequences, for several x of one shape and dtype."""
+    if fused.usable(x, cu_seqlens.shape[0] - 1):
+        return fused.Chunks.of(cu_seqlens, x.shape[1])
+    return Gaps.of(cu_seqlens, x.shape[1], width)
+
+
+def packed_short_conv(conv: ShortConv, x: Tensor, packed: Gaps | fused.Chunks) -> Tensor:
     """Convolve packed sequences: x [1, T, C] -> y [1, T, C]."""
-    row = x.new_zeros(x.shape[2], gaps.length).index_copy(1, gaps.slots, x[0].t())
+    if isinstance(packed, fused.Chunks):
+        return fused.short_conv(x, conv.weight[:, 0], chunks=packed)
+    row = x.new_zeros(x.shape[2], packed.length).index_copy(1, packed.slots, x[0].t())
     y = conv(row.unsqueeze(0))
-    return y.index_select(2, gaps.slots - (conv.kernel_size[0] - 1)).transpose(1, 2)
+    return y.index_select(2, packed.slots - (conv.kernel_size[0] - 1)).transpose(1, 2)
 
 
-def last_inputs(inputs: Tensor, width: int, lengths: Tensor | None = None) -> Tensor:
+def last_inputs(x: Tensor, state: Tensor | None, width: int, lengths: Tensor | None = None) -> Tensor:
     """The state after a call of `short_conv`: the last W - 1 inputs of every row.
 
     Args:
-        inputs: [B, C, W - 1 + T], as `short_conv` returns them.
+        x: [B, T, C], as `short_conv` took it.
+        state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
         width: W.
         lengths: [B] of int64, how many of the T inputs of each row count; None means all.
 
     Returns:
-        [B, C, W - 1].
+        [B, C, W - 1], in x's dtype.
     """
-    kept = width - 1
+    (B, T, C), kept = x.shape, width - 1
+    if lengths is None and kept <= T:
+        return x[:, T - kept :].transpose(1, 2)
+    state = x.new_zeros(B, C, kept) if state is None else state.to(x.dtype)
     if lengths is None:
-        return inputs[..., inputs.shape[2] - kept :]
-    index = lengths[:, None, None] + torch.arange(kept, device=inputs.device)
-    return inputs.gather(2, index.expand(-1, inputs.shape[1], -1))
+        return torch.cat([state[..., T:], x.transpose(1, 2)], dim=2)
+    place = lengths.unsqueeze(1) + torch.arange(-kept, 0, device=x.device)  # negative: in the state
+    new = x.gather(1, place.clamp(min=0).unsqueeze(2).expand(-1, -1, C)).transpose(1, 2)
+    old = state.gather(2, (place + kept).clamp(max=kept - 1).unsqueeze(1).expand(-1, C, -1))
+    return torch.where(place.unsqueeze(1) < 0, old, new)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from helpers import relative_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from gka import GatedKalmaNet, GKAConfig, GKAForCausalLM
@@ -101,3 +102,31 @@ def parameter_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     missing = [name for name, value in model.named_parameters() if value.grad is None]
     assert not missing, f"no gradient: {missing}"
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+ROWS = ("plain", "packed", "masked", "in parts", "checkpointed", "autocast")
+
+
+def layer_outcome(layer: torch.nn.Module, rows: str, T: int = 13) -> dict[str, Tensor]:
+    """Outputs, states and gradients of a `tiny_layer`, wherever it lies, on T tokens in rows of one of ROWS."""
+    device, dtype = layer.A_log.device, layer.A_log.dtype
+    x = random_inputs(1 if rows == "packed" else 2, T, 36).to(device, dtype).requires_grad_()
+    cache = new_cache(tiny_config())
+    with torch.autocast(device.type, torch.bfloat16, enabled=rows == "autocast"):
+        if rows == "packed":
+            out = layer(x, cu_seqlens=torch.tensor([0, T // 3, T // 3, T // 3 + 1, T], device=device))
+        elif rows == "masked":
+            mask = torch.ones(2, T, device=device)
+            mask[0, : T // 3] = mask[1, T // 2 :] = 0
+            out = layer(x, mask, cache)
+        elif rows == "in parts":
+            parts = x.split([T // 2, 1, 2, T - T // 2 - 3], dim=1)
+            out = torch.cat([layer(part, past_key_values=cache) for part in parts], dim=1)
+        elif rows == "checkpointed":
+            out = checkpoint(layer, x, use_reentrant=False)
+        else:
+            out = layer(x)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    cotangent = random_inputs(*out.shape, seed=3).to(device, out.dtype)
+    grads = torch.autograd.grad(out, [x, *parameters], cotangent)
+    return {"out": out, **cache_tensors(cache), **dict(zip(["dx", *names], grads, strict=True))}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks import bench_layer, common, table
+from benchmarks.bench_length import tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +64,92 @@ def test_bench_decode(tmp_path: Path) -> None:
     assert all(row["seconds"]["median"] > 0 for row in result["rows"])
     page = table.decode(result)
     assert "| B | states | floor | kernel (16, 16) | PyTorch (16, 16) |" in page and "| 3 | bfloat16 |" in page
+
+
+def test_bench_length(tmp_path: Path) -> None:
+    output = tmp_path / "length.json"
+    sizes = ("--least-tokens", "64", "--most-tokens", "256", "--most-tokens-backward", "128", "--repeats", "1")
+    run("benchmarks.bench_ops", "--only", "length", *sizes, "--output", str(output))
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == "length"
+    assert [(row["T"], row["what"]) for row in result["rows"][::2]] == [
+        *((T, what) for T in (64, 128) for what in ("forward", "forward+backward")),
+        (256, "forward"),
+    ]
+    assert {row["op"] for row in result["rows"]} == {"gka (16, 16)", "SDPA, causal"}
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert "![time against tokens](results/length.png)" in table.length({**result, "file": output.name})
+
+
+def test_bench_length_stops_at_its_limit(tmp_path: Path) -> None:
+    output = tmp_path / "length.json"
+    sizes = ("--least-tokens", "64", "--most-tokens", "128", "--most-tokens-backward", "0", "--repeats", "1")
+    run("benchmarks.bench_ops", "--only", "length", *sizes, "--limit", "0", "--output", str(output))
+    result = json.loads(output.read_text())
+    assert [row["seconds"] is None for row in result["rows"]] == [False, False, True, True]
+    assert all(row["note"].startswith("not run: 0.0 s at a smaller length") for row in result["rows"][2:])
+    assert "| 128 | not run | not run |" in table.length({**result, "file": output.name})
+    assert output.with_suffix(".png").exists()
+
+
+def test_lengths_are_written_short() -> None:
+    assert [tokens(T) for T in (64, 2048, 131072, 2**20, 1500)] == ["64", "2K", "128K", "1M", "1500"]
+
+
+def test_bench_layer(tmp_path: Path) -> None:
+    output = tmp_path / "layer.json"
+    sizes = ("--shapes", "2,33", "--hidden", "48", "--heads", "2", "--head-dim", "24", "--repeats", "1")
+    printed = run("benchmarks.bench_layer", *sizes, "--output", str(output))
+    assert "Gated DeltaNet and our layer with the extra are not measured" in printed
+    result = json.loads(output.read_text())
+    assert [row["layer"] for row in result["rows"]] == 2 * [
+        "gka (16, 16), PyTorch",
+        "gka (16, 8), PyTorch",
+        "SDPA",
+    ]
+    assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
+    assert "| B 2, T 33 | forward+backward | gka (16, 16), PyTorch |" in table.layer(result)
+    for row in result["rows"]:
+        row |= {"shares": {"op": 0.5, "rest": 0.25}, "note": "a note"}
+    written = table.layer(result)
+    assert "| what | layer | op | rest |" in written and "SDPA: a note." in written
+
+
+def test_parts_of_the_layer() -> None:
+    pytest.importorskip("triton")
+    names = {
+        "solve_chunks": "op",
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "matrix products",
+        "causal_conv1d_bwd_kernel": "convolution",
+        "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel_generic": "convolution",
+        "layer_norm_gated_bwd_kernel": "norm",
+        "void at::native::vectorized_elementwise_kernel<4>": "rest",
+    }
+    ours = bench_layer.our_kernels()
+    assert {name: bench_layer.part_of(name, ours) for name in names} == names
+
+
+def test_results_say_their_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GKA_COMMIT", "abc1234")
+    path = common.write_result("anything", [], "a command", tmp_path / "result.json")
+    assert json.loads(path.read_text())["commit"] == "abc1234"
+    monkeypatch.delenv("GKA_COMMIT")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))  # no checkout
+    assert common.commit() == "not a git checkout"
+
+
+def test_results_of_different_parts_stand_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    row = {"what": "forward", "T": 64, "H": 1, "D": 8, "V": 8, "dtype": "float32", "seconds": {"median": 1.0}}
+    growth = {**row, "part": "growth", "steps": [31], "ratio to half T": None}
+    peer = {**row, "part": "peer", "op": "gka", "ratio": 1.0}
+    for name, rows in (("a", [growth]), ("b", [peer]), ("c", [growth])):
+        common.write_result("ops", rows, f"command {name}", tmp_path / f"{name}.json")
+    written = table.page()
+    assert "command b" in written and "command c" in written and "command a" not in written
 
 
 def test_memory_stays_within_three_times_what_must_be_held() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from typing import Any
 
 import pytest
@@ -9,10 +11,15 @@ import torch
 from decode_helpers import STEP_CASES, StepCase, assert_step_equals_the_reference, step_arguments
 from families import FAMILIES, family_inputs
 from helpers import CASES, INPUTS, Case, assert_close, converted, doubled, make_inputs, relative_error, run
+from model_helpers import ROWS, layer_outcome, tiny_layer
+from torch import Tensor
 from transformers import StaticCache
 
 import gka
+from gka import fused
+from gka.layer import GatedRMSNorm
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
+from gka.short_conv import ShortConv, packed_short_conv, packing, short_conv
 
 if torch.cuda.is_available():
     from gka.ops import triton_step
@@ -114,18 +121,127 @@ def test_without_a_solve(device: torch.device) -> None:
     assert_close(out, run(doubled(arguments), backend="chunked", steps=()), 1e-2)
 
 
-def test_compiles_with_the_layer(device: torch.device) -> None:
+@pytest.fixture
+def with_extra(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
+    """Whether flash-linear-attention's kernels are used: a parameter, True without one."""
+    wanted = bool(getattr(request, "param", True))
+    if wanted and importlib.util.find_spec("fla") is None:
+        pytest.skip("flash-linear-attention is not installed: pip install 'gated-kalmanet[cuda]'")
+    monkeypatch.setattr(fused, "ENABLED", wanted)
+    assert not wanted or fused.installed()
+    return wanted
+
+
+both_ways = pytest.mark.parametrize("with_extra", [True, False], ids=["with the extra", "without"], indirect=True)
+
+
+@both_ways
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_compiles_with_the_layer(packed: bool, with_extra: bool, device: torch.device) -> None:
+    torch._dynamo.reset()
     torch.manual_seed(0)
     config = gka.GKAConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
     layer = gka.GatedKalmaNet(config).to(device, torch.bfloat16)
-    x = torch.randn(2, 100, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(1 if packed else 2, 100, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    options = {"cu_seqlens": torch.tensor([0, 30, 30, 31, 100], device=device)} if packed else {}
     compiled = torch.compile(layer, fullgraph=True)
     results = []
     for function in (layer, compiled):
-        y = function(x)
+        y = function(x, **options)
         results.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))))
     for out, ref in zip(results[1], results[0], strict=True):
         assert relative_error(out, ref) < 3e-2
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_layer_equals_the_cpu_in_float64(
+    rows: str, dtype: torch.dtype, with_extra: bool, device: torch.device
+) -> None:
+    if rows == "autocast" and dtype != torch.float32:
+        pytest.skip("autocast is for float32 parameters")
+    layer = tiny_layer(dtype)
+    ref = layer_outcome(copy.deepcopy(layer).double(), "plain" if rows == "autocast" else rows, T=150)
+    out = {name: x.cpu() for name, x in layer_outcome(layer.to(device), rows, T=150).items()}
+    print(rows, dtype, {name: f"{relative_error(out[name], ref[name]):.1e}" for name in ref})
+    exact = dtype == torch.float32 and rows != "autocast"
+    for name in ref:
+        bound = (1e-4 if exact else 3e-2) if name == "out" or "states" in name else (2e-3 if exact else 8e-2)
+        assert_close({name: out[name]}, {name: ref[name]}, bound, f"{rows} {name}")
+
+
+def differentiated(y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y and the gradients of the leaves, in float64 on the CPU."""
+    generator = torch.Generator().manual_seed(2)
+    cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16()
+    grads = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.device, y.dtype))
+    found = {"y": y, **dict(zip(leaves, grads, strict=True))}
+    return {name: x.detach().cpu().double() for name, x in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [2, 3, 64, 131])
+@pytest.mark.parametrize("channels, width", [(37, 4), (256, 4), (40, 6), (12, 1)])
+@pytest.mark.parametrize("kind", ["plain", "state", "packed"])
+def test_short_convolution_with_the_extra(
+    kind: str, channels: int, width: int, T: int, dtype: torch.dtype, with_extra: bool, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    conv = ShortConv(channels, width).to(dtype)
+    given = {"x": torch.randn(1 if kind == "packed" else 2, T, channels).to(dtype)}
+    if kind == "state" and width > 1:
+        given["state"] = torch.randn(2, channels, width - 1).to(dtype)
+    edges = torch.tensor([0, 1, 1, T - 1, T])
+    results = []
+    for where, wide in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        module = copy.deepcopy(conv).to(where, wide)
+        leaves = {name: x.to(where, wide).requires_grad_() for name, x in given.items()}
+        assert fused.usable(leaves["x"]) == (where == device)
+        if kind == "packed":
+            packed = packing(leaves["x"], edges.to(where), width)
+            y = packed_short_conv(module, leaves["x"], packed)
+        else:
+            y = short_conv(module, **leaves)
+        results.append(differentiated(y, leaves | {"weight": module.weight}))
+    assert_close(*results, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [5, 100, 128, 600])
+def test_gated_norm_with_the_extra(dim: int, dtype: torch.dtype, with_extra: bool, device: torch.device) -> None:
+    torch.manual_seed(0)
+    norm = GatedRMSNorm(dim, 1e-6).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    given = {name: torch.randn(2, 77, 3, dim).to(dtype) for name in ("o", "gate")}
+    results = []
+    for where, wide in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        module = copy.deepcopy(norm).to(where, wide)
+        leaves = {name: x.to(where, wide).requires_grad_() for name, x in given.items()}
+        results.append(differentiated(module(**leaves), leaves | {"weight": module.weight}))
+    assert_close(*results, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype])
+
+
+def test_more_than_2_to_the_31_elements_with_the_extra(with_extra: bool, device: torch.device) -> None:
+    """The last tokens of a long sequence, against a call on these alone."""
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("needs 60 GB of free memory")
+    T, C, tail = 1_100_000, 2048, 1000
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, T, C, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
+    conv, norm = ShortConv(C, 4).to(device, torch.bfloat16), GatedRMSNorm(128, 1e-6).to(device, torch.bfloat16)
+    y = short_conv(conv, x)
+    (dx,) = torch.autograd.grad(y, x, y)
+    last = x.detach()[:, -tail:].clone().requires_grad_()
+    ref = short_conv(conv, last, x.detach()[:, -tail - 3 : -tail].transpose(1, 2))
+    (dlast,) = torch.autograd.grad(ref, last, ref)
+    assert relative_error(y[:, -tail:], ref) < 1e-6 and relative_error(dx[:, -tail:], dlast) < 1e-6
+    del y, dx, ref, dlast
+    heads, few = x.detach().view(1, T, 16, 128).requires_grad_(), last.detach().view(1, tail, 16, 128)
+    few.requires_grad_()
+    y, ref = norm(heads, heads.detach()), norm(few, few.detach())
+    (dx,), (dlast,) = torch.autograd.grad(y, heads, y), torch.autograd.grad(ref, few, ref)
+    assert relative_error(y[:, -tail:], ref) < 1e-6 and relative_error(dx[:, -tail:], dlast) < 1e-6
 
 
 def test_step_equals_whole(device: torch.device) -> None:

@@ -1,0 +1,209 @@
+"""Time and memory of the layer beside its peers.
+
+    python -m benchmarks.bench_layer --device cuda      # about 5 minutes on one H200
+    python -m benchmarks.bench_layer --shapes 1,256 --hidden 64 --heads 2 --head-dim 32 --dtype float32
+
+Forward, and forward + backward with the gradients of the input and of all parameters, of
+
+    gka (16, 16), gka (16, 8)   GatedKalmaNet, with the kernels that the extra `cuda` installs, if it is installed
+    the same, PyTorch           and without them: its short convolution and norm by PyTorch's functions
+    Gated DeltaNet              the layer of flash-linear-attention, if it is installed and the device is a GPU
+    SDPA                        causal softmax attention between projections of the same size, for scale
+
+First call (compilation and autotuning included), peak memory above parameters and input, and on a GPU how much of
+our time goes to the op, to matrix products, to convolution and norm, and to the rest, by the names of the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gka
+from benchmarks.calls import allow_fla_backward, first_calls, fla_is_missing
+from benchmarks.common import medians, write_result
+from gka import fused
+
+Call = Callable[[], object]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# The first pattern found in the name of a kernel says which part it is.
+PARTS = {
+    "matrix products": r"gemm|nvjet|cutlass|cublas|splitk",
+    "convolution": r"conv",
+    "norm": r"layer_norm|rms_norm|rmsnorm",
+}
+
+
+class SoftmaxAttention(nn.Module):
+    """x -> W_o softmax(Q K^T) V, causal."""
+
+    def __init__(self, hidden: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden, heads * head_dim, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (linear(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for linear in projections)
+        o = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.o_proj(o.transpose(1, 2).flatten(2))
+        return out
+
+
+class DeltaNet(nn.Module):
+    """flash-linear-attention's Gated DeltaNet; its other outputs left out."""
+
+    def __init__(self, hidden: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        from fla.layers import GatedDeltaNet
+
+        self.layer = GatedDeltaNet(
+            hidden_size=hidden, num_heads=heads, head_dim=head_dim, expand_v=1, use_gate=True, use_short_conv=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)[0]
+        return out
+
+
+def our_layer(options: argparse.Namespace, steps: tuple[int, ...]) -> nn.Module:
+    config = gka.GKAConfig(
+        hidden_size=options.hidden, num_attention_heads=options.heads, head_dim=options.head_dim, steps=list(steps)
+    )
+    return gka.GatedKalmaNet(config)
+
+
+def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Layers by name, and what to write beside their times."""
+    torch.manual_seed(0)
+    size = (options.hidden, options.heads, options.head_dim)
+    found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+    extra = options.device.type == "cuda" and fused.installed()
+    for steps in ((16, 16), (16, 8)):
+        layer = our_layer(options, steps)
+        if extra:
+            found[f"gka {steps}"] = layer, {"extra": True}
+        found[f"gka {steps}, PyTorch"] = layer, {"extra": False}
+    missing = fla_is_missing(options.device)
+    if missing:
+        print(f"{missing}: Gated DeltaNet and our layer with the extra are not measured")
+    else:
+        note = allow_fla_backward()
+        found["Gated DeltaNet"] = DeltaNet(*size), {"note": note} if note else {}
+    found["SDPA"] = SoftmaxAttention(*size), {}
+    for layer, _ in found.values():
+        layer.to(options.device, DTYPES[options.dtype])
+    return found
+
+
+def call(layer: nn.Module, x: Tensor, extra: bool, cotangent: Tensor | None) -> Call:
+    """The layer on x; with a cotangent its gradients, too."""
+    leaves = [x, *layer.parameters()]
+
+    def run() -> object:
+        fused.ENABLED = extra
+        with torch.set_grad_enabled(cotangent is not None):
+            y = layer(x)
+        return y if cotangent is None else torch.autograd.grad(y, leaves, cotangent)
+
+    return run
+
+
+def part_of(kernel: str, ours: set[str]) -> str:
+    """The part of our layer that a kernel belongs to; `ours` are the names of the op's kernels."""
+    if kernel in ours:
+        return "op"
+    return next((part for part, names in PARTS.items() if re.search(names, kernel, re.IGNORECASE)), "rest")
+
+
+def our_kernels() -> set[str]:
+    """Names of everything in gka.kernels that can be launched, and of what it calls."""
+    import triton
+
+    import gka.kernels
+
+    kinds = (triton.JITFunction, triton.runtime.KernelInterface)
+    names = (module.name for module in pkgutil.iter_modules(gka.kernels.__path__))
+    modules = [importlib.import_module(f"gka.kernels.{name}") for name in names]
+    return {name for module in modules for name, value in vars(module).items() if isinstance(value, kinds)}
+
+
+def shares(function: Call) -> dict[str, float]:
+    """Seconds on the GPU of every part, by one profiled call."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    ours, found = our_kernels(), dict.fromkeys(("op", *PARTS, "rest"), 0.0)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[part_of(event.name, ours)] += event.time_range.elapsed_us() / 1e6
+    return found
+
+
+def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for B, T in options.shapes:
+        size = {"B": B, "T": T, "hidden": options.hidden, "H": options.heads, "D": options.head_dim}
+        x = torch.randn(B, T, options.hidden, device=options.device, dtype=DTYPES[options.dtype])
+        cotangent = torch.randn_like(x)
+        x.requires_grad_()
+        measured = layers(options)
+        for what, given in (("forward", None), ("forward+backward", cotangent)):
+            calls = {
+                name: call(layer, x, about.get("extra", True), given) for name, (layer, about) in measured.items()
+            }
+            first = first_calls(calls, options.device)
+            times = medians(calls, options.device, options.repeats)
+            for name, time in times.items():
+                row = {"part": "layer", "what": what, "layer": name, **size, "dtype": options.dtype}
+                row |= {"seconds": time, **first[name], **measured[name][1]}
+                if options.device.type == "cuda" and name.startswith("gka"):
+                    row["shares"] = shares(calls[name])
+                rows.append(row)
+                print(f"B {B} T {T:6d} {what:17s} {name:22s} {time['median'] * 1e3:9.3f} ms", flush=True)
+                for part, value in row.get("shares", {}).items():
+                    print(f"{'':33s}{part:22s} {value * 1e3:9.3f} ms", flush=True)
+    fused.ENABLED = True
+    return rows
+
+
+def shape(text: str) -> tuple[int, int]:
+    B, T = map(int, text.split(","))
+    return B, T
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_layer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", metavar="B,T", default=[(1, 131072), (4, 8192)],
+        help="default 1,131072 4,8192",
+    )  # fmt: skip
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default benchmarks/results/layer_MACHINE_DATE.json"
+    )
+    options = parser.parse_args()
+    command = " ".join(["python -m benchmarks.bench_layer", *sys.argv[1:]])
+    write_result("layer", bench(options), command, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The op and its peers as functions to time, with and without gradients.
+
+Legend: B batch, T time, H heads, D key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import seconds
+from gka.ops import gated_kalmanet
+
+Inputs = dict[str, Tensor]
+
+
+def make_inputs(T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """q, k normalised, v, g, alpha, beta of the op at batch 1, asking for gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, T, H, D, device=device) for _ in range(3))
+    gates = [torch.randn(1, T, H, device=device) for _ in range(3)]
+    inputs = {
+        "q": torch.nn.functional.normalize(q, dim=-1).to(dtype),
+        "k": torch.nn.functional.normalize(k, dim=-1).to(dtype),
+        "v": v.to(dtype),
+        "g": torch.nn.functional.logsigmoid(gates[0] + 4),
+        "alpha": torch.sigmoid(gates[1]),
+        "beta": torch.sigmoid(gates[2]),
+    }
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def forward(inputs: Inputs, steps: tuple[int, ...] | None) -> Tensor:
+    return gated_kalmanet(*inputs.values(), steps=steps)[0]
+
+
+def attention(inputs: Inputs) -> Tensor:
+    q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def gated_delta_net(inputs: Inputs) -> Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    names = ("q", "k", "v")
+    o: Tensor = chunk_gated_delta_rule(*(inputs[n] for n in names), g=inputs["g"], beta=inputs["beta"])[0]
+    return o
+
+
+def simple_gla(inputs: Inputs) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    o: Tensor = chunk_simple_gla(inputs["q"], inputs["k"], inputs["v"], g=inputs["g"])[0]
+    return o
+
+
+def fla_is_missing(device: torch.device) -> str:
+    """Why peers of flash-linear-attention cannot be measured; "" if they can."""
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed"
+    return "" if device.type == "cuda" else "flash-linear-attention needs a GPU"
+
+
+def allow_fla_backward() -> str:
+    """Let flash-linear-attention run backwards whatever it thinks of Triton; a note to put beside the time, or "".
+
+    On Hopper it refuses to run gated backward passes with Triton before 3.7.1, whose code for them gives wrong
+    numbers: only the time is wanted here.
+    """
+    from fla.ops.common import chunk_o
+
+    if chunk_o.TRITON_ABOVE_3_7_1:
+        return ""
+    chunk_o.TRITON_ABOVE_3_7_1 = True
+    return "its check of Triton's version is passed over, for the time alone"
+
+
+def op_peers(device: torch.device) -> tuple[dict[str, Callable[[Inputs], Tensor]], str]:
+    """Peers by name, and a note on those of flash-linear-attention."""
+    peers: dict[str, Callable[[Inputs], Tensor]] = {"SDPA, causal": attention}
+    missing = fla_is_missing(device)
+    if missing:
+        print(f"{missing}: its ops are not measured")
+        return peers, ""
+    return peers | {"Gated DeltaNet": gated_delta_net, "simple GLA": simple_gla}, allow_fla_backward()
+
+
+def without_gradients(function: Callable[..., Tensor], *arguments: Any) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return call
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: Inputs, *arguments: Any) -> Callable[[], object]:
+    def call() -> object:
+        o = function(inputs, *arguments)
+        return torch.autograd.grad(o, list(inputs.values()), torch.ones_like(o), allow_unused=True)
+
+    return call
+
+
+def first_calls(functions: dict[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Of each function the seconds of its first call, compilation included, and peak bytes of its second."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, function in functions.items():
+        found[name] = {"first call": seconds(function, device), "peak bytes": None}
+        print(f"        {name:24s} first call {found[name]['first call']:6.1f} s", flush=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            found[name]["peak bytes"] = torch.cuda.max_memory_allocated() - before
+    return found
