@@ -19,7 +19,7 @@ G groups of R = BD / G rows.
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, cast
+from .common import cast
 
 
 @triton.jit
@@ -78,14 +78,6 @@ def _times(x, S, G: tl.constexpr, LOG_G: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(place):
-    """Ask for the lines at addresses to be brought into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def step_token(
     q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr,  # [B, H, D], [B, Hk, D], [B, Hk, V], [B, H] three times
     kk_ptr, kv_ptr,  # states so far, [B, H, D, D] and [B, H, D, V]
@@ -95,7 +87,6 @@ def step_token(
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     G_KK: tl.constexpr, LOG_KK: tl.constexpr, G_KV: tl.constexpr, LOG_KV: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """The step of one sequence and head. Without SOLVE nothing is solved, y = q, and there is no S_kk."""
     program = tl.program_id(0)
@@ -103,12 +94,6 @@ def step_token(
     if SOLVE:  # first, what takes longest; the barrier keeps it there
         place, inside = _places(kk_ptr, program, 0, D, D, BD, BD, G_KK)
         S = tl.load(place, mask=inside, other=0.0)
-        if PREFETCH and not INTERPRETED:
-            LINES: tl.constexpr = D * V * kv_ptr.dtype.element_ty.primitive_bitwidth // 1024
-            BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
-            line = tl.arange(0, BLOCK)
-            first = kv_ptr + program.to(tl.int64) * (D * V)
-            _prefetch(first + tl.minimum(line, LINES - 1) * (1024 // kv_ptr.dtype.element_ty.primitive_bitwidth))
         tl.debug_barrier()
     q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
     k = _load_vector(k_ptr + head.to(tl.int64) * D, D, BD)

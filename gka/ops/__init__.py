@@ -13,7 +13,6 @@ N sequences: B, or those of a packed batch.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, reference, step
+from . import autograd, reference, step, triton_step
 from .solvers import RIDGE_RATIO, default_steps
 from .triton_config import supports, supports_step
 from .types import State, state_dtype
@@ -229,7 +228,7 @@ def _step_backend(q: Tensor, differentiable: bool) -> Any:
     """The module of the kernel where it serves the tensors, else that of PyTorch."""
     if q.device.type == "cuda" and torch.version.cuda is not None and not differentiable:
         if supports_step(q.dtype, q.shape[2]):
-            return importlib.import_module(".triton_step", __package__)
+            return triton_step
     return step
 
 

@@ -101,11 +101,11 @@ def supports_step(dtype: torch.dtype, D: int) -> bool:
 
 
 def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
-    """Blocks, groups of rows, warps and registers of `step_token` with states of `dtype`.
+    """Blocks, groups of rows and warps of `step_token` with states of `dtype`.
 
     A thread loads 16 bytes of a row; a group is the rows of neighbouring threads that load one row together. With
-    4 warps for 128 x 128 a thread holds 128 numbers of a state, and 168 registers let three programs share a
-    multiprocessor, so that one solves while the others wait for memory.
+    4 warps for 128 x 128 a thread holds 128 numbers of a state, and two programs share a multiprocessor: one
+    solves while the other waits for memory.
     """
     BD, BV = (max(16, min(128, 1 << (n - 1).bit_length())) for n in (D, V))
     num_warps = max(1, BD // 32)
@@ -118,5 +118,5 @@ def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
         "BD": BD, "BV": BV,
         "G_KK": groups(BD), "LOG_KK": groups(BD).bit_length() - 1,
         "G_KV": groups(BV), "LOG_KV": groups(BV).bit_length() - 1,
-        "num_warps": num_warps, "num_stages": 1, "maxnreg": 168, "PREFETCH": False,
+        "num_warps": num_warps, "num_stages": 1,
     }  # fmt: skip

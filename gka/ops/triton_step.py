@@ -17,10 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..kernels.step import step_token
 from .solvers import node_steps
 from .triton_config import INTERPRETED, step_config
-from .triton_op import _both, _on
 from .types import State
 
 
@@ -73,6 +71,9 @@ def _launch(
     normalize_qk: bool,
 ) -> Tensor:
     """o; `new_state` is written, and may be `state`, whose tensors need not be contiguous."""
+    from ..kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
+    from .triton_op import _both, _on
+
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {q.device}")
     B, H, D = q.shape
