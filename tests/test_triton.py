@@ -207,3 +207,40 @@ def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
         triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=True, **step_arguments(StepCase()))
+
+
+def test_compiling_ahead_covers_a_call() -> None:
+    """What forward and backward pass launch, compile_ahead hands to the compiler, with the same specialisation."""
+    script = """
+from unittest import mock
+import torch
+from benchmarks.compile_kernels import source, taken_down
+from gka.ops import State, gated_kalmanet, triton_op
+from gka.ops.types import Inputs, Options
+
+def keys(launches):
+    sources = [(kernel.fn.__name__, source(kernel, values), options) for kernel, values, options in launches]
+    return {(name, str(s.signature), str(s.constants), str(s.attrs), str(options)) for name, s, options in sources}
+
+B, T, H, Hk, D, V = 2, 4500, 4, 2, 100, 40
+q, k, v = (torch.randn(B, T, h, d, dtype=torch.bfloat16) for h, d in ((H, D), (Hk, D), (Hk, V)))
+gates = [torch.rand(B, T, H) for _ in range(3)]
+states = [torch.zeros(B, H, D, d) for d in (D, V)]
+inputs = Inputs(q, k, v, *gates, *states, None)
+for steps in ((16, 16), ()):
+    if not steps:
+        inputs = inputs._replace(S_kk=None)
+    options = Options(0.02, steps, 1.0, 64, True)
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as run:
+        out = triton_op.forward(inputs, options, True, True)
+        final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
+        triton_op.backward(inputs, options, out.saved, final, out.o, (None, None))
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as ahead:
+        triton_op.compile_ahead(inputs, options, True, True)
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as again:
+        triton_op.compile_ahead(inputs, options, True, True)
+    assert run and keys(run) <= keys(ahead), keys(run) - keys(ahead)
+    assert not again
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)

@@ -30,6 +30,7 @@ from ..kernels.prepare import scales_of_rows, weigh_tokens
 from ..kernels.readout import query_gradients, read_gradients, read_states
 from ..kernels.solve import solve_chunks, state_norms
 from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
+from .launch import compiling_ahead, launch, side_by_side
 from .solvers import node_steps
 from .triton_config import INTERPRETED, Config, config_for
 from .types import Gradients, Inputs, Options, Outputs, Saved
@@ -154,7 +155,9 @@ class _Call:
         for rows in (self.inputs.q, self.inputs.k):
             scale, count = self.empty(*rows.shape[:3]), rows.shape[:3].numel()
             if count:
-                scales_of_rows[(triton.cdiv(count, 16),)](rows, scale, count, self.D, ROWS=16, BD=self.config.BD)
+                launch(
+                    scales_of_rows, triton.cdiv(count, 16), rows, scale, count, self.D, ROWS=16, BD=self.config.BD
+                )
             found.append(scale)
         return found[0], found[1]
 
@@ -163,7 +166,7 @@ class _Call:
         B, T, H = self.inputs.g.shape
         to_kk, to_kv, decay = self.empty(B, T, H), self.empty(B, T, H), self.empty(self.NT, H)
         if self.NT * H:
-            weigh_tokens[(self.NT * H,)](
+            launch(weigh_tokens, self.NT * H,
                 self.inputs.g, self.inputs.beta, key_scale, to_kk, to_kv, decay, self.chunks, H, self.Hk,
                 C=self.options.chunk_size, **self.flags("HAS_BETA", "NORMALIZE"), num_warps=1,
             )  # fmt: skip
@@ -180,7 +183,7 @@ class _Call:
         tiles, spans = -(-self.D // BM) * columns, -(-max(1, last - first) // EDGE_EVERY)
         if not tiles * self.H * self.N:
             return
-        scan_states[(tiles * self.H * self.N * spans,)](
+        launch(scan_states, tiles * self.H * self.N * spans,
             inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final),
             *_both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
             self.chunks, self.offsets, first, last, self.H, self.Hk, self.D, self.V, tiles, spans,
@@ -195,15 +198,23 @@ class _Call:
     ) -> None:
         """Fill in the states at every EDGE_EVERY-th chunk."""
         count = self.NT // EDGE_EVERY + 1
-        if self.NT <= EDGE_EVERY:
+        if self.NT <= EDGE_EVERY and not compiling_ahead():
             return
         fade = self.empty(count, self.H)
         self.scan((0, self.NT), weights, (*edges, fade), (None, None), None)
         for edge in edges:
             elements = 0 if edge is None else edge.shape[2] * edge.shape[3]
             if elements:
-                join_edges[(triton.cdiv(elements, 512) * self.H,)](
-                    edge, fade, count, self.H, elements, BLOCK=512, num_warps=4
+                launch(
+                    join_edges,
+                    triton.cdiv(elements, 512) * self.H,
+                    edge,
+                    fade,
+                    count,
+                    self.H,
+                    elements,
+                    BLOCK=512,
+                    num_warps=4,
                 )
 
     def solve_part(
@@ -212,7 +223,7 @@ class _Call:
     ) -> None:  # fmt: skip
         """x = A^{-1} rhs, times scale, as a pair; rows are those of tokens, or of the part if `local`."""
         (first, last), inputs = self.parts[part], self.inputs
-        solve_chunks[((last - first) * self.H,)](
+        launch(solve_chunks, (last - first) * self.H,
             rhs, *x, inputs.k, inputs.g, scale, inputs.beta, key_scale, norm, states[0], states[1],
             self.taus, self.stages, self.chunks, self.options.ridge_ratio, first,
             self.H, self.Hk, self.D, BD=self.config.BD, STAGES=len(self.options.steps), LOCAL=local,
@@ -269,8 +280,31 @@ def _contiguous(inputs: Inputs) -> Inputs:
     )
 
 
+_seen: set[tuple[Any, ...]] = set()  # calls whose kernels are compiled
+
+
+def compile_ahead(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> None:
+    """Compile the kernels of a call like this, and of its backward pass if `save`, unless that was done."""
+    shapes = tuple(None if x is None else (x.shape[2:], x.dtype) for x in inputs[:8])
+    numbers = (len(options.steps), options.chunk_size, options.normalize_qk, output_final_state, save)
+    key = (inputs.q.device, shapes, numbers)
+    if key in _seen or compiling_ahead():
+        return
+    _seen.add(key)
+    tensors: list[Any] = [None if x is None else x.new_empty(1, 1, *x.shape[2:]) for x in inputs[:6]]
+    tensors += [None if x is None else x.new_empty(1, *x.shape[1:]) for x in inputs[6:8]]
+    like = Inputs._make([*tensors, None])
+    with side_by_side():
+        out = forward(like, options, output_final_state, save)
+        if save:
+            final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
+            backward(like, options, out.saved, (final[0], final[1]), out.o, (None, None))
+
+
 def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
     """The op; `save` keeps what `backward` needs."""
+    if not INTERPRETED:
+        compile_ahead(inputs, options, output_final_state, save)
     inputs = _contiguous(inputs)
     call, saved = _Call(inputs, options), empty_saved(inputs, options)
     o = call.empty(call.B, call.T, call.H, call.V, dtype=inputs.q.dtype)
@@ -290,13 +324,13 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
             if not programs:
                 continue
             if x is not None and x_lo is not None and saved.norm is not None:
-                state_norms[(programs,)](
+                launch(state_norms, programs,
                     inputs.k, inputs.g, inputs.beta, key_scale, states[0], saved.norm, call.chunks,
                     first, call.H, call.Hk, call.D, BD=call.config.BD,
                     **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.norms,
                 )  # fmt: skip
                 call.solve_part(part, inputs.q, (x, x_lo), query_scale, key_scale, saved.norm, states, local=False)
-            read_states[(programs,)](
+            launch(read_states, programs,
                 inputs.q, inputs.k, inputs.v, inputs.g, inputs.alpha, inputs.beta, query_scale, key_scale,
                 x, x_lo, *states[2:], o, call.chunks, options.scale, first, call.H, call.Hk, call.D, call.V,
                 **call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE"),
@@ -357,32 +391,32 @@ def backward(
             programs = (last - first) * H
             call.scan((first, last), weights, (*edges, None), (None, None), states)
             if programs:
-                read_gradients[(programs,)](
+                launch(read_gradients, programs,
                     k, v, g, beta, key_scale, do, states[2], dy, call.chunks, options.scale,
                     first, H, Hk, D, V, **call.flags("HAS_BETA", "NORMALIZE"),
                     **call.blocks, **call.arithmetic, **call.config.read,
                 )  # fmt: skip
                 if z is not None and z_lo is not None and saved.norm is not None:
                     call.solve_part(part, dy, (z, z_lo), inputs.alpha, key_scale, saved.norm, states, local=True)
-                query_gradients[(programs * (C // call.config.share),)](
+                launch(query_gradients, programs * (C // call.config.share),
                     q, inputs.alpha, query_scale, x, x_lo, saved.norm, dy, z, z_lo,
                     dq, dalpha, w, rest, call.chunks, options.ridge_ratio, first, H, D,
                     C=C, BD=call.config.BD, ROWS=call.config.share, WIDE=call.config.wide,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.rowwise,
                 )  # fmt: skip
                 if call.solve:
-                    increments_kk[(programs * per_block,)](
+                    launch(increments_kk, programs * per_block,
                         k, x, z, g, beta, key_scale, w, d_kk, b, pull,
                         call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
                         **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                     )  # fmt: skip
-                increments_kv[(programs * blocks,)](
+                launch(increments_kv, programs * blocks,
                     q, x, do, g, inputs.alpha, query_scale, d_kv, call.chunks, options.scale,
                     first, H, D, V, blocks, BD=call.config.BD, BV=call.config.BV,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                 )  # fmt: skip
             if H * call.N:
-                scan_gradients[((tiles_kk + tiles_kv) * H * call.N,)](
+                launch(scan_gradients, (tiles_kk + tiles_kv) * H * call.N,
                     weights[2], pull, states[0], states[2], *_both(*d_given), *_both(dS_kk, dS_kv),
                     *_both(*_edge(d_edges, part + 1)), *_both(*_edge(d_edges, part)),
                     d_kk, d_kv, through, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
@@ -393,11 +427,11 @@ def backward(
                 sizes = (first, H, Hk, D, V)
                 flags: dict[str, Any] = call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE")
                 flags |= {**call.blocks, **call.arithmetic, **call.config.local}
-                value_gradients[(programs,)](
+                launch(value_gradients, programs,
                     q, k, v, g, inputs.alpha, beta, query_scale, key_scale, x, x_lo, z, z_lo, do, w, d_kv,
                     dv, scores, written, written_end, along, call.chunks, options.scale, *sizes, **flags,
                 )  # fmt: skip
-                key_gradients[(programs,)](
+                launch(key_gradients, programs,
                     q, k, v, g, beta, key_scale, x, z, b, rest, written, written_end, along, scores,
                     states[0], d_kk, d_kv, through, dk, dg, dbeta, call.chunks, *sizes, **flags,
                 )  # fmt: skip

@@ -72,6 +72,7 @@ def _launch(
 ) -> Tensor:
     """o; `new_state` is written, and may be `state`, whose tensors need not be contiguous."""
     from ..kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
+    from .launch import launch
     from .triton_op import _both, _on
 
     if not (q.is_cuda or INTERPRETED):
@@ -84,7 +85,7 @@ def _launch(
     table = _node_table(tuple(steps), ridge_ratio, q.device)
     if B:
         with _on(q.device):
-            step_token[(B * H,)](
+            launch(step_token, B * H,
                 *inputs, *_both(*states), *_both(*targets), o, table, scale, ridge_ratio, sum(steps), H, Hk,
                 D=D, V=V, SOLVE=bool(steps), HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None,
                 NORMALIZE=normalize_qk, **step_config(state.S_kv.dtype, D, V),

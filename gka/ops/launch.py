@@ -1,0 +1,44 @@
+"""Launching kernels, and compiling all of a call's kernels side by side before its first.
+
+One after the other, a dozen kernels take ptxas a good twenty seconds. Compiling ahead walks through the launcher
+with stand-ins for the tensors: every launch on the way is handed to a thread that compiles, and nothing is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import triton
+
+_AHEAD: ContextVar[bool] = ContextVar("gka_compiling_ahead", default=False)
+THREADS = 8
+
+
+def compiling_ahead() -> bool:
+    """Whether launches are compiled instead of run."""
+    return _AHEAD.get()
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
+    """Run `programs` programs of a kernel, or compile it."""
+    if _AHEAD.get():
+        kernel.warmup(*arguments, grid=(programs,), **named)
+    else:
+        kernel[(programs,)](*arguments, **named)
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Launches inside are compiled in threads; done when left. What does not compile says so when it is run."""
+    threads = min(THREADS, os.cpu_count() or 1)
+    token = _AHEAD.set(True)
+    try:
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        _AHEAD.reset(token)
