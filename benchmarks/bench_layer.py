@@ -21,7 +21,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,7 @@ def shares(function: Call) -> dict[str, float]:
     return found
 
 
-def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for B, T in options.shapes:
         size = {"B": B, "T": T, "hidden": options.hidden, "H": options.heads, "D": options.head_dim}
         x = torch.randn(B, T, options.hidden, device=options.device, dtype=DTYPES[options.dtype])
@@ -170,12 +169,11 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
                 row |= {"seconds": time, **first[name], **measured[name][1]}
                 if options.device.type == "cuda" and name.startswith("gka"):
                     row["shares"] = shares(calls[name])
-                rows.append(row)
                 print(f"B {B} T {T:6d} {what:17s} {name:22s} {time['median'] * 1e3:9.3f} ms", flush=True)
                 for part, value in row.get("shares", {}).items():
                     print(f"{'':33s}{part:22s} {value * 1e3:9.3f} ms", flush=True)
+                yield row
     fused.ENABLED = True
-    return rows
 
 
 def shape(text: str) -> tuple[int, int]:

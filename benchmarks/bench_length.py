@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ WHATS = ("forward", "forward+backward")
 LINES = {f"gka {STEPS}": "#c8553d", "Gated DeltaNet": "#1d3557", "SDPA, causal": "#7aa6c2"}
 
 
-def bench_length(options: argparse.Namespace) -> list[dict[str, Any]]:
+def bench_length(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of every length, pass and op; one that took longer than --limit is not run at greater lengths."""
     peers, note = op_peers(options.device)
     ops = {f"gka {STEPS}": partial(forward, steps=STEPS)} | {n: f for n, f in peers.items() if n in LINES}
-    rows: list[dict[str, Any]] = []
     last: dict[tuple[str, str], float | None] = {}
     T, longest = options.least_tokens, options.most_tokens
     while T <= longest:
@@ -39,11 +38,10 @@ def bench_length(options: argparse.Namespace) -> list[dict[str, Any]]:
                 row = {"part": "length", "what": what, "op": name, **size, "seconds": times.get(name)}
                 notes = [note] if note and name == "Gated DeltaNet" and name in times else []
                 notes += [skipped[name]] if name in skipped else []
-                rows.append(row | ({"note": "; ".join(notes)} if notes else {}))
                 shown = f"{times[name]['median'] * 1e3:10.3f} ms" if name in times else skipped[name]
                 print(f"length  T {T:7d} {what:17s} {name:15s} {shown}", flush=True)
+                yield row | ({"note": "; ".join(notes)} if notes else {})
         T *= 2
-    return rows
 
 
 def _times(

@@ -10,7 +10,8 @@ peer:   the PyTorch form of the gated delta rule that transformers uses for Qwen
 memory: peak of forward + backward, each T in a process of its own, beside what must be held: inputs, output,
         their gradients, and both states at every chunk.
 wide:   the paper's width, D = V = 128, in bfloat16, beside softmax attention and, where flash-linear-attention is
-        installed, its Gated DeltaNet and simple GLA: time, first call, peak memory above the inputs.
+        installed, its Gated DeltaNet and simple GLA: time, first call, peak memory above the inputs; on a GPU
+        the time of each of our kernels, with a picture.
 length: the same width, T from 2048 to a million, forward, and to 262144 forward + backward, beside softmax
         attention and Gated DeltaNet; written to a file of its own, length_MACHINE_DATE.json, and a picture beside.
 """
@@ -22,7 +23,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from benchmarks import stages
 from benchmarks.bench_length import bench_length, plot
 from benchmarks.calls import (
     Inputs,
@@ -136,8 +138,7 @@ def bench_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def bench_wide(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def bench_wide(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for B, T, H in options.shapes:
         made = make_inputs(B * T, H, 128, torch.bfloat16, options.device)
         inputs = {n: x.detach().view(B, T, *x.shape[2:]).requires_grad_() for n, x in made.items()}
@@ -153,10 +154,11 @@ def bench_wide(options: argparse.Namespace) -> list[dict[str, Any]]:
             times = medians(calls, options.device, options.repeats)
             for name, time in times.items():
                 row = {"part": "wide", "what": what, "op": name, **shape, "seconds": time, **first[name]}
-                rows.append(row | ({"note": note} if note and name in ("Gated DeltaNet", "simple GLA") else {}))
+                if options.device.type == "cuda" and name == "gka (16, 16)" and what == "forward+backward":
+                    row["kernels"] = stages.seconds_by_kernel(calls[name])
                 milliseconds = time["median"] * 1e3
                 print(f"wide    B {B} T {T:6d} H {H:2d} {what:17s} {name:15s} {milliseconds:8.3f} ms", flush=True)
-    return rows
+                yield row | ({"note": note} if note and name in ("Gated DeltaNet", "simple GLA") else {})
 
 
 def shape(text: str) -> tuple[int, int, int]:
@@ -207,12 +209,16 @@ def main() -> None:
     chosen = options.only or list(PARTS)
     if "length" in chosen and len(chosen) > 1:
         parser.error("length has a file of its own: run it alone")
-    parts = {**PARTS, "wide": bench_wide, "length": bench_length}
-    rows = [row for part in chosen for row in parts[part](options)]
+    parts: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = {
+        **PARTS, "wide": bench_wide, "length": bench_length,
+    }  # fmt: skip
+    rows = (row for part in chosen for row in parts[part](options))
     command = " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]])
     path = write_result("length" if chosen == ["length"] else "ops", rows, command, options.output)
     if chosen == ["length"]:
         plot(path)
+    elif "wide" in chosen:
+        stages.plot(path)
 
 
 if __name__ == "__main__":

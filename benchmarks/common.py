@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +50,31 @@ def medians(
     }
 
 
-def write_result(name: str, rows: list[dict[str, Any]], command: str, output: Path | None = None) -> Path:
-    """Write rows to benchmarks/results/NAME_MACHINE_DATE.json and say where.
+def write_result(name: str, rows: Iterable[dict[str, Any]], command: str, output: Path | None = None) -> Path:
+    """Write rows to benchmarks/results/NAME_MACHINE_DATE.json as they come, and say where in the end.
 
-    A run on the same day overwrites that file; `output` is for those that shall stand beside each other. Where the
-    code is no git checkout, GKA_COMMIT in the environment says which commit it is.
+    So a run that is cut off leaves what it measured. A run on the same day overwrites that file; `output` is for
+    those that shall stand beside each other. Where the code is no git checkout, GKA_COMMIT in the environment says
+    which commit it is.
     """
     machine = describe_machine()
     label = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")
     date = datetime.date.today().isoformat()
     path = output or RESULTS / f"{name}_{label}_{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: dict[str, Any] = {
         "benchmark": name,
         "command": command,
         "commit": commit(),
         "date": date,
         "machine": machine,
         "versions": describe_versions(),
-        "rows": rows,
+        "rows": [],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
+    for row in rows:
+        content["rows"].append(row)
+        path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {path}")
     return path
 

@@ -82,6 +82,9 @@ def ops(result: Result) -> str:
         header = ["shape", "what", "op", "median ms", "ratio to Gated DeltaNet", "peak GB above the inputs"]
         parts.append(f"At the paper's width (D = V = 128, bfloat16)\n\n{markdown_table(header, table)}")
         parts += [f"{op}: {note}." for op, note in notes.items()]
+        if any(row.get("kernels") for row in rows["wide"]):
+            picture = Path(result["file"]).with_suffix(".png").name
+            parts.append(f"![time and floor of every kernel](results/{picture})")
     return "\n\n".join(parts)
 
 
@@ -211,7 +214,7 @@ def page() -> str:
     results: dict[tuple[str, str, tuple[str, ...]], Result] = {}
     for result in sorted((r for r in found if r.get("benchmark") in SECTIONS), key=lambda r: str(r["date"])):
         machine = result["machine"]
-        parts = tuple(sorted({row["part"] for row in result["rows"]}))
+        parts = tuple(sorted({row.get("part", "") for row in result["rows"]}))
         results[result["benchmark"], machine["gpu"] or machine["processor"], parts] = result
     text = ["# Results\n\nMade by `python -m benchmarks.table` from the files under `benchmarks/results/`."]
     for name, (title, write) in SECTIONS.items():

@@ -63,13 +63,18 @@ def installed() -> bool:
 
 
 def usable(x: Tensor, sequences: int = 0) -> bool:
-    """Whether x, [B, T, ...], is for the kernels: on a GPU, of 16 or 32 bits, several tokens, not too many.
+    """Whether x, [B, T, ...], is for the kernels: on a GPU, of 16 or 32 bits, not too few tokens, not too many.
 
-    One token costs PyTorch less than the launch of these. `sequences` are packed in x.
+    Few tokens cost PyTorch no more than the launch of these. `sequences` are packed in x.
     """
     if not ENABLED or x.device.type != DEVICE or x.dtype not in DTYPES:
         return False
-    return x.numel() > 0 and x.shape[1] > 1 and _most_chunks(x.shape[1], sequences) <= MOST_CHUNKS and installed()
+    return (
+        x.numel() > 0
+        and x.shape[1] >= CHUNK
+        and _most_chunks(x.shape[1], sequences) <= MOST_CHUNKS
+        and installed()
+    )
 
 
 def _most_chunks(tokens: int, sequences: int) -> int:

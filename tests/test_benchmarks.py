@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_layer, common, table
+from benchmarks import bench_layer, common, stages, table
 from benchmarks.bench_length import tokens
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,23 @@ def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
     ]
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
     assert "| B 2, T 70, H 1 | forward+backward | gka (16, 16) |" in table.ops(result)
+
+
+def test_the_picture_of_the_stages(tmp_path: Path) -> None:
+    """Every kernel has a floor, and those of the whole op are what a token-head must move and multiply."""
+    size = {"B": 1, "T": 131072, "H": 16, "D": 128}
+    floors = {name: stages.floor(name, **size) for name in stages.KERNELS}
+    assert all(value > 0 for value in floors.values())
+    assert floors["solve_chunks"] == pytest.approx(2 * 32.5 * 65536 * 131072 * 16 / 790e12)
+    assert floors["query_gradients"] == pytest.approx(2048 * 131072 * 16 / 4.2e12)
+    row = {"part": "wide", "op": "gka (16, 16)", "what": "forward+backward", **size, "V": 128}
+    row |= {"kernels": {name: 2 * value for name, value in floors.items()} | {"rest": 0.0}}
+    path = tmp_path / "wide.json"
+    path.write_text(json.dumps({"rows": [row], "machine": {"gpu": "a GPU", "processor": "none"}}))
+    picture = stages.plot(path)
+    assert picture is not None and picture.stat().st_size > 10000
+    path.write_text(json.dumps({"rows": [], "machine": {"gpu": None, "processor": "none"}}))
+    assert stages.plot(path) is None
 
 
 def test_bench_decode(tmp_path: Path) -> None:

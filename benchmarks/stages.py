@@ -1,0 +1,93 @@
+"""The op's kernels one by one: seconds of each in a call, its floor, and a picture of both.
+
+The floor of a kernel is the longer of its bytes at BANDWIDTH and its products at RATE, what a copy and a large
+bfloat16 matrix product reach on an H200. Bytes are those that must pass memory once if nothing stays in a cache.
+
+Legend: B batch, T time, H heads, D = V head dims, C tokens of a chunk; a token-head is one token of one head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BANDWIDTH, RATE = 4.2e12, 790e12  # bytes and flops a second
+C = 64
+# In the order in which they run. Of a token-head in bfloat16: rows of D numbers that are read and written (2 D
+# bytes each; float32 counts twice), D x D matrices per chunk, and products with S and K together (of the solve).
+KERNELS: dict[str, tuple[float, float, float]] = {
+    "scan_states": (3 * 2, 4 + 3, 0),  # three times: sums of spans, forwards, backwards
+    "state_norms": (1, 1, 0),
+    "solve_chunks": (4 + 5, 2 * 2, 2 * 32.5),  # twice; 30 products and a residual
+    "read_states": (6, 2, 0),
+    "read_gradients": (5, 1, 0),
+    "query_gradients": (8, 0, 0),
+    "increments_kk": (3, 1, 0),
+    "increments_kv": (3, 1, 0),
+    "scan_gradients": (0, 6, 0),
+    "value_gradients": (11, 1, 0),
+    "key_gradients": (8, 3, 0),
+}
+
+
+def floor(kernel: str, B: int, T: int, H: int, D: int) -> float:
+    """Seconds that a kernel of forward + backward, steps (16, 16), bfloat16, cannot go below."""
+    rows, matrices, products = KERNELS[kernel]
+    of_a_token = rows * 2 * D + matrices * 2 * D * D / C
+    flops = products * (2 * D * D + 4 * C * D)
+    return B * T * H * max(of_a_token / BANDWIDTH, flops / RATE)
+
+
+def seconds_by_kernel(function: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the GPU of every kernel of KERNELS in one profiled call, and of all others as "rest"."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    found = dict.fromkeys((*KERNELS, "rest"), 0.0)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name if event.name in KERNELS else "rest"
+            found[name] += event.time_range.elapsed_us() / 1e6
+    return found
+
+
+def plot(result: Path) -> Path | None:
+    """A bar for every kernel of the first row that has them, from a JSON file; the picture stands beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    content: dict[str, Any] = json.loads(result.read_text())
+    row = next((row for row in content["rows"] if row.get("kernels")), None)
+    if row is None:
+        return None
+    names = [name for name in reversed(KERNELS) if name in row["kernels"]]
+    measured = [row["kernels"][name] * 1e3 for name in names]
+    floors = [floor(name, row["B"], row["T"], row["H"], row["D"]) * 1e3 for name in names]
+    figure = Figure(figsize=(9, 4.6), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.barh(names, measured, color="#7aa6c2", height=0.65, label="measured")
+    axes.barh(names, floors, color="#1d3557", height=0.25, label="floor")
+    for place, (time, least) in enumerate(zip(measured, floors, strict=True)):
+        axes.text(time, place, f"  {time:.2f} ({least:.2f})", va="center", fontsize=8)
+    axes.set_xlabel("milliseconds, all launches of a kernel together")
+    axes.grid(axis="x", color="#e5e5e5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.16)
+    axes.legend(frameon=False, loc="lower right")
+    machine = content["machine"]
+    axes.set_title(
+        f"Kernels of {row['op']}, {row['what'].replace('+', ' + ')}: B {row['B']}, T {row['T']:,}, H {row['H']}, "
+        f"D = V = {row['D']}, {machine['gpu'] or machine['processor']}",
+        loc="left", fontsize=10,
+    )  # fmt: skip
+    picture = result.with_suffix(".png")
+    figure.savefig(picture)
+    print(f"written: {picture}")
+    return picture
