@@ -26,6 +26,7 @@ ENABLED = os.environ.get("GKA_FUSED", "1") != "0"  # False: PyTorch's own functi
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK = 64  # tokens per program of the convolution
+LEAST_TOKENS = 64  # fewer cost PyTorch no more than the launch of these kernels
 MOST_CHUNKS = 65535  # what a grid takes in its second dimension
 
 
@@ -65,13 +66,13 @@ def installed() -> bool:
 def usable(x: Tensor, sequences: int = 0) -> bool:
     """Whether x, [B, T, ...], is for the kernels: on a GPU, of 16 or 32 bits, not too few tokens, not too many.
 
-    Few tokens cost PyTorch no more than the launch of these. `sequences` are packed in x.
+    `sequences` are packed in x.
     """
     if not ENABLED or x.device.type != DEVICE or x.dtype not in DTYPES:
         return False
     return (
         x.numel() > 0
-        and x.shape[1] >= CHUNK
+        and x.shape[1] >= LEAST_TOKENS
         and _most_chunks(x.shape[1], sequences) <= MOST_CHUNKS
         and installed()
     )

@@ -96,6 +96,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The CPU in the place of a GPU, PyTorch in the place of the kernels."""
     found = fused.Kernels(conv, conv_backward, norm, norm_backward)
     monkeypatch.setattr(fused, "DEVICE", "cpu")
+    monkeypatch.setattr(fused, "LEAST_TOKENS", 2)
     monkeypatch.setattr(fused, "kernels", lambda: found)
     return monkeypatch
 
@@ -107,6 +108,8 @@ def test_taken_for_several_tokens_of_16_or_32_bits(stand_in: pytest.MonkeyPatch)
     assert not fused.usable(x[:, :1]) and not fused.usable(x[:0])
     long = torch.zeros(1, 1).expand(1, 64 * 65535).unsqueeze(2)
     assert fused.usable(long) and not fused.usable(long, sequences=1)
+    stand_in.setattr(fused, "LEAST_TOKENS", 64)
+    assert fused.usable(long[:, :64]) and not fused.usable(long[:, :63])
     stand_in.setattr(fused, "ENABLED", False)
     assert not fused.usable(x)
 
