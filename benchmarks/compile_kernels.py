@@ -12,6 +12,7 @@ of run. ptxas and cuobjdump come with Triton.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -85,7 +86,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack bytes": int(found["STACK"])}
 
 
-def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...]) -> list[Launch]:
+def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...], architecture: int) -> list[Launch]:
     """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
     from gka.ops import State, gated_kalmanet, triton_op
 
@@ -93,7 +94,8 @@ def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...]) -> list[Launch]
     gates = [torch.rand(1, 4224, 16, requires_grad=True) for _ in range(3)]
     states = [torch.zeros(1, 16, D, D, requires_grad=True) for _ in range(2)]
     initial = State(states[0] if steps else None, states[1])
-    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as found:
+    capability = mock.patch.object(triton_op, "capability", return_value=divmod(architecture, 10))
+    with mock.patch.object(triton_op, "INTERPRETED", True), capability, taken_down() as found:
         o, final = gated_kalmanet(
             q, k, v, -gates[0], *gates[1:], steps=steps, normalize_qk=True, backend="triton",
             initial_state=initial, output_final_state=True,
@@ -143,26 +145,24 @@ STEP_CASES = {
 
 def compile_all(architectures: list[int], cases: list[str], only: str | None = None) -> list[dict[str, Any]]:
     rows = []
-    for name in cases:
+    for name, architecture in itertools.product(cases, architectures):
+        if name in CASES and CASES[name][0] == torch.float32 and architecture != 90:
+            continue  # tf32x3 is one code everywhere, and takes ptxas minutes
         seen: Counter[str] = Counter()
-        found = step_launches(*STEP_CASES[name]) if name in STEP_CASES else launches(*CASES[name])
+        found = step_launches(*STEP_CASES[name]) if name in STEP_CASES else launches(*CASES[name], architecture)
         for kernel, values, options in found:
             seen[kernel.fn.__name__] += 1
             number = seen[kernel.fn.__name__]
             label = kernel.fn.__name__ if number == 1 else f"{kernel.fn.__name__} {number}"
             if only and only not in kernel.fn.__name__:
                 continue
-            for architecture in architectures:
-                if name in CASES and CASES[name][0] == torch.float32 and architecture != 90:
-                    continue  # tf32x3 is one code everywhere, and takes ptxas minutes
-                compiled = triton.compile(
-                    source(kernel, values), target=GPUTarget("cuda", architecture, 32), options=options
-                )
-                row = {"case": name, "kernel": label, "architecture": architecture}
-                row |= {"warps": compiled.metadata.num_warps, **resources(compiled.asm["cubin"])}
-                row["shared bytes"] = compiled.metadata.shared
-                rows.append(row)
-                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source(kernel, values), target=target, options=options)
+            row = {"case": name, "kernel": label, "architecture": architecture}
+            row |= {"warps": compiled.metadata.num_warps, **resources(compiled.asm["cubin"])}
+            row["shared bytes"] = compiled.metadata.shared
+            rows.append(row)
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return rows
 
 

@@ -88,12 +88,6 @@ def value_gradients(
     if HAS_ALPHA:
         alpha = load_scalars(alpha_ptr, start, end, H, h, C)
 
-    write = zeros
-    for block in tl.static_range(BLOCKS):
-        values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
-        dO = rough(load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV), WIDE)
-        write = dot(values, tl.trans(dO), write, WIDE)
-    write = write * N * scale
     unmasked = zeros
     if SOLVE:
         kept = dot(K, tl.trans(K), zeros, WIDE)
@@ -108,14 +102,22 @@ def value_gradients(
         store_matrix(scores_ptr, x_scores * key_scale[:, None], first + 1, C, C, 0, 0, C, C)
         z_scores = _scores(K, z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, C, BD, WIDE)
         store_scalars(along_ptr, along + 2.0 * tl.sum(z_scores * x_scores, 1), start, end, H, h, C)
-        of_x = write * alpha[None, :] - z_scores * N * key_scale[:, None]
-        store_matrix(scores_ptr, of_x, first, C, C, 0, 0, C, C)
+        z_scores = z_scores * -N * key_scale[:, None]
+    share = query_scale
     if HAS_ALPHA or not SOLVE:
-        share = query_scale
         if SOLVE:
             share = query_scale * (1.0 - alpha)
         Q = rough(load_rows(q_ptr, start, end, H, h, D, 0, C, BD), WIDE)
         unmasked += dot(K, tl.trans(Q), zeros, WIDE) * share[None, :]
+    write = zeros
+    for block in tl.static_range(BLOCKS):
+        values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
+        dO = rough(load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV), WIDE)
+        write = dot(values, tl.trans(dO), write, WIDE)
+    write = write * N * scale
+    if SOLVE:
+        store_matrix(scores_ptr, write * alpha[None, :] + z_scores, first, C, C, 0, 0, C, C)
+    if HAS_ALPHA or not SOLVE:
         store_matrix(scores_ptr, write * share[None, :], first + 3, C, C, 0, 0, C, C)
     store_scalars(written_ptr, tl.sum(unmasked * write, 1), start, end, H, h, C)
     read = rough(unmasked * N * scale, WIDE)

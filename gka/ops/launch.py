@@ -26,6 +26,7 @@ def compiling_ahead() -> bool:
 
 def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
     """Run `programs` programs of a kernel, or compile it."""
+    named.setdefault("enable_fp_fusion", True)  # Triton is about to change its default
     if _AHEAD.get():
         kernel.warmup(*arguments, grid=(programs,), **named)
     else:

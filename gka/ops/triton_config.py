@@ -1,12 +1,14 @@
 """Block sizes, warps and pipeline stages of the kernels: a small table, no autotuning.
 
-Only dtype and head dims choose, never a batch size or a length: a new length compiles nothing.
+Only dtype, head dims and the GPU's architecture choose, never a batch size or a length: a new length compiles
+nothing.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -64,8 +66,18 @@ def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
     )
 
 
-def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int) -> Config:
-    """Raises ValueError for what `supports` denies."""
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; off a GPU, where kernels are interpreted or compiled ahead, that of Hopper."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: tuple[int, int]) -> Config:
+    """Raises ValueError for what `supports` denies.
+
+    From compute capability 9.0 on a group of 4 warps multiplies 64 rows at once, and operands come from shared
+    memory; before, they all pass through registers, which 8 warps have twice as many of.
+    """
     if not supports(dtype, D, chunk_size):
         raise ValueError(
             f'backend "triton" has no kernels for {dtype}, D = {D}, chunk_size = {chunk_size}; expected bfloat16 '
@@ -74,6 +86,9 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int) -> Config:
         )
     wide = _is_wide(dtype)
     BD, BV = _power_of_two(D), min(MAX_DIM[wide], _power_of_two(V))
+    hopper = capability >= (9, 0)
+    few, many = {"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}
+    three = {**few, "maxnreg": 168}  # so many programs share a multiprocessor
     return Config(
         wide=wide,
         BD=BD,
@@ -84,14 +99,14 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int) -> Config:
         wide_row=_power_of_two(max(D, V)),
         share=16,
         pipeline=3,
-        scan={"num_warps": 4, "num_stages": 1},
-        norms={"num_warps": 4, "num_stages": 1, "maxnreg": 168},
-        solve={"num_warps": 4, "num_stages": 1},
-        read={"num_warps": 4, "num_stages": 1},
-        rowwise={"num_warps": 4, "num_stages": 1},
-        gradients={"num_warps": 8, "num_stages": 1},
-        increments={"num_warps": 4, "num_stages": 1, "maxnreg": 168},
-        local={"num_warps": 4, "num_stages": 1},
+        scan=few,
+        norms=three if hopper else many,
+        solve=few if hopper else many,
+        read=few if hopper else many,
+        rowwise=few,
+        gradients=many,
+        increments=three if hopper else few,
+        local=few if hopper else many,
     )
 
 

@@ -32,7 +32,7 @@ from ..kernels.solve import solve_chunks, state_norms
 from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
 from .launch import compiling_ahead, launch, side_by_side
 from .solvers import node_steps
-from .triton_config import INTERPRETED, Config, config_for
+from .triton_config import INTERPRETED, Config, capability, config_for
 from .types import Gradients, Inputs, Options, Outputs, Saved
 
 WORKSPACE_BYTES = 9 * 2**27  # of the states of one part, forwards; 9: 34.9 rounds of an H200 at H 16, D = V = 128
@@ -92,7 +92,7 @@ class _Call:
         self.B, self.T, self.H, self.D = q.shape
         self.Hk, self.V = inputs.v.shape[2:]
         self.N, self.solve = inputs.sequences, bool(self.options.steps)
-        self.config: Config = config_for(q.dtype, self.D, self.V, C)
+        self.config: Config = config_for(q.dtype, self.D, self.V, C, capability(q.device))
         self.NT = chunk_count(inputs, C)
         if inputs.cu_seqlens is None:
             self.chunks, self.offsets = _even_chunks(self.B, self.T, C, q.device)
