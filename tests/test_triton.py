@@ -191,6 +191,19 @@ def test_step_of_states_that_are_not_contiguous() -> None:
     assert_close({"o": o, **held._asdict()}, {"o": expected_o, **expected._asdict()}, 1e-5)
 
 
+def test_step_in_place_is_seen_by_autograd() -> None:
+    """A graph that saved the state does not go on with what it has become."""
+    from gka.ops import triton_step
+
+    arguments = step_arguments(StepCase())
+    weight = torch.ones_like(arguments["state"].S_kv, requires_grad=True)
+    loss = (weight * arguments["state"].S_kv).sum()
+    with torch.no_grad():
+        triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=1.0, inplace=True, **arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("steps", [[8, 8], []], ids=str)
 def test_registration_of_the_step(steps: list[int]) -> None:
     from gka.ops import triton_step

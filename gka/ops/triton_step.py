@@ -40,9 +40,16 @@ def gated_kalmanet_step(
     """The kernel's form of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes."""
     inputs = (q, k, v, g, alpha, beta, *state)
     options = (ridge_ratio, list(steps), scale, normalize_qk)
+    # The way through an operator takes longer than the launch: it is for whom only traces.
+    traced = torch.compiler.is_compiling() or type(q) is not Tensor
     if inplace:
-        return _step_(*inputs, *options), state
-    o, S_kk, S_kv = _step(*inputs, *options)
+        o: Tensor = (_step_ if traced else _stepped_inplace)(*inputs, *options)
+        if not traced:
+            for held in state:  # as an operator would, for a graph that still wants what they held
+                if held is not None and not held.is_inference():
+                    torch.autograd.graph.increment_version(held)
+        return o, state
+    o, S_kk, S_kv = (_step if traced else _stepped)(*inputs, *options)
     return o, State(S_kk if steps else None, S_kv)
 
 
@@ -96,8 +103,7 @@ def _launch(
     return o
 
 
-@torch.library.custom_op("gka::step", mutates_args=())
-def _step(
+def _stepped(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,6 +125,9 @@ def _step(
     return o, q.new_empty(0) if new_kk is None else new_kk, new_kv
 
 
+_step = torch.library.custom_op("gka::step", _stepped, mutates_args=())
+
+
 @_step.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Tensor | None,
       S_kk: Tensor | None, S_kv: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -126,8 +135,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Te
     return q.new_empty(*q.shape[:2], v.shape[2]), new_kk, S_kv.new_empty(S_kv.shape)
 
 
-@torch.library.custom_op("gka::step_", mutates_args=("S_kk", "S_kv"))
-def _step_(
+def _stepped_inplace(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -144,6 +152,9 @@ def _step_(
     """o; S_kk and S_kv are brought up to date."""
     state = State(S_kk, S_kv)
     return _launch(q, k, v, g, alpha, beta, state, state, ridge_ratio, steps, scale, normalize_qk)
+
+
+_step_ = torch.library.custom_op("gka::step_", _stepped_inplace, mutates_args=("S_kk", "S_kv"))
 
 
 @_step_.register_fake
