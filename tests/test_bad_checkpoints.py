@@ -247,6 +247,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (dict(rope_theta=-1.0), {}, ["rope_theta is -1.0"]),
     (dict(rope_parameters={"rope_theta": 5.0}), {}, ["rope_theta is 1000000"]),
     (dict(rope_scaling={"rope_type": "spiral"}), {}, ["rope_type is 'spiral'"]),
+    (dict(rope_theta=math.nan), {}, ["rope_theta is nan"]),
+    (dict(hidden_act=["silu"]), {}, ["hidden_act is ['silu']"]),
     (dict(torch_dtype="float4"), {}, ["torch_dtype is 'float4'"]),
     (dict(eos_token_id=[2, VOCAB]), {}, [f"eos_token_id is [2, {VOCAB}]"]),
     (dict(gka_config=7), {}, ["gka_config is 7"]),
@@ -332,6 +334,7 @@ def test_corrupted_values_give_an_error_that_names_them_or_work(
 
 # A key whose corruption shows in others.
 NAMED_BY = {
+    "gka_config": ("extra (",),
     "num_hidden_layers": ("hybrid_override_pattern",),
     "tie_word_embeddings": ("lm_head.weight",),
     "attention_bias": ("bias",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from published_helpers import (
     write_folder,
 )
 from safetensors.torch import load_file
+from tiny_run import train, write_texts
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -278,3 +280,43 @@ def test_a_model_of_ours_goes_out_and_back(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["gka_config"]["chunk_size"] == 16
     assert torch.equal(loaded(tokens(1, 8)).logits, model(tokens(1, 8)).logits)
+
+
+def test_the_commands_take_both_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert train(run, write_texts(tmp_path / "texts"), max_steps=2, save_every=2, sample_tokens=0) == 0
+    assert main(["export", str(run), str(out)]) == 0
+    texts = []
+    for folder in (run, out):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "9", "--seed", "0"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert GKAConfig.from_pretrained(out).steps == [8]
+
+
+def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GKAForCausalLM.from_pretrained(folder_of(tmp_path))
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    with pytest.raises(OSError, match="disk full"):
+        gka.export_published(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    gka.export_published(model, tmp_path / "out")  # what was left half-made is in nobody's way
+    assert {path.name for path in tmp_path.iterdir()} == {"published", "out"}
+
+
+def test_the_code_in_its_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "checkpoints/published", published_config(PATTERN))
+    guide = (Path(__file__).parents[1] / "docs/published.md").read_text()
+    blocks = [block.split("```")[0] for block in guide.split("```python\n")[1:]]
+    assert blocks
+    exec("\n".join(blocks), {})
+    commands = [line for block in guide.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()]
+    for line in commands:
+        assert main(shlex.split(line, comments=True)[1:]) == 0

@@ -186,7 +186,7 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("attention_dropout", "a number of at least 0 and less than 1")
         if self.mixer not in MIXERS:
             self._refuse("mixer", f"one of {MIXERS}")
-        if self.hidden_act not in ACT2FN:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             self._refuse("hidden_act", f"one of {sorted(ACT2FN)}")
         self._check_steps()
         self._check_layers()

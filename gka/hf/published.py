@@ -238,11 +238,11 @@ def _read_rope(published: dict[str, Any]) -> dict[str, Any]:
             _refuse(key, table, "a table")
         for name, value in (table or {}).items():
             name = "rope_type" if name == "type" else name
-            if found.get(name, value) != value:
+            if name in found and found[name] != value:
                 _refuse(f"{key}.{name}", value, f"what rope_scaling says, {found[name]!r}")
             found[name] = value
     theta = published.get("rope_theta")
-    if theta is not None and found.get("rope_theta", theta) != theta:
+    if theta is not None and "rope_theta" in found and found["rope_theta"] != theta:
         _refuse("rope_theta", theta, f"what rope_parameters says, {found['rope_theta']!r}")
     found.setdefault("rope_theta", Qwen3Config.default_theta if theta is None else theta)
     found.setdefault("rope_type", "default")
@@ -279,9 +279,7 @@ def _read_gka(table: Any, fields: dict[str, Any]) -> dict[str, Any]:
     given = _table("gka_config", table, {*DEFAULTS, *REPEATED})
     values = {**DEFAULTS, **given}
     for key, (only, why) in FIXED.items():
-        if (values[key] is not only and values[key] != only) or isinstance(values[key], int) != isinstance(
-            only, int
-        ):
+        if type(values[key]) is not type(only) or values[key] != only:
             _refuse(f"gka_config.{key}", values[key], f"{only!r} ({why})")
     for key, field in REPEATED.items():
         if key in values and (values[key] != fields[field] or isinstance(values[key], bool)):
