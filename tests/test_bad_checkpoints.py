@@ -179,6 +179,8 @@ def test_pickle_files_are_refused_unless_asked_for(tmp_path: Path) -> None:
     less.pop("model.norm.weight")
     torch.save(less, folder / "pytorch_model.bin")
     refused(folder, "missing (1): model.norm.weight", use_safetensors=False)
+    torch.save({**less, "model.norm.weight": torch.ones(3).bfloat16()}, folder / "pytorch_model.bin")
+    refused(folder, "misshapen (1): model.norm.weight", use_safetensors=False)
 
 
 class Bomb:

@@ -84,8 +84,6 @@ def test_attention_layers_are_those_of_qwen3(tmp_path: Path) -> None:
     config = published_config("*-*", rope_theta=5e5, rms_norm_eps=1e-6)
     folder = write_folder(tmp_path, config)
     keys = {k: v for k, v in config.items() if k not in ("layer_types", "gka_config", "hybrid_override_pattern")}
-    qwen3 = Qwen3ForCausalLM(Qwen3Config(**{**keys, "model_type": "qwen3"})).eval().bfloat16()
-    qwen3.load_state_dict(published_tensors(config))
     for attention in ("eager", "sdpa"):
         ours = GKAForCausalLM.from_pretrained(folder, attn_implementation=attention)
         theirs = Qwen3ForCausalLM(Qwen3Config(**keys, attn_implementation=attention)).eval().bfloat16()
@@ -207,6 +205,23 @@ def test_keys_of_before_and_of_today(tmp_path: Path) -> None:
     assert GKAConfig.from_dict(today).to_dict() == GKAConfig.from_dict(before).to_dict()
     least = {k: v for k, v in published_config("GKA").items() if k not in ("gka_config", "layer_types")}
     assert GKAConfig.from_dict(least).to_dict() == GKAConfig.from_dict(published_config("GKA")).to_dict()
+
+
+def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    place = tmp_path / "models--someone--hybrid"
+    commit = "0123456789" * 4
+    config = published_config(PATTERN)
+    folder = write_folder(place / "snapshots" / commit, config)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    options = dict(cache_dir=tmp_path, local_files_only=True)
+    for load in (GKAForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        loaded = load("someone/hybrid", **options).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in published_tensors(config).items())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for load in (GKAForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"extra \(1\): lm_head.weight"):
+            load("someone/hybrid", **options)
 
 
 # Export

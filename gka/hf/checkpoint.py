@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
@@ -172,7 +173,7 @@ def load_published(
         source, args, kwargs: as `from_pretrained` takes them.
 
     Raises:
-        BadCheckpoint: of a folder's files or, where they come from the Hub, of what was loaded from them.
+        BadCheckpoint: of the files, which are fetched from the Hub if need be, or of what was loaded from them.
         ValueError: the configuration does not fit.
     """
     from .config import GKAConfig
@@ -185,9 +186,9 @@ def load_published(
             **{name: kwargs.pop(name) for name in list(kwargs) if name in GKAConfig.__annotations__},
         )
     kwargs.setdefault("use_safetensors", True)
-    folder = Path(source, kwargs.get("subfolder") or "")
     headers: dict[str, Header] = {}
-    if folder.is_dir() and kwargs["use_safetensors"] is not False and kwargs.get("variant") is None:
+    if kwargs["use_safetensors"] is not False and kwargs.get("variant") is None:
+        folder = _local_folder(source, kwargs)
         try:
             expected = expected_tensors(config)
         except (RuntimeError, OverflowError, MemoryError) as error:
@@ -196,12 +197,22 @@ def load_published(
         check_headers(folder, headers, expected)
         _check_dtype(folder, headers, config, kwargs)
     report_wanted = kwargs.pop("output_loading_info", False)
+    kwargs["ignore_mismatched_sizes"] = True  # transformers reports them then, and the next line raises
     model, report = load(source, *args, **kwargs, output_loading_info=True)
     _check_report(source, model, report)
     if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
         restore_dtypes(model, headers)
     check_finite(model, source)
     return (model, report) if report_wanted else model
+
+
+def _local_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
+    """The folder itself, or that of the Hub's cache, which gets the repository's weights."""
+    folder = Path(source)
+    if not folder.is_dir():
+        options = {name: kwargs[name] for name in _HUB if name in kwargs and name not in ("subfolder", "proxies")}
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **options))
+    return folder / (kwargs.get("subfolder") or "")
 
 
 def _check_dtype(folder: Path, headers: Mapping[str, Header], config: Any, kwargs: Mapping[str, Any]) -> None:
