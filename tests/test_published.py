@@ -123,6 +123,17 @@ def test_cached_and_parallel_forms_agree(gka_changes: dict[str, Any], tmp_path: 
     assert_near(model(ids, attention_mask=mask).logits[0, 6:], model(ids[:1, 6:]).logits[0], 1e-9)
 
 
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other(tmp_path: Path) -> None:
+    model = GKAForCausalLM.from_pretrained(folder_of(tmp_path, gka=FULL), dtype=torch.float64)
+    one, other = tokens(1, 6), tokens(1, 9, seed=1)
+    edges = torch.tensor([0, 6, 15], dtype=torch.int32)
+    packed = model(
+        torch.cat([one, other], dim=1), cu_seq_lens_q=edges, cu_seq_lens_k=edges, use_cache=False
+    ).logits
+    assert_near(packed, torch.cat([model(one).logits, model(other).logits], dim=1), 1e-9)
+
+
 def test_gradients_reach_every_tensor(tmp_path: Path) -> None:
     model = GKAForCausalLM.from_pretrained(folder_of(tmp_path, "GKA", gka=FULL), dtype=torch.float64).train()
     model(tokens(1, 9), labels=tokens(1, 9)).loss.backward()
