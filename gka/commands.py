@@ -48,6 +48,13 @@ COMMANDS = {
         "gka.commands:EvalOptions",
         "gka.evaluate:main",
     ),
+    "export": Command(
+        "Write a checkpoint in another format, its weights bit for bit.",
+        "  gka export runs/first out/published            in the published format, hybrid_qwen3\n"
+        "  gka export out/published out/own --format gka  and back",
+        "gka.commands:ExportOptions",
+        "gka.export:main",
+    ),
     "mqar": Command(
         "Train two-layer models on multi-query associative recall and compare mixers.",
         "  gka mqar\n  gka mqar --help                                the settings of the task",
@@ -244,3 +251,19 @@ class EvalOptions:
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
     per_file: bool = option(False, "print a line for every file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
+
+
+@dataclass
+class ExportOptions:
+    """Options of `gka export`."""
+
+    checkpoint: str = option(MISSING, "folder of a model, or of the run that made it", positional=True)
+    output: str = option(MISSING, "folder to write; it must not hold anything yet", positional=True)
+    format: Literal["hybrid_qwen3", "gka"] = option("hybrid_qwen3", "the published format, or this library's own")
+    num_iter: int | None = option(
+        None,
+        "iterations that the published format gets; default: those of the model, whose steps must be one stage",
+        minimum=1,
+        maximum=1000,
+    )
+    shard_mb: float = option(5000, "megabytes of a weights file at most", above=0)

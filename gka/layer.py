@@ -9,6 +9,11 @@
 
 With mixer "gla" nothing is solved (alpha = 0): gated linear attention, the same layer otherwise.
 
+With `kv_proj_rank` every query head has keys and values of its own, expanded behind the convolution (e: k or v; R
+repeats the heads, or is learned, `k_rep` and `v_rep`):
+
+    e <- R e + SiLU(e A^T) B^T      over heads; over channels, of all heads together
+
 Legend: B batch, T time, H query heads, Hk key/value heads, D head dim of q, k and v, W width of the convolutions,
 N packed sequences.
 """
@@ -74,6 +79,33 @@ class GatedRMSNorm(nn.Module):
         if gate is not None:
             y = y * F.silu(at_least_float32(gate))
         return y.to(o.dtype)
+
+
+def repeated_heads(heads: int, kv_heads: int, device: torch.device | None = None) -> Tensor:
+    """[heads, kv_heads] in float32, ones and zeros: query head h reads key/value head h // (heads / kv_heads)."""
+    return torch.eye(kv_heads, device=device).repeat_interleave(heads // kv_heads, dim=0)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map whose weights a model starts at zero."""
+
+
+class LowRank(nn.Module):
+    """y = SiLU(x A^T) B^T.
+
+    Args:
+        inputs, rank, outputs: sizes of x, of what lies between, and of y.
+    """
+
+    def __init__(self, inputs: int, rank: int, outputs: int) -> None:
+        super().__init__()
+        self.linearA = nn.Linear(inputs, rank, bias=False)
+        self.linearB = ZeroLinear(rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        y: Tensor = self.linearB(F.silu(self.linearA(x)))
+        return y
 
 
 def _is_plain(linear: nn.Linear) -> bool:
@@ -144,6 +176,11 @@ class GatedKalmaNet(nn.Module):
         self.b_proj = nn.Linear(hidden, H) if config.use_beta_gate else None
         self.alpha_proj = nn.Linear(hidden, H) if config.use_alpha_connection and self.solves else None
         self.g_proj = nn.Linear(hidden, inner, bias=False) if config.use_output_gate else None
+        rank, mixed = config.kv_proj_rank, config.kv_learnable_residual
+        self.proj_k = None if rank is None else LowRank(inner_kv, rank, inner)
+        self.proj_v = None if rank is None else LowRank(inner_kv, rank, inner)
+        self.k_rep = nn.Parameter(repeated_heads(H, self.num_key_value_heads)) if mixed else None
+        self.v_rep = nn.Parameter(repeated_heads(H, self.num_key_value_heads)) if mixed else None
         self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
@@ -191,7 +228,7 @@ class GatedKalmaNet(nn.Module):
     def _qkv(
         self, x: Tensor, past: _Past | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
-        """q [B, T, H, D], k and v [B, T, Hk, D], and the inputs of the convolutions for `last_inputs`."""
+        """q [B, T, H, D], k and v [B, T, Hk or H, D], and the inputs of the convolutions for `last_inputs`."""
         packed = None
         outputs, inputs = [], []
         streams = ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
@@ -205,7 +242,18 @@ class GatedKalmaNet(nn.Module):
                 inputs.append((y, state))
                 y = short_conv(conv, y, state)
             outputs.append(y.unflatten(2, (-1, self.head_dim)))
-        return outputs[0], outputs[1], outputs[2], inputs
+        q, k, v = outputs
+        if self.proj_k is not None and self.proj_v is not None:
+            k, v = self._expand(k, self.proj_k, self.k_rep), self._expand(v, self.proj_v, self.v_rep)
+        return q, k, v, inputs
+
+    def _expand(self, x: Tensor, low_rank: LowRank, mixing: Tensor | None) -> Tensor:
+        """Keys or values of every query head: [B, T, Hk, D] -> [B, T, H, D]."""
+        if mixing is None:
+            residual = x.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
+        else:
+            residual = torch.einsum("hk,btkd->bthd", mixing.to(x.dtype), x)
+        return residual + low_rank(x.flatten(2)).unflatten(2, (-1, self.head_dim))
 
     def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """g, alpha and beta, [B, T, H] each, in at least 32 bits; at pads g = 0 and beta = 0."""

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from .data import document_token
 from .errors import UserError, reason
-from .hf.config import GKAConfig
+from .hf.checkpoint import BadCheckpoint, check_finite
+from .hf.config import GKAConfig, PublishedConfig
 
 MODEL_FOLDER = "model"
 
@@ -40,9 +41,10 @@ def find_checkpoint(folder: str) -> Path:
         raise UserError(f"cannot read {config}: {reason(error)}") from None
     except (ValueError, AttributeError):
         raise UserError(f"{config}: is not the configuration of a model") from None
-    if model_type != GKAConfig.model_type:
+    ours, published = GKAConfig.model_type, PublishedConfig.model_type
+    if model_type not in (ours, published):
         raise UserError(
-            f"{folder}: holds a model of type {model_type!r}; this command needs type {GKAConfig.model_type!r}"
+            f"{folder}: holds a model of type {model_type!r}; this command needs type {ours!r} or {published!r}"
         )
     return candidate
 
@@ -56,6 +58,42 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def load_model(path: Path, folder: str, dtype: torch.dtype | None = None) -> Any:
+    """Load the model that `find_checkpoint` found in a folder, in eval mode, on the CPU.
+
+    Args:
+        path: where it is; folder: what the user calls it.
+        dtype: of the weights; None takes that of the file.
+
+    Raises:
+        UserError: weights are missing, damaged, not finite, or do not fit.
+    """
+    from .hf.model import GKAForCausalLM  # after the check: it takes seconds to import
+
+    try:
+        loaded: Any = GKAForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model, report = loaded
+        check_finite(model, folder)
+    except BadCheckpoint as error:
+        raise UserError(str(error).replace(str(path), folder)) from None
+    except Exception as error:  # safetensors, json and transformers each raise their own
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: its model does not load ({first})") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise UserError(
+                f"{folder}: its weights do not fit its config.json "
+                f"({len(names)} {kind.replace('_', ' ')}, e.g. {names[0]})"
+            )
+    return model.eval()
+
+
 def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
     """Load (model, tokenizer), the model in eval mode on the device.
 
@@ -67,23 +105,7 @@ def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -
         UserError: as find_checkpoint; or weights or tokenizer are missing, damaged or do not fit.
     """
     path = find_checkpoint(folder)
-    from .hf.model import GKAForCausalLM  # after the check: it takes seconds to import
-
-    target = choose_device(device)
-    try:
-        loaded: Any = GKAForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
-        )
-        model, report = loaded
-    except Exception as error:  # safetensors, json and transformers each raise their own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: its model does not load ({first})") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise UserError(
-                f"{folder}: its weights do not fit its config.json "
-                f"({len(names)} {kind.replace('_', ' ')}, e.g. {names[0]})"
-            )
+    model = load_model(path, folder, getattr(torch, dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
@@ -91,4 +113,4 @@ def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -
         raise UserError(f"{folder}: its tokenizer does not load ({first})") from None
     if document_token(tokenizer) is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-text token (eos_token)")
-    return model.to(target).eval(), tokenizer
+    return model.to(choose_device(device)), tokenizer

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gka": dict(layer_types=[GKA, GKA]),
     "gka without groups": dict(layer_types=[GKA], num_key_value_heads=4),
     "gka without v convolution": dict(layer_types=[GKA, GKA], use_v_conv=False),
+    "gka, heads expanded": dict(layer_types=[GKA], kv_proj_rank=3, kv_learnable_residual=True),
     "gla": dict(layer_types=[GKA, GKA], mixer="gla"),
     "hybrid": dict(layer_types=[GKA, FULL, GKA]),
     "hybrid, attention first": dict(layer_types=[FULL, GKA], use_qk_norm=False),

@@ -14,9 +14,9 @@ import yaml
 from tiny_run import SETTINGS, command, run_process, train, write_texts
 
 from gka import cli, commands, options
-from gka.commands import COMMANDS, EvalOptions, GenerateOptions, TrainOptions
+from gka.commands import COMMANDS, EvalOptions, ExportOptions, GenerateOptions, TrainOptions
 
-OPTION_CLASSES = {"train": TrainOptions, "generate": GenerateOptions, "eval": EvalOptions}
+OPTION_CLASSES = {"train": TrainOptions, "generate": GenerateOptions, "eval": EvalOptions, "export": ExportOptions}
 
 
 @pytest.fixture(scope="module")

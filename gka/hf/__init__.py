@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .config import GKAConfig
+from .config import GKAConfig, PublishedConfig
 from .model import GKAForCausalLM, GKAForSequenceClassification, GKAModel, GKAPreTrainedModel
 
 __all__ = ["GKAConfig", "GKAForCausalLM", "GKAForSequenceClassification", "GKAModel", "GKAPreTrainedModel"]
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig)
+AutoConfig.register(PublishedConfig.model_type, PublishedConfig)
 AutoModel.register(GKAConfig, GKAModel)
 AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM)
 AutoModelForSequenceClassification.register(GKAConfig, GKAForSequenceClassification)

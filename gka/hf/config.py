@@ -14,6 +14,8 @@ from transformers.activations import ACT2FN
 
 from ..ops import MAX_DIM
 from ..ops.solvers import RIDGE_RATIO
+from .published import MODEL_TYPE as PUBLISHED
+from .published import read_config
 
 MIXERS = ("gka", "gla")
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -29,13 +31,14 @@ _COUNTS = (
     "conv_size",
     "max_position_embeddings",
 )
-_OPTIONAL_COUNTS = ("chunk_size", "sliding_window")
+_OPTIONAL_COUNTS = ("chunk_size", "sliding_window", "kv_proj_rank")
 _SWITCHES = (
     "use_v_conv",
     "use_alpha_connection",
     "use_beta_gate",
     "use_forget_gate",
     "use_output_gate",
+    "kv_learnable_residual",
     "attention_bias",
     "use_qk_norm",
     "use_cache",
@@ -71,6 +74,9 @@ class GKAConfig(PreTrainedConfig):
         use_beta_gate: whether the write strength is there; without it beta = 1.
         use_forget_gate: whether the state fades; without it g = 0.
         use_output_gate: whether SiLU(x W_g) multiplies the normalised output.
+        kv_proj_rank: rank of a learned map that gives every query head keys and values of its own, added to the
+            repeated key/value heads; needs Hk < H. None means none.
+        kv_learnable_residual: whether those repeated heads are learned mixtures of all; needs kv_proj_rank.
         hidden_act: activation of the feed-forward block.
         max_position_embeddings: longest sequence that the rotary embedding of attention layers is
             made for; GKA layers have no such limit.
@@ -113,6 +119,8 @@ class GKAConfig(PreTrainedConfig):
     use_beta_gate: bool = True
     use_forget_gate: bool = True
     use_output_gate: bool = True
+    kv_proj_rank: int | None = None
+    kv_learnable_residual: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     rope_parameters: Any = None
@@ -147,6 +155,19 @@ class GKAConfig(PreTrainedConfig):
         self.check()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers'; a published configuration is translated."""
+        found, rest = super().get_config_dict(*args, **kwargs)
+        return read_config(found), rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; a published configuration is translated. Keywords replace what the dict says."""
+        if isinstance(kwargs.get("steps"), tuple):
+            kwargs["steps"] = list(kwargs["steps"])
+        return super().from_dict(read_config(config_dict), **kwargs)
+
     def check(self) -> None:
         """Check every field against the others; the model does so once more, for fields set later.
 
@@ -165,7 +186,7 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("attention_dropout", "a number of at least 0 and less than 1")
         if self.mixer not in MIXERS:
             self._refuse("mixer", f"one of {MIXERS}")
-        if self.hidden_act not in ACT2FN:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             self._refuse("hidden_act", f"one of {sorted(ACT2FN)}")
         self._check_steps()
         self._check_layers()
@@ -184,6 +205,10 @@ class GKAConfig(PreTrainedConfig):
     def _check_layers(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse("num_key_value_heads", f"a divisor of num_attention_heads, {self.num_attention_heads}")
+        if self.kv_proj_rank is not None and self.num_key_value_heads == self.num_attention_heads:
+            self._refuse("kv_proj_rank", "None where there are as many key/value heads as query heads")
+        if self.kv_learnable_residual and self.kv_proj_rank is None:
+            self._refuse("kv_learnable_residual", "False without kv_proj_rank")
         types = self.layer_types
         if not isinstance(types, list) or any(name not in LAYER_TYPES for name in types):
             self._refuse("layer_types", f"a list of {', '.join(LAYER_TYPES)}")
@@ -219,6 +244,17 @@ class GKAConfig(PreTrainedConfig):
         for name in unknown:
             if near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
                 raise ValueError(f"{name} is no field of GKAConfig; expected {near[0]}?")
+
+
+class PublishedConfig(GKAConfig):
+    """What transformers' AutoConfig finds for the published model type: it makes a GKAConfig."""
+
+    model_type = PUBLISHED
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As GKAConfig.from_dict."""
+        return GKAConfig.from_dict(config_dict, **kwargs)
 
 
 def _is_count(value: Any) -> bool:

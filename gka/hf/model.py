@@ -10,6 +10,7 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..layer import GatedKalmaNet, fresh_A_log, fresh_dt_bias
+from ..layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repeated_heads
 from ..short_conv import ShortConv
+from .checkpoint import is_published, load_published
 from .config import GKAConfig
 from .length import add_counter, count_tokens
 from .packing import Packing, find_packing
@@ -129,11 +131,32 @@ class GKAPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {"hidden_states": GKABlock, "attentions": SoftmaxAttention}  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers'; of a checkpoint in the published format every tensor is checked first.
+
+        Raises:
+            gka.hf.checkpoint.BadCheckpoint: a published checkpoint is damaged, does not fit its configuration,
+                or has its weights in pickle files alone and `use_safetensors=False` does not ask for them.
+            ValueError: its configuration holds what this library does not have.
+        """
+        load = super().from_pretrained
+        if pretrained_model_name_or_path is None or not is_published(pretrained_model_name_or_path, kwargs):
+            return load(pretrained_model_name_or_path, *args, **kwargs)
+        return load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ShortConv):  # keeps the size of its inputs: U(-1, 1) / sqrt(width)
             init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        if isinstance(module, GatedKalmaNet) and module.k_rep is not None and module.v_rep is not None:
+            for mixing in (module.k_rep, module.v_rep):
+                init.copy_(mixing, repeated_heads(mixing.shape[0], mixing.shape[1], mixing.device))
         if isinstance(module, GatedKalmaNet) and module.a_proj is not None:
             device = module.A_log.device
             init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
@@ -381,6 +404,16 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and not self.config.has_attention:
             add_counter(cache)
         return result
+
+
+def expected_tensors(config: GKAConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a checkpoint of a language model."""
+    with torch.device("meta"):
+        model = GKAForCausalLM(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
 
 
 class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):

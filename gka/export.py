@@ -1,0 +1,47 @@
+"""`gka export`: a checkpoint in another format, `hybrid_qwen3` or `gka`, its weights bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .commands import ExportOptions
+from .errors import UserError
+from .hf.checkpoint import begin_folder, end_folder, export_published, read_headers, restore_dtypes
+from .loading import find_checkpoint, load_model
+from .quiet import quiet
+
+# Files beside the weights that a format does not change.
+KEPT = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def main(options: ExportOptions) -> None:
+    """Run `gka export`. Raises UserError for a checkpoint that cannot be read or written in the format."""
+    quiet()
+    source = find_checkpoint(options.checkpoint)
+    model = load_model(source, options.checkpoint)
+    restore_dtypes(model, read_headers(source))
+    output, shard_bytes = Path(options.output).expanduser(), max(1, int(options.shard_mb * 1e6))
+    try:
+        if options.format == "hybrid_qwen3":
+            export_published(model, output, num_iter=options.num_iter, shard_bytes=shard_bytes)
+        elif options.num_iter is not None:
+            raise UserError("--num-iter is for --format hybrid_qwen3; config.json of format gka holds the steps")
+        else:
+            partial = begin_folder(output)
+            model.save_pretrained(partial, max_shard_size=shard_bytes)
+            end_folder(partial, output)
+    except (ValueError, FileExistsError) as error:
+        raise UserError(str(error).replace("(num_iter)", "(--num-iter)")) from None
+    for name in KEPT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    print(f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {options.format}")
