@@ -103,7 +103,7 @@ def calls_by_name(inputs: list[Tensor], states: list[State], steps: tuple[int, .
 
 def peers_by_name(inputs: list[Tensor], states: list[State]) -> dict[str, list[Call]]:
     """What does not depend on the steps."""
-    targets = [State(*(torch.empty_like(x) for x in states[0]))] * len(states)
+    targets = [State(*(torch.empty_like(x) for x in state)) for state in states]
 
     def copy(source: State, target: State) -> Call:
         return lambda: [x.copy_(y) for x, y in zip(target, source, strict=True)]

@@ -111,7 +111,9 @@ class LowRank(nn.Module):
 def _is_plain(linear: nn.Linear) -> bool:
     """Whether only its weight and bias make its output: no adapter, quantised weight, hook or offloading."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and "forward" not in linear.__dict__
+    if type(linear) is not nn.Linear or any(hooks) or "forward" in linear.__dict__:
+        return False
+    return all(type(x) in (nn.Parameter, Tensor) for x in (linear.weight, linear.bias) if x is not None)
 
 
 def _project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:

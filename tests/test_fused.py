@@ -217,7 +217,18 @@ class Adapted(nn.Linear):
         return super().forward(x) + x[..., : self.out_features]
 
 
-@pytest.mark.parametrize("change", ["subclass", "hook", "forward replaced"])
+class Quantised(Tensor):
+    """A weight that can do nothing but a product, as those of quantisation libraries."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            plain = [x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args]
+            return F.linear(*plain) + args[0][..., :4]
+        raise NotImplementedError(function)
+
+
+@pytest.mark.parametrize("change", ["subclass", "hook", "forward replaced", "weight"])
 def test_small_projections_that_are_more_than_a_product_are_called(change: str) -> None:
     layer, x = tiny_layer(), random_inputs(2, 5, 36)
     linear = layer.b_proj
@@ -226,8 +237,13 @@ def test_small_projections_that_are_more_than_a_product_are_called(change: str) 
         layer.b_proj.load_state_dict(linear.state_dict())
     elif change == "hook":
         linear.register_forward_hook(lambda module, args, out: out + args[0][..., :4])
+    elif change == "weight":
+        weight = linear.weight.detach()
+        del linear._parameters["weight"]
+        linear.__dict__["weight"] = weight.as_subclass(Quantised)
     else:
         plain = linear.forward
         linear.forward = lambda x: plain(x) + x[..., :4]
-    raw = F.linear(x, linear.weight, linear.bias) + x[..., :4]
+    weight = linear.weight.as_subclass(Tensor) if change != "weight" else weight
+    raw = F.linear(x, weight, linear.bias) + x[..., :4]
     assert_near(layer._gates(x, None)[2], torch.sigmoid(raw) + 1e-6, 1e-12)

@@ -15,8 +15,8 @@ what it adds by itself, `join_edges` makes of these sums the states at the spans
 are scanned for the state before each chunk; the backward pass does that last step anew. Backwards a step would be
 six tiles, so all chunks' increments are formed first, side by side, and then summed up in place.
 
-Every program owns a tile of one head's state and goes through the chunks of one sequence. A call covers chunks
-from `first` to `last`; the one sequence that crosses either edge is handed over in `edge`.
+Every program owns a tile of one head's state and goes through chunks of one sequence. A call covers chunks from
+`first` to `last`; the one sequence that crosses either edge is handed over in `edge`.
 
 Legend: N sequences, NT chunks, H query heads, Hk key/value heads, D key dim, V value dim; BM, BN sizes of a tile.
 """
@@ -55,34 +55,45 @@ def _weights(weight_ptr, decay_ptr, start, stop, chunk, h, H, C: tl.constexpr):
     return weight, tl.load(decay_ptr + chunk * H + h, mask=start < stop, other=1.0)
 
 
-@triton.jit(do_not_specialize=["first_of_all", "last_of_all", "spans"])
+@triton.jit(do_not_specialize=["first_of_all", "last_of_all", "chunks", "N"])
 def scan_states(
     k_ptr, v_ptr, to_kk_ptr, to_kv_ptr, decay_ptr,  # [tokens, Hk, D], [tokens, Hk, V], [tokens, H] twice, [NT, H]
     initial_kk_ptr, initial_kv_ptr, final_kk_ptr, final_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32, or no use
     edge_kk_ptr, edge_kv_ptr, fade_ptr,  # before every EVERY-th chunk, [., H, D, D], [., H, D, V], [., H] float32
     kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if WIDE, and
     # kv_lo None for an S_kv of which hi is enough
-    chunk_ptr, offset_ptr,  # [NT, 2], [N + 1] int64
-    first_of_all, last_of_all, H, Hk, D: tl.constexpr, V: tl.constexpr, tiles, spans,
+    chunk_ptr, offset_ptr, crossing_ptr,  # [NT, 2], [N + 1], [edges] int64: the sequence that crosses it, or -1
+    first_of_all, last_of_all, chunks, N, H, Hk, D: tl.constexpr, V: tl.constexpr, tiles,
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, PIPELINE: tl.constexpr,
     SUM_ONLY: tl.constexpr, KV_LO: tl.constexpr, SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Chunks `first_of_all` to `last_of_all` in spans side by side, each of them begun at an edge.
+    """Chunks `first_of_all` to `last_of_all` in spans side by side: a program for each of the N sequences, from
+    its begin to the next edge, and one for each edge, with the sequence that crosses it.
 
-    SUM_ONLY: no state is stored, but at each span's end what the sequence that goes on there has summed up in the
-    span, and what is left there of the state at the span's begin (0 if the sequence began later).
+    SUM_ONLY: a program for each span. No state is stored, but at the span's end what the sequence that goes on
+    there has summed up in the span, and what is left there of the state at the span's begin (0 if it began later).
     """
     program = tl.program_id(0)
     tile, h = program % tiles, (program // tiles) % H
     program = program // (tiles * H)
-    n, first = program // spans, first_of_all + program % spans * EVERY
-    last = tl.minimum(first + EVERY, last_of_all)
-    begin, end = tl.load(offset_ptr + n), tl.load(offset_ptr + n + 1)
-    if _is_elsewhere(begin, end, first, last):
-        return
+    n = program.to(tl.int64)
     if SUM_ONLY:
-        if (end <= last) | (begin >= last):
+        first = program * EVERY
+        n = tl.load(crossing_ptr + program + 1)
+    elif program < N:
+        first = (tl.load(offset_ptr + n) // EVERY * EVERY).to(tl.int32)
+    else:
+        first = first_of_all + (program - N) * EVERY
+        n = tl.load(crossing_ptr + first // EVERY)
+    if n < 0:
+        return
+    begin, end = tl.load(offset_ptr + n), tl.load(offset_ptr + n + 1)
+    last = tl.minimum(first + EVERY, last_of_all)
+    if not SUM_ONLY:
+        # A sequence without chunks is where its chunk would be; that may be behind the last one of all.
+        behind = (begin == end) & (begin == last_of_all) & (last_of_all == chunks)
+        if (begin < first_of_all) & (program < N) | (begin >= last_of_all) & (behind == 0):
             return
     hk = h // (H // Hk)
     columns_kk = tl.cdiv(D, BN) if SOLVE else 0
@@ -115,8 +126,8 @@ def scan_states(
     there = tl.minimum(end, last)
     if here < there:
         start, stop = chunk_of(chunk_ptr, here)
-        # The next chunks are on their way to shared memory while this one is added (PIPELINE of them), its few
-        # numbers come by register: a step must not wait for memory.
+        # The next chunks are on their way to shared memory while this one is added (PIPELINE of them), its
+        # few numbers come by register: a step must not wait for memory.
         weight, decay = _weights(to_ptr, decay_ptr, start, stop, here, h, H, C)
         for chunk in tl.range(here, there, num_stages=PIPELINE):
             keys = load_rows(k_ptr, start, stop, Hk, hk, D, row, C, BM)
@@ -140,10 +151,11 @@ def scan_states(
             weight, decay = next_weight, next_decay
 
     if SUM_ONLY:
-        store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
-        tl.store(fade_ptr + (last // EVERY * H + h), fade)
+        if (begin < last) & (end > last):
+            store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
+            tl.store(fade_ptr + (last // EVERY * H + h), fade)
     elif HAS_FINAL:
-        if (end <= last) | (begin == end):
+        if (begin == end) | ((end > first) & (end <= last)):
             final_ptr = final_kk_ptr if is_kk else final_kv_ptr
             store_matrix(final_ptr, S, n * H + h, D, width, row, column, BM, BN)
 

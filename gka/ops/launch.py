@@ -6,6 +6,7 @@ with stand-ins for the tensors: every launch on the way is handed to a thread th
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,12 @@ import triton
 
 _AHEAD: ContextVar[bool] = ContextVar("gka_compiling_ahead", default=False)
 THREADS = 8
+
+
+def can_compile_side_by_side() -> bool:
+    """Whether this Triton has what `side_by_side` needs (from 3.6 on)."""
+    mode = getattr(triton, "AsyncCompileMode", None)
+    return mode is not None and "ignore_errors" in inspect.signature(mode).parameters
 
 
 def compiling_ahead() -> bool:

@@ -16,6 +16,7 @@ tokens.
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +31,7 @@ from ..kernels.prepare import scales_of_rows, weigh_tokens
 from ..kernels.readout import query_gradients, read_gradients, read_states
 from ..kernels.solve import solve_chunks, state_norms
 from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
-from .launch import compiling_ahead, launch, side_by_side
+from .launch import can_compile_side_by_side, compiling_ahead, launch, side_by_side
 from .solvers import node_steps
 from .triton_config import INTERPRETED, Config, capability, config_for
 from .types import Gradients, Inputs, Options, Outputs, Saved
@@ -53,13 +54,14 @@ def _node_table(steps: tuple[int, ...], ridge_ratio: float, device: torch.device
 
 
 @lru_cache(maxsize=64)
-def _even_chunks(B: int, T: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Chunk table [NT, 2] and first chunks [B + 1] of B sequences of T tokens."""
+def _even_chunks(B: int, T: int, C: int, every: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk table [NT, 2], first chunks [B + 1], and `_crossing`, of B sequences of T tokens."""
     per_sequence = -(-T // C)
     sequence = torch.arange(B, device=device).unsqueeze(1) * T
     starts = sequence + torch.arange(per_sequence, device=device) * C
     table = torch.stack((starts, (sequence + T).expand_as(starts)), dim=-1)
-    return table.reshape(-1, 2).contiguous(), torch.arange(B + 1, device=device) * per_sequence
+    offsets = torch.arange(B + 1, device=device) * per_sequence
+    return table.reshape(-1, 2).contiguous(), offsets, _crossing(offsets, B * per_sequence, every)
 
 
 def _packed_chunks(cu_seqlens: Tensor, chunks: int, C: int) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,14 @@ def _packed_chunks(cu_seqlens: Tensor, chunks: int, C: int) -> tuple[Tensor, Ten
     starts = edges[sequence] + (numbers - offsets[sequence]) * C
     table = torch.stack((starts, edges[sequence + 1]), dim=1)
     return table.masked_fill((numbers >= offsets[-1]).unsqueeze(1), 0), offsets
+
+
+def _crossing(offsets: Tensor, chunks: int, every: int) -> Tensor:
+    """Of every edge, one after `every` chunks each, the sequence that goes on there, or -1."""
+    edges = torch.arange(0, chunks + every, every, device=offsets.device)
+    sequence = torch.searchsorted(offsets[1:], edges, right=True)
+    begin = offsets[sequence.clamp_max(offsets.shape[0] - 1)]
+    return torch.where((sequence < offsets.shape[0] - 1) & (begin < edges), sequence, -1)
 
 
 @dataclass
@@ -95,9 +105,10 @@ class _Call:
         self.config: Config = config_for(q.dtype, self.D, self.V, C, capability(q.device))
         self.NT = chunk_count(inputs, C)
         if inputs.cu_seqlens is None:
-            self.chunks, self.offsets = _even_chunks(self.B, self.T, C, q.device)
+            self.chunks, self.offsets, self.crossing = _even_chunks(self.B, self.T, C, EDGE_EVERY, q.device)
         else:
             self.chunks, self.offsets = _packed_chunks(inputs.cu_seqlens, self.NT, C)
+            self.crossing = _crossing(self.offsets, self.NT, EDGE_EVERY)
         self.taus, self.stages = _node_table(self.options.steps, self.options.ridge_ratio, q.device)
         per_part = part_length(inputs, self.options)
         self.parts = [(n, min(n + per_part, self.NT)) for n in range(0, max(self.NT, 1), per_part)]
@@ -183,13 +194,12 @@ class _Call:
         tiles, spans = -(-self.D // BM) * columns, -(-max(1, last - first) // EDGE_EVERY)
         if not tiles * self.H * self.N:
             return
-        launch(scan_states, tiles * self.H * self.N * spans,
+        launch(scan_states, tiles * self.H * (spans if states is None else self.N + spans),
             inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final),
             *_both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
-            self.chunks, self.offsets, first, last, self.H, self.Hk, self.D, self.V, tiles, spans,
-            BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=self.config.pipeline, SUM_ONLY=states is None,
-            KV_LO=states is None or states[3] is not None,
-            HAS_FINAL=final[1] is not None,
+            self.chunks, self.offsets, self.crossing, first, last, self.NT, self.N, self.H, self.Hk,
+            self.D, self.V, tiles, BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=self.config.pipeline,
+            SUM_ONLY=states is None, KV_LO=states is None or states[3] is not None, HAS_FINAL=final[1] is not None,
             **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **self.config.scan,
         )  # fmt: skip
 
@@ -281,6 +291,7 @@ def _contiguous(inputs: Inputs) -> Inputs:
 
 
 _seen: set[tuple[Any, ...]] = set()  # calls whose kernels are compiled
+_compiling = threading.Lock()
 
 
 def compile_ahead(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> None:
@@ -290,15 +301,17 @@ def compile_ahead(inputs: Inputs, options: Options, output_final_state: bool, sa
     key = (inputs.q.device, shapes, numbers)
     if key in _seen or compiling_ahead():
         return
-    _seen.add(key)
     tensors: list[Any] = [None if x is None else x.new_empty(1, 1, *x.shape[2:]) for x in inputs[:6]]
     tensors += [None if x is None else x.new_empty(1, *x.shape[1:]) for x in inputs[6:8]]
     like = Inputs._make([*tensors, None])
-    with side_by_side():
-        out = forward(like, options, output_final_state, save)
-        if save:
-            final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
-            backward(like, options, out.saved, (final[0], final[1]), out.o, (None, None))
+    with _compiling:
+        if key not in _seen and can_compile_side_by_side():
+            with side_by_side():
+                out = forward(like, options, output_final_state, save)
+                if save:
+                    final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
+                    backward(like, options, out.saved, (final[0], final[1]), out.o, (None, None))
+        _seen.add(key)
 
 
 def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
