@@ -86,6 +86,12 @@ class TrainOptions:
         maximum=0.5,
     )
 
+    family: Literal["gka", "qwen3"] = option(
+        "gka",
+        "gka; or qwen3, a Transformer of transformers' own class with softmax attention everywhere, to "
+        "compare with or to convert",
+        group=_MODEL,
+    )
     hidden_size: int = option(256, "width of the residual stream", group=_MODEL, minimum=1)
     intermediate_size: int | None = option(
         None, "width of the feed-forward blocks; default: 8/3 of the hidden size", group=_MODEL, minimum=1

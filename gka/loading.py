@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import document_token
 from .errors import UserError, reason
 from .hf.config import GKAConfig
 
 MODEL_FOLDER = "model"
+OURS = (GKAConfig.model_type,)
 
 
-def find_checkpoint(folder: str) -> Path:
+def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
     """The folder that holds the model: the given one, or `model/` in the folder of a run.
+
+    Args:
+        folder: a checkpoint, or the folder of a run.
+        families: the `model_type`s that will do.
 
     Raises:
         UserError: no such folder, no model in it, or a model of another type.
@@ -40,10 +45,9 @@ def find_checkpoint(folder: str) -> Path:
         raise UserError(f"cannot read {config}: {reason(error)}") from None
     except (ValueError, AttributeError):
         raise UserError(f"{config}: is not the configuration of a model") from None
-    if model_type != GKAConfig.model_type:
-        raise UserError(
-            f"{folder}: holds a model of type {model_type!r}; this command needs type {GKAConfig.model_type!r}"
-        )
+    if model_type not in families:
+        needed = repr(families[0]) if len(families) == 1 else f"one of {', '.join(families)}"
+        raise UserError(f"{folder}: holds a model of type {model_type!r}; this command needs type {needed}")
     return candidate
 
 
@@ -56,23 +60,30 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
-    """Load (model, tokenizer), the model in eval mode on the device.
+def load_model(
+    folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS
+) -> Any:
+    """Load a model in eval mode on the device.
 
     Args:
         folder: a checkpoint, or the folder of a run that has one in `model/`.
-        device: "auto" or "cpu". dtype: of the weights, "float32" or "bfloat16".
+        device: "auto" or "cpu". dtype: of the weights, "float32" or "bfloat16"; "auto" as they are stored.
+        families: the `model_type`s that will do.
 
     Raises:
-        UserError: as find_checkpoint; or weights or tokenizer are missing, damaged or do not fit.
+        UserError: as find_checkpoint; or the weights are missing, damaged or do not fit.
     """
-    path = find_checkpoint(folder)
+    path = find_checkpoint(folder, families)
     from .hf.model import GKAForCausalLM  # after the check: it takes seconds to import
 
+    loader: Any = GKAForCausalLM if families == OURS else AutoModelForCausalLM
     target = choose_device(device)
     try:
-        loaded: Any = GKAForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+        loaded: Any = loader.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            output_loading_info=True,
         )
         model, report = loaded
     except Exception as error:  # safetensors, json and transformers each raise their own
@@ -84,6 +95,19 @@ def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -
                 f"{folder}: its weights do not fit its config.json "
                 f"({len(names)} {kind.replace('_', ' ')}, e.g. {names[0]})"
             )
+    return model.to(target).eval()
+
+
+def load_checkpoint(
+    folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS
+) -> tuple[Any, Any]:
+    """Load (model, tokenizer); as load_model.
+
+    Raises:
+        UserError: as load_model; or there is no tokenizer that loads and has an end-of-text token.
+    """
+    model = load_model(folder, device, dtype, families)
+    path = find_checkpoint(folder, families)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
@@ -91,4 +115,4 @@ def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -
         raise UserError(f"{folder}: its tokenizer does not load ({first})") from None
     if document_token(tokenizer) is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-text token (eos_token)")
-    return model.to(target).eval(), tokenizer
+    return model, tokenizer

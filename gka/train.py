@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,6 +43,7 @@ from .hf.model import GKAForCausalLM
 from .loading import MODEL_FOLDER, load_checkpoint
 from .machine import describe_command, describe_machine, describe_versions
 from .plots import plot_loss
+from .options import flag
 from .quiet import quiet
 from .run_folder import PARTIAL_MODEL, open_run, write_whole
 from .schedule import Schedule
@@ -71,6 +80,11 @@ def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
         "steps": options.steps,
         "ridge_ratio": options.ridge_ratio,
     }
+    if options.family != "gka":
+        for name in ("mixer", "attention_layers", "steps", "ridge_ratio"):
+            if getattr(options, name) is not None:
+                raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
+        given["layer_types"] = ["full_attention"] * options.layers
     if options.attention_layers:
         if max(options.attention_layers) >= options.layers:
             raise UserError(
@@ -96,6 +110,27 @@ def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
         )
     except ValueError as error:
         raise UserError(f"the model options do not fit: {error}") from None
+
+
+def new_model(options: TrainOptions, config: GKAConfig) -> PreTrainedModel:
+    """The model with its initial weights."""
+    if options.family == "gka":
+        return GKAForCausalLM(config)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=config.tie_word_embeddings,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    )
 
 
 def _check(options: TrainOptions) -> None:
@@ -174,7 +209,7 @@ def _make_trainer(
     schedule = Schedule(max_steps, max_seconds, options.warmup, seconds_before=seconds, agree=_agree(arguments))
 
     set_seed(options.seed)
-    model = GKAForCausalLM(config)
+    model = new_model(options, config)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = GKATrainer(
@@ -237,13 +272,13 @@ def _train(trainer: GKATrainer, output: Path) -> None:
 
 
 def _announce(
-    options: TrainOptions, trainer: GKATrainer, model: GKAForCausalLM, manifest: Manifest, step: int
+    options: TrainOptions, trainer: GKATrainer, model: PreTrainedModel, manifest: Manifest, step: int
 ) -> None:
     train, held_out = manifest.train, manifest.validation
     lines = [
         f"data      {train.files} files, {train.bytes / 1e6:.1f} MB; "
         f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB",
-        f"model     {options.mixer or model.config.mixer}, {options.layers} layers of {options.hidden_size}, "
+        f"model     {getattr(model.config, 'mixer', options.family)}, {options.layers} layers of {options.hidden_size}, "
         f"{model.num_parameters() / 1e6:.1f} M parameters, "
         f"tokens are {'bytes' if options.tokenizer is None else 'those of ' + options.tokenizer}",
         f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
@@ -271,7 +306,7 @@ def _save_model(trainer: GKATrainer, output: Path) -> None:
 
 def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: Manifest, batch: int) -> None:
     """Evaluate the saved model, draw the curve, write metrics.json, and print all of it."""
-    model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device)
+    model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device, families=(options.family,))
     texts = validation_texts(output / "data", options.eval_bytes)
     scores = score_texts(
         model,
