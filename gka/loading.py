@@ -60,9 +60,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def load_model(
-    folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS
-) -> Any:
+def load_model(folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS) -> Any:
     """Load a model in eval mode on the device.
 
     Args:

@@ -42,8 +42,8 @@ from .hf.config import GKAConfig
 from .hf.model import GKAForCausalLM
 from .loading import MODEL_FOLDER, load_checkpoint
 from .machine import describe_command, describe_machine, describe_versions
-from .plots import plot_loss
 from .options import flag
+from .plots import plot_loss
 from .quiet import quiet
 from .run_folder import PARTIAL_MODEL, open_run, write_whole
 from .schedule import Schedule
@@ -57,15 +57,21 @@ def main(options: TrainOptions) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer)
     output = Path(options.output).expanduser()
-    arguments = _training_arguments(options, output)
+    arguments = training_arguments(
+        options,
+        output,
+        learning_rate=options.learning_rate,
+        eval_every=options.eval_every,
+        compile=options.compile,
+    )
     batch = options.batch_size * options.accumulation * arguments.world_size
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
             open_run(options, output, tokenizer, batch)
     manifest = Manifest.load(output / "data")
     trainer = _make_trainer(options, output, arguments, config, tokenizer, manifest, batch)
-    _train(trainer, output)
-    _save_model(trainer, output)
+    train_to_the_end(trainer, output)
+    save_model(trainer, output)
     if trainer.is_world_process_zero():
         _report(options, output, trainer, manifest, batch)
     trainer.accelerator.end_training()
@@ -148,7 +154,10 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--compile needs a C++ compiler, and none is found (g++ or clang++)")
 
 
-def _training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
+def training_arguments(
+    options: Any, output: Path, *, learning_rate: float, eval_every: int, compile: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments; options are those of `gka train` or of another command that trains."""
     cpu = options.device == "cpu" or not torch.accelerator.is_available()
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1  # set by torchrun and accelerate
     arguments = TrainingArguments(
@@ -156,7 +165,7 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=2 * options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
+        learning_rate=learning_rate,
         weight_decay=options.weight_decay,
         max_grad_norm=1.0,
         adam_beta2=0.95,
@@ -165,12 +174,12 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and distributed else None,
         bf16=options.dtype == "bfloat16",
-        torch_compile=options.compile,
+        torch_compile=compile,
         logging_steps=options.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=options.eval_every,
+        eval_steps=eval_every,
         save_steps=options.save_every,
         save_total_limit=2,
         prediction_loss_only=True,
@@ -204,9 +213,7 @@ def _make_trainer(
     if max_steps is None and max_seconds is None:
         max_steps = len(train) // batch
     arguments.max_steps = max_steps if max_steps is not None else sys.maxsize // batch
-    checkpoint = get_last_checkpoint(str(output))
-    seconds, step = _spent(checkpoint, arguments.world_size)
-    schedule = Schedule(max_steps, max_seconds, options.warmup, seconds_before=seconds, agree=_agree(arguments))
+    schedule, step = schedule_of(output, arguments, max_steps, max_seconds, options.warmup)
 
     set_seed(options.seed)
     model = new_model(options, config)
@@ -230,6 +237,14 @@ def _make_trainer(
     return trainer
 
 
+def schedule_of(
+    output: Path, arguments: TrainingArguments, max_steps: int | None, max_seconds: float | None, warmup: float
+) -> tuple[Schedule, int]:
+    """The schedule of the training in that folder, and the steps of its newest checkpoint."""
+    seconds, step = _spent(get_last_checkpoint(str(output)), arguments.world_size)
+    return Schedule(max_steps, max_seconds, warmup, seconds_before=seconds, agree=_agree(arguments)), step
+
+
 def _agree(arguments: TrainingArguments) -> Any:
     if arguments.world_size == 1:
         return lambda progress: progress
@@ -250,7 +265,7 @@ def _spent(checkpoint: str | None, processes: int) -> tuple[float, int]:
     return schedule["seconds"], step
 
 
-def _train(trainer: GKATrainer, output: Path) -> None:
+def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
     """Train to the end of the schedule, from the newest checkpoint if there is one."""
     checkpoint = get_last_checkpoint(str(output))
     schedule = trainer.schedule
@@ -261,7 +276,7 @@ def _train(trainer: GKATrainer, output: Path) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
             if trainer.is_world_process_zero():
-                print("the training has come to its end before; only its report is made", file=sys.stderr)
+                print("the training has come to its end before; only what follows it is done", file=sys.stderr)
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -278,7 +293,8 @@ def _announce(
     lines = [
         f"data      {train.files} files, {train.bytes / 1e6:.1f} MB; "
         f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB",
-        f"model     {getattr(model.config, 'mixer', options.family)}, {options.layers} layers of {options.hidden_size}, "
+        f"model     {getattr(model.config, 'mixer', options.family)}, "
+        f"{options.layers} layers of {options.hidden_size}, "
         f"{model.num_parameters() / 1e6:.1f} M parameters, "
         f"tokens are {'bytes' if options.tokenizer is None else 'those of ' + options.tokenizer}",
         f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
@@ -289,7 +305,7 @@ def _announce(
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _save_model(trainer: GKATrainer, output: Path) -> None:
+def save_model(trainer: GKATrainer, output: Path) -> None:
     """Write the model and its tokenizer beside `model/`, then put them in its place."""
     partial, final = output / PARTIAL_MODEL, output / MODEL_FOLDER
     trainer.save_model(str(partial))

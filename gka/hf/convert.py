@@ -4,9 +4,9 @@
     W_g                  = (W_o^T + W_v, its rows repeated for the query heads of a group) / 2
     everything else      of the new layer is initialised afresh
 
-A GKA layer has no place for biases of q, k, v and o (Qwen2; Llama and Qwen3 with attention_bias), for the norms of
-queries and keys (Qwen3) and for the rotary embedding: in replaced layers they are left out, in layers that stay they
-stay. All four families are `GKAForCausalLM` with other switches, under the same parameter names.
+A GKA layer has no place for biases of q, k, v and o (Qwen2; Llama and Qwen3 with attention_bias), for the norms
+of queries and keys (Qwen3) and for the rotary embedding: in replaced layers they are left out, in layers that stay
+they stay. All four families are `GKAForCausalLM` with other switches, under the same parameter names.
 
 Legend: H query heads, Hk key/value heads, D head dim.
 """
@@ -41,9 +41,9 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
 }
 _LINEAR = "linear_attention"
 _SAME = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rope_parameters attention_dropout initializer_range rms_norm_eps use_cache "
-    "tie_word_embeddings pad_token_id bos_token_id eos_token_id"
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rope_parameters attention_dropout initializer_range rms_norm_eps "
+    "use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id"
 ).split()
 
 logger = logging.get_logger(__name__)
@@ -71,7 +71,7 @@ def convert(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> G
 
 
 def replace_by_fresh(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> GKAForCausalLM:
-    """As `convert`, but nothing is taken over into the new layers: what the copied projections are compared with."""
+    """As `convert`, but nothing is taken over into the new layers: what copied projections are compared with."""
     return _replace(model, layers, settings, with_projections=False)
 
 
@@ -125,7 +125,9 @@ def _config(model: PreTrainedModel) -> GKAConfig:
         known = ", ".join(cls.__name__ for cls in FAMILIES.values())
         raise TypeError(f"model is a {type(model).__name__} of the family {family!r}; expected one of {known}")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("model is quantised; load it without a quantisation, convert it, then quantise the result")
+        raise ValueError(
+            "model is quantised; load it without a quantisation, convert it, then quantise the result"
+        )
     old: Any = model.config
     if isinstance(old, GKAConfig):
         return copy.deepcopy(old)
@@ -139,7 +141,7 @@ def _config(model: PreTrainedModel) -> GKAConfig:
     bias = family == "qwen2" or bool(getattr(old, "attention_bias", False))
     return GKAConfig(
         **fields,
-        head_dim=getattr(old, "head_dim", None),
+        head_dim=getattr(old, "head_dim", None),  # type: ignore[arg-type]
         layer_types=types,
         sliding_window=window,
         attention_bias=bias,
@@ -178,4 +180,6 @@ def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any])
 
 def _is_replaced(name: str, chosen: list[int]) -> bool:
     """Whether the parameter is of the mixing part of a chosen layer."""
-    return any(name.startswith(f"model.layers.{index}.{part}.") for index in chosen for part in ("self_attn", "gka"))
+    return any(
+        name.startswith(f"model.layers.{index}.{part}.") for index in chosen for part in ("self_attn", "gka")
+    )
