@@ -6,6 +6,7 @@
 from . import ops
 from ._version import __version__
 from .hf import GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel
+from .hf.convert import convert
 from .layer import GatedKalmaNet
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "GKAModel",
     "GatedKalmaNet",
     "__version__",
+    "convert",
     "ops",
 ]

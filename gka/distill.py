@@ -29,7 +29,7 @@ from .hf.convert import attention_layers, replace_by_fresh
 from .loading import load_model
 from .machine import describe_command, describe_machine, describe_versions
 from .matching import block_loss
-from .priming import Errors, Lesson, match_layers, new_trainer, open_lesson, say
+from .priming import Errors, Lesson, load_teacher, match_layers, new_trainer, open_lesson, say
 from .quiet import quiet
 from .run_folder import write_whole
 from .train import save_model, train_to_the_end
@@ -88,8 +88,9 @@ def main(options: DistillOptions) -> None:
     began = time.monotonic()
     output = Path(options.output).expanduser()
     student = load_model(options.student, options.device)
-    lesson = open_lesson(options, output)
-    layers = replaced_layers(student, lesson.teacher, options)
+    teacher, tokenizer = load_teacher(options)
+    layers = replaced_layers(student, teacher, options)
+    lesson = open_lesson(options, output, teacher, tokenizer)
     student.to(lesson.arguments.device)
     losses = {"teacher": _loss(lesson, options, lesson.teacher)}
     losses["random"] = _loss(lesson, options, _random(lesson, student, layers, options.seed))

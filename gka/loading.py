@@ -37,7 +37,8 @@ def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
     else:
         hint = ""
         if (path / "options.yaml").is_file():
-            hint = f"; its training has not ended: `gka train --resume --output {folder}` goes on with it"
+            command = "distill" if "\nteacher:" in (path / "options.yaml").read_text(encoding="utf-8") else "train"
+            hint = f"; its training has not ended: `gka {command} --resume --output {folder}` goes on with it"
         raise UserError(f"{folder}: is no checkpoint, there is no config.json in it{hint}")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")

@@ -46,21 +46,30 @@ class Lesson:
         return nats_per_token / math.log(2) * self.manifest.tokens_per_byte
 
 
-def open_lesson(options: Any, output: Path) -> Lesson:
-    """Load the teacher, and make or find the folder of the run with its tokens.
-
-    Args:
-        options: DistillOptions or RankOptions.
-        output: folder of the run.
+def load_teacher(options: Any) -> tuple[Any, Any]:
+    """The teacher of DistillOptions or RankOptions and its tokenizer.
 
     Raises:
-        UserError: teacher, data or folder cannot be used.
+        UserError: options that do not fit together, or a teacher that does not load.
     """
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other")
     if options.save_every % options.log_every:
         raise UserError(f"--save-every {options.save_every} must be a multiple of --log-every {options.log_every}")
-    teacher, tokenizer = load_checkpoint(options.teacher, options.device, families=tuple(FAMILIES))
+    return load_checkpoint(options.teacher, options.device, families=tuple(FAMILIES))
+
+
+def open_lesson(options: Any, output: Path, teacher: Any, tokenizer: Any) -> Lesson:
+    """Make or find the folder of the run with its tokens.
+
+    Args:
+        options: DistillOptions or RankOptions.
+        output: folder of the run.
+        teacher, tokenizer: as load_teacher gives them.
+
+    Raises:
+        UserError: data or folder cannot be used.
+    """
     arguments = training_arguments(options, output, learning_rate=options.layer_learning_rate, eval_every=1)
     batch = options.batch_size * options.accumulation * arguments.world_size
     with arguments.main_process_first(local=False):

@@ -21,7 +21,7 @@ from .errors import UserError
 from .hf.convert import attention_layers, convert
 from .machine import describe_command, describe_machine, describe_versions
 from .matching import block_loss
-from .priming import Lesson, match_layers, open_lesson, say
+from .priming import Lesson, load_teacher, match_layers, open_lesson, say
 from .quiet import quiet
 from .run_folder import write_whole
 
@@ -30,28 +30,30 @@ def main(options: RankOptions) -> None:
     """Run `gka rank-layers`. Raises UserError for anything the user can put right."""
     quiet()
     output = Path(options.output).expanduser()
-    lesson = open_lesson(options, output)
-    layers = attention_layers(lesson.teacher)
+    teacher, tokenizer = load_teacher(options)
+    layers = attention_layers(teacher)
     if not layers:
         raise UserError(f"{options.teacher}: has no attention layer")
     torch.manual_seed(options.seed)
     try:
-        converted = convert(lesson.teacher, layers)
+        converted: Any = convert(teacher, layers)
     except ValueError as error:
         raise UserError(f"{options.teacher}: {error}") from None
+    lesson = open_lesson(options, output, teacher, tokenizer)
+    converted.to(lesson.arguments.device)
     gka_layers = {index: converted.model.layers[index].gka for index in layers}
     before, after = match_layers(lesson, options, output, gka_layers)
-    teacher = block_loss(lesson.teacher, lesson.validation, options.batch_size)
+    loss = block_loss(lesson.teacher, lesson.validation, options.batch_size)
     costs = {}
     for index, layer in gka_layers.items():
         say(lesson, f"measuring  layer {index} replaced")
-        costs[index] = _loss_with(lesson, options, index, layer) - teacher
+        costs[index] = _loss_with(lesson, options, index, layer) - loss
     if not lesson.main_process:
         return
     order = sorted(costs, key=lambda index: costs[index])
     report = {
         "teacher": options.teacher,
-        "teacher_loss": {"nats_per_token": teacher, "bits_per_byte": lesson.bits_per_byte(teacher)},
+        "teacher_loss": {"nats_per_token": loss, "bits_per_byte": lesson.bits_per_byte(loss)},
         "order": order,
         "layers": {
             index: {"cost_nats_per_token": costs[index], "before": before[index], "after": after[index]}
