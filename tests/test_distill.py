@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,32 @@ def test_a_run_that_has_not_ended_says_how_to_go_on(place: Path, tmp_path: Path,
     (tmp_path / "options.yaml").write_bytes((place / "distilled" / "options.yaml").read_bytes())
     assert cli.main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "gka distill --resume --output" in capsys.readouterr().err
+
+
+# The whole way, in small
+
+
+@pytest.mark.slow
+def test_half_of_the_layers_replaced_recover_the_teacher(tmp_path: Path) -> None:
+    library = sysconfig.get_paths()["stdlib"]
+    shared = {
+        "data": [f"{library}/{name}" for name in ("email", "json", "html")],
+        "seq_len": 96,
+        "validation_fraction": 0.1,
+        "device": "cpu",
+        "eval_every": 1000,
+        "save_every": 1000,
+    }
+    size = {"hidden_size": 64, "intermediate_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}
+    lessons = {"max_steps": 200, "learning_rate": 5e-3, "batch_size": 8, "eval_bytes": 1000, "sample_tokens": 0}
+    teacher, hybrid, output = (tmp_path / name for name in ("teacher", "hybrid", "run"))
+    assert cli.main(command("train", output=teacher, family="qwen3", **size, **lessons, **shared)) == 0
+    assert cli.main(["convert", str(teacher), "--layers", "1,3", str(hybrid)]) == 0
+    rates = {"layer_steps": 100, "layer_learning_rate": 5e-3, "tune_steps": 40, "learning_rate": 1e-3}
+    more = {"teacher": teacher, "output": output, "eval_bytes": 20_000, "batch_size": 8, **rates, **shared}
+    assert cli.main(command("distill", str(hybrid), **more)) == 0
+    found = report(output)
+    assert all(errors["after"]["share"] < 0.25 < 0.9 < errors["before"]["share"] for errors in
+               found["matching"].values())  # fmt: skip
+    assert found["recovered"]["distilled"] > 0.5
+    assert found["recovered"]["finetuned"] > 0.9
