@@ -242,6 +242,16 @@ def test_killed_and_resumed_gives_the_same_report(place: Path, tmp_path: Path, t
         assert mine[part] == theirs[part], "bit for bit"
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_with_the_double_batch(place: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gka")
+    done = run_process(*arguments(place, tmp_path / "run", batch_size=2), launcher=launcher)
+    assert done.stdout.count("held-out text") == 1, "one process reports"
+    two, one = (report(output)["loss"] for output in (tmp_path / "run", place / "distilled"))
+    for name, entry in one.items():
+        assert two[name]["nats_per_token"] == pytest.approx(entry["nats_per_token"], rel=2e-3), name
+
+
 # The ranking
 
 
