@@ -200,6 +200,18 @@ def test_without_the_first_stage(place: Path, tmp_path: Path) -> None:
     assert all(errors["before"] == errors["after"] for errors in found["matching"].values())
 
 
+@pytest.mark.parametrize(
+    ("changed", "bound"), [({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 1e-2)]
+)
+def test_how_it_is_computed_changes_little(
+    place: Path, tmp_path: Path, changed: dict[str, Any], bound: float
+) -> None:
+    assert distill(place, tmp_path / "run", **changed) == 0
+    ours, theirs = report(tmp_path / "run")["loss"], report(place / "distilled")["loss"]
+    for name, entry in theirs.items():
+        assert ours[name]["nats_per_token"] == pytest.approx(entry["nats_per_token"], rel=bound), name
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 2.0])
 def test_accumulated_batches_give_the_same_losses(place: Path, tmp_path: Path, kl_weight: float) -> None:
     for name, batch in (("one", (4, 1)), ("two", (2, 2))):
