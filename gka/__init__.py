@@ -7,6 +7,7 @@ from . import ops
 from ._version import __version__
 from .hf import GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel
 from .hf.checkpoint import export_published
+from .hf.convert import convert
 from .layer import GatedKalmaNet
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GKAModel",
     "GatedKalmaNet",
     "__version__",
+    "convert",
     "export_published",
     "ops",
 ]

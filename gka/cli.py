@@ -16,6 +16,8 @@ from .commands import COMMANDS
 from .errors import UserError, reason
 from .options import build_parser, nearest, parse_options
 
+_RESUMABLE = ("train", "distill", "rank-layers")
+
 
 def _overview() -> str:
     lines = [
@@ -25,7 +27,7 @@ def _overview() -> str:
         "",
         "commands:",
     ]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
         "",
         "start here:",
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[train]'")
     except KeyboardInterrupt:
-        hint = f" (`{prog} --resume` goes on with the run)" if name == "train" else ""
+        hint = f" (`{prog} --resume` goes on with the run)" if name in _RESUMABLE else ""
         print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0

@@ -55,6 +55,25 @@ COMMANDS = {
         "gka.commands:ExportOptions",
         "gka.export:main",
     ),
+    "convert": Command(
+        "Replace attention layers of a Llama, Mistral, Qwen2 or Qwen3 by GKA layers.",
+        "  gka convert models/qwen3 --layers 1,3,5 runs/hybrid",
+        "gka.convert_options:ConvertOptions",
+        "gka.convert_command:main",
+    ),
+    "distill": Command(
+        "Teach a converted model: its new layers first, then the whole of it.",
+        "  gka distill runs/hybrid --teacher models/qwen3 --data texts/ --output runs/distilled\n"
+        "  gka distill --resume --output runs/distilled              go on after an interruption",
+        "gka.convert_options:DistillOptions",
+        "gka.distill:main",
+    ),
+    "rank-layers": Command(
+        "Measure which attention layers cost least to replace.",
+        "  gka rank-layers models/qwen3 --data texts/ --output runs/ranked",
+        "gka.convert_options:RankOptions",
+        "gka.rank_layers:main",
+    ),
     "mqar": Command(
         "Train two-layer models on multi-query associative recall and compare mixers.",
         "  gka mqar\n  gka mqar --help                                the settings of the task",
@@ -62,6 +81,17 @@ COMMANDS = {
         "gka.tasks.mqar_run:main",
     ),
 }
+
+
+def saved_options(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the run to resume, which stand below flags and YAML; {} for a new run."""
+    if not given.get("resume"):
+        return {}
+    default = cls.__dataclass_fields__["output"].default
+    path = Path(given.get("output", default)).expanduser() / OPTIONS_FILE
+    values = read_yaml(path, cls) if path.exists() else {}
+    return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
+
 
 _DATA, _MODEL, _TRAINING, _MACHINE, _RUN = "data", "model", "training", "machine", "run"
 
@@ -93,6 +123,12 @@ class TrainOptions:
         maximum=0.5,
     )
 
+    family: Literal["gka", "qwen3"] = option(
+        "gka",
+        "gka; or qwen3, a Transformer of transformers' own class with softmax attention everywhere, to "
+        "compare with or to convert",
+        group=_MODEL,
+    )
     hidden_size: int = option(256, "width of the residual stream", group=_MODEL, minimum=1)
     intermediate_size: int | None = option(
         None, "width of the feed-forward blocks; default: 8/3 of the hidden size", group=_MODEL, minimum=1
@@ -190,13 +226,7 @@ class TrainOptions:
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the run to resume, which stand below flags and YAML; {} for a new run."""
-        if not given.get("resume"):
-            return {}
-        default = TrainOptions.__dataclass_fields__["output"].default
-        assert default is not MISSING
-        path = Path(given.get("output", default)).expanduser() / OPTIONS_FILE
-        values = read_yaml(path, TrainOptions) if path.exists() else {}
-        return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
+        return saved_options(TrainOptions, given)
 
 
 _SAMPLING = "sampling"

@@ -27,7 +27,7 @@ def main(options: ExportOptions) -> None:
     """Run `gka export`. Raises UserError for a checkpoint that cannot be read or written in the format."""
     quiet()
     source = find_checkpoint(options.checkpoint)
-    model = load_model(source, options.checkpoint)
+    model = load_model(options.checkpoint, "cpu", "auto")
     restore_dtypes(model, read_headers(source))
     output, shard_bytes = Path(options.output).expanduser(), max(1, int(options.shard_mb * 1e6))
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import document_token
 from .errors import UserError, reason
@@ -15,10 +15,15 @@ from .hf.checkpoint import BadCheckpoint, check_finite
 from .hf.config import GKAConfig, PublishedConfig
 
 MODEL_FOLDER = "model"
+OURS = (GKAConfig.model_type, PublishedConfig.model_type)
 
 
-def find_checkpoint(folder: str) -> Path:
+def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
     """The folder that holds the model: the given one, or `model/` in the folder of a run.
+
+    Args:
+        folder: a checkpoint, or the folder of a run.
+        families: the `model_type`s that will do.
 
     Raises:
         UserError: no such folder, no model in it, or a model of another type.
@@ -33,7 +38,8 @@ def find_checkpoint(folder: str) -> Path:
     else:
         hint = ""
         if (path / "options.yaml").is_file():
-            hint = f"; its training has not ended: `gka train --resume --output {folder}` goes on with it"
+            command = "distill" if "\nteacher:" in (path / "options.yaml").read_text(encoding="utf-8") else "train"
+            hint = f"; its training has not ended: `gka {command} --resume --output {folder}` goes on with it"
         raise UserError(f"{folder}: is no checkpoint, there is no config.json in it{hint}")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
@@ -41,11 +47,9 @@ def find_checkpoint(folder: str) -> Path:
         raise UserError(f"cannot read {config}: {reason(error)}") from None
     except (ValueError, AttributeError):
         raise UserError(f"{config}: is not the configuration of a model") from None
-    ours, published = GKAConfig.model_type, PublishedConfig.model_type
-    if model_type not in (ours, published):
-        raise UserError(
-            f"{folder}: holds a model of type {model_type!r}; this command needs type {ours!r} or {published!r}"
-        )
+    if model_type not in families:
+        needed = " or ".join(map(repr, families)) if len(families) < 3 else f"one of {', '.join(families)}"
+        raise UserError(f"{folder}: holds a model of type {model_type!r}; this command needs type {needed}")
     return candidate
 
 
@@ -58,22 +62,25 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def load_model(path: Path, folder: str, dtype: torch.dtype | None = None) -> Any:
-    """Load the model that `find_checkpoint` found in a folder, in eval mode, on the CPU.
+def load_model(folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS) -> Any:
+    """Load a model in eval mode on the device.
 
     Args:
-        path: where it is; folder: what the user calls it.
-        dtype: of the weights; None takes that of the file.
+        folder: a checkpoint, or the folder of a run that has one in `model/`.
+        device: "auto" or "cpu". dtype: of the weights, "float32" or "bfloat16"; "auto" as they are stored.
+        families: the `model_type`s that will do.
 
     Raises:
-        UserError: weights are missing, damaged, not finite, or do not fit.
+        UserError: as find_checkpoint; or the weights are missing, damaged, not finite, or do not fit.
     """
+    path = find_checkpoint(folder, families)
     from .hf.model import GKAForCausalLM  # after the check: it takes seconds to import
 
+    loader: Any = GKAForCausalLM if families == OURS else AutoModelForCausalLM
     try:
-        loaded: Any = GKAForCausalLM.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             path,
-            dtype="auto" if dtype is None else dtype,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -91,21 +98,19 @@ def load_model(path: Path, folder: str, dtype: torch.dtype | None = None) -> Any
                 f"{folder}: its weights do not fit its config.json "
                 f"({len(names)} {kind.replace('_', ' ')}, e.g. {names[0]})"
             )
-    return model.eval()
+    return model.to(choose_device(device)).eval()
 
 
-def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
-    """Load (model, tokenizer), the model in eval mode on the device.
-
-    Args:
-        folder: a checkpoint, or the folder of a run that has one in `model/`.
-        device: "auto" or "cpu". dtype: of the weights, "float32" or "bfloat16".
+def load_checkpoint(
+    folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS
+) -> tuple[Any, Any]:
+    """Load (model, tokenizer); as load_model.
 
     Raises:
-        UserError: as find_checkpoint; or weights or tokenizer are missing, damaged or do not fit.
+        UserError: as load_model; or there is no tokenizer that loads and has an end-of-text token.
     """
-    path = find_checkpoint(folder)
-    model = load_model(path, folder, getattr(torch, dtype))
+    model = load_model(folder, device, dtype, families)
+    path = find_checkpoint(folder, families)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
@@ -113,4 +118,4 @@ def load_checkpoint(folder: str, device: str = "auto", dtype: str = "float32") -
         raise UserError(f"{folder}: its tokenizer does not load ({first})") from None
     if document_token(tokenizer) is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-text token (eos_token)")
-    return model.to(choose_device(device)), tokenizer
+    return model, tokenizer

@@ -280,7 +280,8 @@ def parse_options(parser: OptionParser, cls: type, arguments: Sequence[str]) -> 
     Raises:
         UserError: for unknown flags and keys, wrong types and values out of bounds.
     """
-    namespace, unknown = parser.parse_known_args(list(arguments))
+    # Intermixed: flags may stand between two positionals.
+    namespace, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
         word = unknown[0].split("=")[0]
         hint = nearest(word, parser.flags()) if word.startswith("-") else ""

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .commands import OPTIONS_FILE, TrainOptions
+from .commands import OPTIONS_FILE
 from .data import Manifest, write_tokens
 from .errors import UserError, reason
 from .loading import MODEL_FOLDER
@@ -37,13 +37,14 @@ _MAY_CHANGE = frozenset(
 )
 
 
-def open_run(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
+def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
     """Make the folder of a new run, or check that of a run to resume; then its options and tokens are there.
 
     A new run that cannot start leaves everything as it was.
 
     Args:
-        options: of `gka train`.
+        options: of `gka train`, or of another command that reads data and resumes: a dataclass with output,
+            resume, overwrite, data, validation_fraction, seq_len and batch_size.
         output: the folder.
         tokenizer: what load_tokenizer gives for options.tokenizer.
         sequences_per_step: of one optimiser step, over all processes.
@@ -94,7 +95,7 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _fill(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
+def _fill(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
     """Write options and tokens, and check that the text is enough for a step."""
     try:
         write_whole(output / OPTIONS_FILE, as_yaml(dataclasses.replace(options, resume=False, overwrite=False)))
@@ -113,7 +114,7 @@ def _fill(options: TrainOptions, output: Path, tokenizer: Any, sequences_per_ste
         )
 
 
-def _check_place(options: TrainOptions, output: Path) -> None:
+def _check_place(options: Any, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file, a folder is needed")
     try:
@@ -130,8 +131,8 @@ def _check_place(options: TrainOptions, output: Path) -> None:
         raise UserError(f"--output {output}: is not empty and no run of gka; choose another folder")
 
 
-def _check_unchanged(options: TrainOptions, options_file: Path) -> None:
-    saved = dataclasses.asdict(TrainOptions(**read_yaml(options_file, TrainOptions)))
+def _check_unchanged(options: Any, options_file: Path) -> None:
+    saved = dataclasses.asdict(type(options)(**read_yaml(options_file, type(options))))
     for name, value in dataclasses.asdict(options).items():
         if name not in _MAY_CHANGE and value != saved[name]:
             raise UserError(

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,6 +42,7 @@ from .hf.config import GKAConfig
 from .hf.model import GKAForCausalLM
 from .loading import MODEL_FOLDER, load_checkpoint
 from .machine import describe_command, describe_machine, describe_versions
+from .options import flag
 from .plots import plot_loss
 from .quiet import quiet
 from .run_folder import PARTIAL_MODEL, open_run, write_whole
@@ -48,15 +57,21 @@ def main(options: TrainOptions) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer)
     output = Path(options.output).expanduser()
-    arguments = _training_arguments(options, output)
+    arguments = training_arguments(
+        options,
+        output,
+        learning_rate=options.learning_rate,
+        eval_every=options.eval_every,
+        compile=options.compile,
+    )
     batch = options.batch_size * options.accumulation * arguments.world_size
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
             open_run(options, output, tokenizer, batch)
     manifest = Manifest.load(output / "data")
     trainer = _make_trainer(options, output, arguments, config, tokenizer, manifest, batch)
-    _train(trainer, output)
-    _save_model(trainer, output)
+    train_to_the_end(trainer, output)
+    save_model(trainer, output)
     if trainer.is_world_process_zero():
         _report(options, output, trainer, manifest, batch)
     trainer.accelerator.end_training()
@@ -71,6 +86,11 @@ def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
         "steps": options.steps,
         "ridge_ratio": options.ridge_ratio,
     }
+    if options.family != "gka":
+        for name in ("mixer", "attention_layers", "steps", "ridge_ratio"):
+            if getattr(options, name) is not None:
+                raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
+        given["layer_types"] = ["full_attention"] * options.layers
     if options.attention_layers:
         if max(options.attention_layers) >= options.layers:
             raise UserError(
@@ -98,6 +118,27 @@ def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
         raise UserError(f"the model options do not fit: {error}") from None
 
 
+def new_model(options: TrainOptions, config: GKAConfig) -> PreTrainedModel:
+    """The model with its initial weights."""
+    if options.family == "gka":
+        return GKAForCausalLM(config)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=config.tie_word_embeddings,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    )
+
+
 def _check(options: TrainOptions) -> None:
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other")
@@ -113,7 +154,10 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--compile needs a C++ compiler, and none is found (g++ or clang++)")
 
 
-def _training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
+def training_arguments(
+    options: Any, output: Path, *, learning_rate: float, eval_every: int, compile: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments; options are those of `gka train` or of another command that trains."""
     cpu = options.device == "cpu" or not torch.accelerator.is_available()
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1  # set by torchrun and accelerate
     arguments = TrainingArguments(
@@ -121,7 +165,7 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=2 * options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
+        learning_rate=learning_rate,
         weight_decay=options.weight_decay,
         max_grad_norm=1.0,
         adam_beta2=0.95,
@@ -130,12 +174,12 @@ def _training_arguments(options: TrainOptions, output: Path) -> TrainingArgument
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and distributed else None,
         bf16=options.dtype == "bfloat16",
-        torch_compile=options.compile,
+        torch_compile=compile,
         logging_steps=options.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=options.eval_every,
+        eval_steps=eval_every,
         save_steps=options.save_every,
         save_total_limit=2,
         prediction_loss_only=True,
@@ -169,12 +213,10 @@ def _make_trainer(
     if max_steps is None and max_seconds is None:
         max_steps = len(train) // batch
     arguments.max_steps = max_steps if max_steps is not None else sys.maxsize // batch
-    checkpoint = get_last_checkpoint(str(output))
-    seconds, step = _spent(checkpoint, arguments.world_size)
-    schedule = Schedule(max_steps, max_seconds, options.warmup, seconds_before=seconds, agree=_agree(arguments))
+    schedule, step = schedule_of(output, arguments, max_steps, max_seconds, options.warmup)
 
     set_seed(options.seed)
-    model = GKAForCausalLM(config)
+    model = new_model(options, config)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = GKATrainer(
@@ -193,6 +235,14 @@ def _make_trainer(
         trainer.add_callback(TensorBoardCallback(writer))
         _announce(options, trainer, model, manifest, step)
     return trainer
+
+
+def schedule_of(
+    output: Path, arguments: TrainingArguments, max_steps: int | None, max_seconds: float | None, warmup: float
+) -> tuple[Schedule, int]:
+    """The schedule of the training in that folder, and the steps of its newest checkpoint."""
+    seconds, step = _spent(get_last_checkpoint(str(output)), arguments.world_size)
+    return Schedule(max_steps, max_seconds, warmup, seconds_before=seconds, agree=_agree(arguments)), step
 
 
 def _agree(arguments: TrainingArguments) -> Any:
@@ -215,7 +265,7 @@ def _spent(checkpoint: str | None, processes: int) -> tuple[float, int]:
     return schedule["seconds"], step
 
 
-def _train(trainer: GKATrainer, output: Path) -> None:
+def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
     """Train to the end of the schedule, from the newest checkpoint if there is one."""
     checkpoint = get_last_checkpoint(str(output))
     schedule = trainer.schedule
@@ -226,7 +276,7 @@ def _train(trainer: GKATrainer, output: Path) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
             if trainer.is_world_process_zero():
-                print("the training has come to its end before; only its report is made", file=sys.stderr)
+                print("the training has come to its end before; only what follows it is done", file=sys.stderr)
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -237,13 +287,14 @@ def _train(trainer: GKATrainer, output: Path) -> None:
 
 
 def _announce(
-    options: TrainOptions, trainer: GKATrainer, model: GKAForCausalLM, manifest: Manifest, step: int
+    options: TrainOptions, trainer: GKATrainer, model: PreTrainedModel, manifest: Manifest, step: int
 ) -> None:
     train, held_out = manifest.train, manifest.validation
     lines = [
         f"data      {train.files} files, {train.bytes / 1e6:.1f} MB; "
         f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB",
-        f"model     {options.mixer or model.config.mixer}, {options.layers} layers of {options.hidden_size}, "
+        f"model     {getattr(model.config, 'mixer', options.family)}, "
+        f"{options.layers} layers of {options.hidden_size}, "
         f"{model.num_parameters() / 1e6:.1f} M parameters, "
         f"tokens are {'bytes' if options.tokenizer is None else 'those of ' + options.tokenizer}",
         f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
@@ -254,7 +305,7 @@ def _announce(
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _save_model(trainer: GKATrainer, output: Path) -> None:
+def save_model(trainer: GKATrainer, output: Path) -> None:
     """Write the model and its tokenizer beside `model/`, then put them in its place."""
     partial, final = output / PARTIAL_MODEL, output / MODEL_FOLDER
     trainer.save_model(str(partial))
@@ -271,7 +322,7 @@ def _save_model(trainer: GKATrainer, output: Path) -> None:
 
 def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: Manifest, batch: int) -> None:
     """Evaluate the saved model, draw the curve, write metrics.json, and print all of it."""
-    model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device)
+    model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device, families=(options.family,))
     texts = validation_texts(output / "data", options.eval_bytes)
     scores = score_texts(
         model,

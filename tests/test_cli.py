@@ -15,8 +15,17 @@ from tiny_run import SETTINGS, command, run_process, train, write_texts
 
 from gka import cli, commands, options
 from gka.commands import COMMANDS, EvalOptions, ExportOptions, GenerateOptions, TrainOptions
+from gka.convert_options import ConvertOptions, DistillOptions, RankOptions
 
-OPTION_CLASSES = {"train": TrainOptions, "generate": GenerateOptions, "eval": EvalOptions, "export": ExportOptions}
+OPTION_CLASSES = {
+    "train": TrainOptions,
+    "generate": GenerateOptions,
+    "eval": EvalOptions,
+    "export": ExportOptions,
+    "convert": ConvertOptions,
+    "distill": DistillOptions,
+    "rank-layers": RankOptions,
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,24 @@ def test_written_options_are_read_back(tmp_path: Path) -> None:
     before = TrainOptions(data=["päth"], steps=[16, 16], max_minutes=1e-7, prompt="a: 'b'\n")
     (tmp_path / "o.yaml").write_text(options.as_yaml(before), encoding="utf-8")
     assert TrainOptions(**options.read_yaml(tmp_path / "o.yaml", TrainOptions)) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "more"),
+    [
+        ("train", "convert_teacher.yaml", []),
+        ("distill", "convert_distill.yaml", ["runs/hybrid", "--teacher", "runs/teacher"]),
+    ],
+)
+def test_the_settings_of_the_conversion_are_valid(name: str, file: str, more: list[str]) -> None:
+    path = Path(__file__).parent.parent / "configs" / file
+    parsed = parse(name, *more, "--config", str(path))
+    assert parsed.seq_len == 256
+
+
+def test_flags_may_stand_between_positionals() -> None:
+    parsed = parse("convert", "model", "--layers", "1,3,5", "out", "--seed", "2")
+    assert (parsed.model, parsed.out, parsed.layers, parsed.seed) == ("model", "out", [1, 3, 5], 2)
 
 
 def test_the_demo_settings_are_valid() -> None:

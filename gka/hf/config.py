@@ -40,6 +40,7 @@ _SWITCHES = (
     "use_output_gate",
     "kv_learnable_residual",
     "attention_bias",
+    "mlp_bias",
     "use_qk_norm",
     "use_cache",
     "tie_word_embeddings",
@@ -83,6 +84,8 @@ class GKAConfig(PreTrainedConfig):
         rope_parameters: rotary embedding of the attention layers, as in transformers.
         sliding_window: tokens that a "sliding_attention" layer sees.
         attention_bias: whether q, k, v and o of the attention layers have a bias.
+        attention_output_bias: whether o of the attention layers has a bias; None means attention_bias.
+        mlp_bias: whether the projections of the feed-forward block have a bias.
         attention_dropout: dropout of the attention weights while training.
         use_qk_norm: whether queries and keys of the attention layers are RMS-normalised.
         initializer_range: standard deviation of the weights at initialisation.
@@ -126,6 +129,8 @@ class GKAConfig(PreTrainedConfig):
     rope_parameters: Any = None
     sliding_window: int | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
     attention_dropout: float = 0.0
     use_qk_norm: bool = True
     initializer_range: float = 0.02
@@ -179,6 +184,8 @@ class GKAConfig(PreTrainedConfig):
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False")
+        if self.attention_output_bias is not None and not isinstance(self.attention_output_bias, bool):
+            self._refuse("attention_output_bias", "True, False or None, which means attention_bias")
         for name in ("ridge_ratio", "rms_norm_eps", "initializer_range"):
             if not (self._is_number(name) and 0.0 < getattr(self, name) < math.inf):
                 self._refuse(name, "a finite number greater than 0")

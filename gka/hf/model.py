@@ -22,7 +22,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
@@ -55,12 +56,16 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
 
 
 class SoftmaxAttention(Qwen3Attention):
-    """Softmax attention as in Qwen3; its norms of queries and keys can be left out."""
+    """Softmax attention as in Qwen3; without its norms of queries and keys and with other biases, also as in
+    Llama, Mistral and Qwen2.
+    """
 
     def __init__(self, config: GKAConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[arg-type]  # it reads fields that ours has too
         if not config.use_qk_norm:
             self.q_norm = self.k_norm = nn.Identity()  # type: ignore[assignment]
+        if config.attention_output_bias not in (None, config.attention_bias):
+            self.o_proj = nn.Linear(self.o_proj.in_features, config.hidden_size, bias=config.attention_output_bias)
 
 
 class GKABlock(GradientCheckpointingLayer):
@@ -80,7 +85,7 @@ class GKABlock(GradientCheckpointingLayer):
         else:
             self.self_attn = SoftmaxAttention(config, layer_idx)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = LlamaMLP(config)  # Qwen3's, with a bias where config.mlp_bias
 
     def forward(
         self,

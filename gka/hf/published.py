@@ -349,6 +349,8 @@ def _check_exportable(config: GKAConfig) -> None:
         ("mixer", has_gka and config.mixer != "gka"),
         ("use_forget_gate", has_gka and not config.use_forget_gate),
         ("use_qk_norm", config.has_attention and not config.use_qk_norm),
+        ("attention_output_bias", config.attention_output_bias not in (None, config.attention_bias)),
+        ("mlp_bias", config.mlp_bias),
     ):
         if wrong:
             raise ValueError(f"{name} is {getattr(config, name)!r}; the published format cannot say that")

@@ -1,0 +1,80 @@
+"""`gka convert`: a model folder in, a hybrid's folder out, with the tokenizer's files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .convert_options import ConvertOptions
+from .errors import UserError, reason
+from .hf.convert import FAMILIES, convert
+from .loading import find_checkpoint, load_model
+from .quiet import quiet
+
+_TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model", "spiece.model", "*.tiktoken", "vocab*.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*.json", "chat_template*.jinja",
+)  # fmt: skip
+
+
+def main(options: ConvertOptions) -> None:
+    """Run `gka convert`. Raises UserError for anything the user can put right."""
+    quiet()
+    families = tuple(FAMILIES)
+    source, out = find_checkpoint(options.model, families), Path(options.out).expanduser()
+    _check_place(out, source, options.overwrite)
+    model = load_model(options.model, "cpu", options.dtype, families)
+    given = {"steps": options.steps, "ridge_ratio": options.ridge_ratio}
+    torch.manual_seed(options.seed)
+    try:
+        hybrid = convert(model, options.layers, **{k: value for k, value in given.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{options.model}: {error}") from None
+    copied = _write(hybrid, source, out)
+    kinds = ["gka" if kind == "linear_attention" else kind for kind in hybrid.config.layer_types]
+    print(
+        f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "
+        f"parameters\nlayers     {', '.join(f'{i} {kind}' for i, kind in enumerate(kinds))}\n"
+        f"tokenizer  {', '.join(copied) or 'none in the folder of the model'}\n"
+        f"next       gka distill {out} --teacher {options.model} --data PATH --output DIR"
+    )
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the files of a tokenizer, and only those, as they are; their names."""
+    found = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]
+
+
+def _check_place(out: Path, source: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, a folder is needed")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out}: is the folder of the model itself; choose another")
+    if not (out / "config.json").is_file():
+        raise UserError(f"{out}: is not empty and holds no model; choose another folder")
+    if not overwrite:
+        raise UserError(f"{out}: holds a model already; --overwrite replaces it, or choose another folder")
+
+
+def _write(model: Any, source: Path, out: Path) -> list[str]:
+    """Write model and tokenizer beside their place, then put them there; the names of the tokenizer's files."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        copied = copy_tokenizer(source, partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{out}: cannot write there: {reason(error)}") from None
+    return copied

@@ -1,0 +1,140 @@
+"""Options of `gka convert`, `gka distill` and `gka rank-layers`. Nothing here imports torch."""
+
+# ruff: noqa: RUF009  (option() makes a dataclass field)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
+
+from .commands import saved_options
+from .options import option
+
+_LAYERS, _DATA, _TRAINING, _MACHINE, _RUN = "layers", "data", "training", "machine", "run"
+
+
+@dataclass
+class ConvertOptions:
+    """Options of `gka convert`."""
+
+    model: str = option(MISSING, "folder of a Llama, Mistral, Qwen2, Qwen3 or hybrid model", positional=True)
+    out: str = option(MISSING, "folder of the result, made if need be", positional=True)
+    layers: list[int] = option(
+        MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=_LAYERS, minimum=0
+    )
+    steps: list[int] | None = option(
+        None,
+        "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; default: what suits the dtype",
+        group=_LAYERS,
+        minimum=1,
+        maximum=128,
+    )
+    ridge_ratio: float | None = option(
+        None, "strength of the ridge, relative to the norm of the keys' matrix", group=_LAYERS, above=0
+    )
+    seed: int = option(0, "of what the new layers do not take over", group=_LAYERS, minimum=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the weights; auto keeps that of the model", group=_MACHINE
+    )
+    overwrite: bool = option(False, "replace a model that is in the folder of the result", group=_RUN)
+
+
+@dataclass
+class _Shared:
+    """What `gka distill` and `gka rank-layers` have in common, as in `gka train`."""
+
+    data: list[str] | None = option(
+        None,
+        "text files and folders, as for gka train. Without it: the sources of this Python's standard library",
+        group=_DATA,
+        metavar="PATH",
+    )
+    seq_len: int = option(512, "tokens per sequence", group=_DATA, minimum=2)
+    validation_fraction: float = option(
+        0.05,
+        "share of the files that is held out and measured on; which files is decided by a hash of their names",
+        group=_DATA,
+        above=0,
+        maximum=0.5,
+    )
+    eval_bytes: int = option(
+        200_000, "bytes of held-out text that a measurement reads; 0 = all", group=_DATA, minimum=0
+    )
+    layer_steps: int = option(
+        500, "optimiser steps in which the new layers learn the old ones' outputs", group=_TRAINING, minimum=0
+    )
+    layer_learning_rate: float = option(2e-3, "peak learning rate of these steps", group=_TRAINING, above=0)
+    batch_size: int = option(8, "sequences per step, per process and accumulation", group=_TRAINING, minimum=1)
+    accumulation: int = option(1, "batches whose gradients are added up per step", group=_TRAINING, minimum=1)
+    warmup: float = option(
+        0.05,
+        "share of the steps in which the learning rate rises; then it falls to 0 as a cosine",
+        group=_TRAINING,
+        minimum=0,
+        maximum=0.9,
+    )
+    weight_decay: float = option(
+        0.0, "of matrices only: not of norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
+    )
+    seed: int = option(0, "of the order of the data, and of random layers", group=_TRAINING, minimum=0)
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of the activations; weights and optimiser stay float32 (mixed precision)", group=_MACHINE
+    )
+    resume: bool = option(False, "go on with the run in the output folder, with its options", group=_RUN)
+    overwrite: bool = option(False, "delete the run that is in the output folder and start anew", group=_RUN)
+    log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
+    save_every: int = option(
+        200, "steps between two checkpoints, a multiple of --log-every; two are kept", group=_RUN, minimum=1
+    )
+
+
+@dataclass
+class _Distill:
+    student: str = option(MISSING, "folder of the hybrid that gka convert made", positional=True)
+    teacher: str = option(MISSING, "folder of the model it was made from", group=_LAYERS, metavar="DIR")
+
+
+@dataclass
+class DistillOptions(_Shared, _Distill):
+    """Options of `gka distill`."""
+
+    tune_steps: int = option(
+        500, "optimiser steps of the fine-tune of all weights that follows", group=_TRAINING, minimum=0
+    )
+    learning_rate: float = option(3e-4, "peak learning rate of the fine-tune", group=_TRAINING, above=0)
+    kl_weight: float = option(
+        1.0,
+        "weight of the divergence from the teacher's predictions beside the loss on the text; 0 = the text alone",
+        group=_TRAINING,
+        minimum=0,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass of the fine-tune: less memory, about a third more time",
+        group=_MACHINE,
+    )
+    output: str = option("runs/distilled", "folder of the run, made if need be", group=_RUN, metavar="DIR")
+    eval_every: int = option(200, "steps between two validations of the fine-tune", group=_RUN, minimum=1)
+
+    @staticmethod
+    def saved(given: Mapping[str, Any]) -> dict[str, Any]:
+        """As `saved_options`."""
+        return saved_options(DistillOptions, given)
+
+
+@dataclass
+class _Rank:
+    teacher: str = option(MISSING, "folder of a Llama, Mistral, Qwen2, Qwen3 or hybrid model", positional=True)
+
+
+@dataclass
+class RankOptions(_Shared, _Rank):
+    """Options of `gka rank-layers`."""
+
+    output: str = option("runs/ranked", "folder of the run, made if need be", group=_RUN, metavar="DIR")
+
+    @staticmethod
+    def saved(given: Mapping[str, Any]) -> dict[str, Any]:
+        """As `saved_options`."""
+        return saved_options(RankOptions, given)

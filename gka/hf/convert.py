@@ -1,0 +1,185 @@
+"""A Transformer's attention layers replaced by GKA layers.
+
+    W_q, W_k, W_v, W_o   copied from the attention layer
+    W_g                  = (W_o^T + W_v, its rows repeated for the query heads of a group) / 2
+    everything else      of the new layer is initialised afresh
+
+A GKA layer has no place for biases of q, k, v and o (Qwen2; Llama and Qwen3 with attention_bias), for the norms
+of queries and keys (Qwen3) and for the rotary embedding: in replaced layers they are left out, in layers that stay
+they stay. All four families are `GKAForCausalLM` with other switches, under the same parameter names.
+
+Legend: H query heads, Hk key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+from ..layer import GatedKalmaNet
+from .config import GKAConfig
+from .model import GKAForCausalLM
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "gka": GKAForCausalLM,
+}
+_LINEAR = "linear_attention"
+_SAME = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rope_parameters attention_dropout initializer_range rms_norm_eps "
+    "use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id"
+).split()
+
+logger = logging.get_logger(__name__)
+
+
+def convert(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> GKAForCausalLM:
+    """A copy of a language model in which GKA layers stand in place of chosen attention layers.
+
+    Args:
+        model: a LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM of transformers, or a
+            GKAForCausalLM with attention layers. It stays as it is.
+        layers: numbers of the layers to replace, from 0; [] replaces none. What the new layers do not take over
+            is random: `torch.manual_seed` decides it.
+        **settings: fields of GKAConfig for the new layers, such as ridge_ratio, steps or use_v_conv.
+
+    Returns:
+        a model of the same dtype, on the same device and in the same mode; it shares no memory with `model`.
+
+    Raises:
+        TypeError: a model of another family, or layers are no integers.
+        ValueError: a layer that is not there or no attention layer, sizes that a GKA layer does not take, a
+            quantised model, or a setting that does not fit.
+    """
+    return _replace(model, layers, settings, with_projections=True)
+
+
+def replace_by_fresh(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> GKAForCausalLM:
+    """As `convert`, but nothing is taken over into the new layers: what copied projections are compared with."""
+    return _replace(model, layers, settings, with_projections=False)
+
+
+def attention_layers(model: PreTrainedModel) -> list[int]:
+    """The numbers of a model's softmax attention layers. Errors: as `convert`."""
+    return [index for index, kind in enumerate(_config(model).layer_types) if kind != _LINEAR]
+
+
+def _replace(
+    model: PreTrainedModel, layers: Sequence[int], settings: dict[str, Any], *, with_projections: bool
+) -> GKAForCausalLM:
+    source = _config(model)
+    chosen = _chosen(layers, source)
+    config = _with_layers(source, chosen, settings)
+    config._attn_implementation = model.config._attn_implementation
+    new: Any = GKAForCausalLM._from_config(config, dtype=model.dtype)
+    weights: dict[str, Tensor] = model.state_dict()
+    missing, unexpected = new.load_state_dict(
+        {name: value for name, value in weights.items() if not _is_replaced(name, chosen)}, strict=False
+    )
+    wrong = [*(name for name in missing if not _is_replaced(name, chosen)), *unexpected]
+    if wrong:
+        raise ValueError(f"model has weights that its configuration does not name, or lacks some: {wrong}")
+    for index in chosen:
+        layer: GatedKalmaNet = new.model.layers[index].gka
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(model.dtype)
+        if with_projections:
+            _take_over(layer, getattr(model.model, "layers")[index].self_attn, index)  # noqa: B009
+    new.generation_config = copy.deepcopy(model.generation_config)
+    return new.to(model.device).train(model.training)
+
+
+@torch.no_grad()
+def _take_over(layer: GatedKalmaNet, attention: nn.Module, index: int) -> None:
+    old: dict[str, Tensor] = attention.state_dict()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(layer, name).weight.copy_(old[f"{name}.weight"])
+    if layer.g_proj is not None:
+        v = old["v_proj.weight"].unflatten(0, (layer.num_key_value_heads, layer.head_dim))
+        v = v.repeat_interleave(layer.num_heads // layer.num_key_value_heads, dim=0).flatten(0, 1)  # [H D, hidden]
+        layer.g_proj.weight.copy_((old["o_proj.weight"].T + v) / 2)
+    if biases := sorted(name for name in old if name.endswith(".bias")):
+        logger.warning(f"layer {index}: a GKA layer has no place for {', '.join(biases)}; left out")
+
+
+def _config(model: PreTrainedModel) -> GKAConfig:
+    """The configuration under which GKAForCausalLM is this model."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in FAMILIES or not isinstance(model, FAMILIES[family]):
+        known = ", ".join(cls.__name__ for cls in FAMILIES.values())
+        raise TypeError(f"model is a {type(model).__name__} of the family {family!r}; expected one of {known}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "model is quantised; load it without a quantisation, convert it, then quantise the result"
+        )
+    old: Any = model.config
+    if isinstance(old, GKAConfig):
+        return copy.deepcopy(old)
+    fields = {name: getattr(old, name) for name in _SAME}
+    if fields["pad_token_id"] is not None and fields["pad_token_id"] < 0:
+        fields["pad_token_id"] = None  # some Llamas say -1 for none
+    window = old.sliding_window if family != "llama" else None
+    types = ["sliding_attention" if family == "mistral" and window else "full_attention"] * old.num_hidden_layers
+    if family in ("qwen2", "qwen3"):
+        types = list(old.layer_types)
+    bias = family == "qwen2" or bool(getattr(old, "attention_bias", False))
+    return GKAConfig(
+        **fields,
+        head_dim=getattr(old, "head_dim", None),  # type: ignore[arg-type]
+        layer_types=types,
+        sliding_window=window,
+        attention_bias=bias,
+        attention_output_bias=bias and family != "qwen2",
+        mlp_bias=bool(getattr(old, "mlp_bias", False)),
+        use_qk_norm=family == "qwen3",
+    )
+
+
+def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
+    for index in layers:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f"layers has {index!r}; expected integers")
+        if not 0 <= index < config.num_hidden_layers:
+            last = config.num_hidden_layers - 1
+            raise ValueError(f"layers has {index}, and there is no such layer; expected 0 to {last}")
+        if config.layer_types[index] == _LINEAR:
+            raise ValueError(f"layers has {index}, which is no attention layer")
+    return sorted(set(layers))
+
+
+def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any]) -> GKAConfig:
+    types = [_LINEAR if index in chosen else kind for index, kind in enumerate(source.layer_types)]
+    allowed = {"ridge_ratio", "steps", "chunk_size", "conv_size", "mixer"}
+    for name in settings:
+        if name not in allowed and not (name.startswith("use_") and name not in ("use_qk_norm", "use_cache")):
+            raise ValueError(f"{name} is no setting of the new layers")
+    fields = source.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+        fields.pop(name, None)
+    try:
+        return GKAConfig(**{**fields, **settings, "layer_types": types})
+    except ValueError as error:
+        raise ValueError(f"the attention layers do not fit into GKA layers: {error}") from None
+
+
+def _is_replaced(name: str, chosen: list[int]) -> bool:
+    """Whether the parameter is of the mixing part of a chosen layer."""
+    return any(
+        name.startswith(f"model.layers.{index}.{part}.") for index in chosen for part in ("self_attn", "gka")
+    )
