@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What torch.compile keeps on disk knows operators by name: with other arguments than now it would be wrong.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import logging
 from collections.abc import Iterator
