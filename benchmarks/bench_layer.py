@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import gka
-from benchmarks.calls import allow_fla_backward, first_calls, fla_is_missing
+from benchmarks.calls import allow_fla_backward, first_calls, fla_is_missing, gpu_seconds
 from benchmarks.common import medians, write_result
 from gka import fused
 
@@ -140,14 +140,9 @@ def our_kernels() -> set[str]:
 
 def shares(function: Call) -> dict[str, float]:
     """Seconds on the GPU of every part, by one profiled call."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
     ours, found = our_kernels(), dict.fromkeys(("op", *PARTS, "rest"), 0.0)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[part_of(event.name, ours)] += event.time_range.elapsed_us() / 1e6
+    for name, time in gpu_seconds(function).items():
+        found[part_of(name, ours)] += time
     return found
 
 

@@ -117,3 +117,16 @@ def first_calls(functions: dict[str, Callable[[], object]], device: torch.device
             function()
             found[name]["peak bytes"] = torch.cuda.max_memory_allocated() - before
     return found
+
+
+def gpu_seconds(function: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the GPU by name of kernel, of one profiled call."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6
+    return found

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.calls import gpu_seconds
 
 BANDWIDTH, RATE = 4.2e12, 790e12  # bytes and flops a second
 C = 64
@@ -44,15 +44,9 @@ def floor(kernel: str, B: int, T: int, H: int, D: int) -> float:
 
 def seconds_by_kernel(function: Callable[[], object]) -> dict[str, float]:
     """Seconds on the GPU of every kernel of KERNELS in one profiled call, and of all others as "rest"."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
     found = dict.fromkeys((*KERNELS, "rest"), 0.0)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            name = event.name if event.name in KERNELS else "rest"
-            found[name] += event.time_range.elapsed_us() / 1e6
+    for name, time in gpu_seconds(function).items():
+        found[name if name in KERNELS else "rest"] += time
     return found
 
 

@@ -11,13 +11,8 @@ import torch
 from .convert_options import ConvertOptions
 from .errors import UserError, reason
 from .hf.convert import FAMILIES, convert
-from .loading import find_checkpoint, load_model
+from .loading import copy_tokenizer, find_checkpoint, load_model
 from .quiet import quiet
-
-_TOKENIZER_FILES = (
-    "tokenizer*.json", "tokenizer.model", "spiece.model", "*.tiktoken", "vocab*.json", "vocab.txt", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template*.json", "chat_template*.jinja",
-)  # fmt: skip
 
 
 def main(options: ConvertOptions) -> None:
@@ -41,14 +36,6 @@ def main(options: ConvertOptions) -> None:
         f"tokenizer  {', '.join(copied) or 'none in the folder of the model'}\n"
         f"next       gka distill {out} --teacher {options.model} --data PATH --output DIR"
     )
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the files of a tokenizer, and only those, as they are; their names."""
-    found = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
-    for path in found:
-        shutil.copyfile(path, target / path.name)
-    return [path.name for path in found]
 
 
 def _check_place(out: Path, source: Path, overwrite: bool) -> None:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from .commands import ExportOptions
 from .errors import UserError
 from .hf.checkpoint import begin_folder, end_folder, export_published, read_headers, restore_dtypes
-from .loading import find_checkpoint, load_model
+from .loading import copy_tokenizer, find_checkpoint, load_model
 from .quiet import quiet
-
-# Files beside the weights that a format does not change.
-KEPT = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def main(options: ExportOptions) -> None:
@@ -41,7 +29,5 @@ def main(options: ExportOptions) -> None:
             end_folder(partial, output)
     except (ValueError, FileExistsError) as error:
         raise UserError(str(error).replace("(num_iter)", "(--num-iter)")) from None
-    for name in KEPT:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    copy_tokenizer(source, output)
     print(f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {options.format}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from .hf.checkpoint import BadCheckpoint, check_finite
 from .hf.config import GKAConfig, PublishedConfig
 
 MODEL_FOLDER = "model"
+_TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model", "spiece.model", "*.tiktoken", "vocab*.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*.json", "chat_template*.jinja",
+)  # fmt: skip
 OURS = (GKAConfig.model_type, PublishedConfig.model_type)
 
 
@@ -119,3 +124,11 @@ def load_checkpoint(
     if document_token(tokenizer) is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-text token (eos_token)")
     return model, tokenizer
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the files of a tokenizer, and only those, as they are; their names."""
+    found = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]

@@ -10,11 +10,13 @@ import inspect
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 
 _AHEAD: ContextVar[bool] = ContextVar("gka_compiling_ahead", default=False)
 THREADS = 8
@@ -29,6 +31,16 @@ def can_compile_side_by_side() -> bool:
 def compiling_ahead() -> bool:
     """Whether launches are compiled instead of run."""
     return _AHEAD.get()
+
+
+def both(kk: Tensor | None, kv: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """S_kk and S_kv for a kernel that chooses between their pointers: one that is missing stands in, unread."""
+    return kv if kk is None else kk, kv
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:

@@ -17,7 +17,6 @@ tokens.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,7 +30,7 @@ from ..kernels.prepare import scales_of_rows, weigh_tokens
 from ..kernels.readout import query_gradients, read_gradients, read_states
 from ..kernels.solve import solve_chunks, state_norms
 from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
-from .launch import can_compile_side_by_side, compiling_ahead, launch, side_by_side
+from .launch import both, can_compile_side_by_side, compiling_ahead, launch, on_device, side_by_side
 from .solvers import node_steps
 from .triton_config import INTERPRETED, Config, capability, config_for
 from .types import Gradients, Inputs, Options, Outputs, Saved
@@ -195,8 +194,8 @@ class _Call:
         if not tiles * self.H * self.N:
             return
         launch(scan_states, tiles * self.H * (spans if states is None else self.N + spans),
-            inputs.k, inputs.v, *weights, *_both(inputs.S_kk, inputs.S_kv), *_both(*final),
-            *_both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
+            inputs.k, inputs.v, *weights, *both(inputs.S_kk, inputs.S_kv), *both(*final),
+            *both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
             self.chunks, self.offsets, self.crossing, first, last, self.NT, self.N, self.H, self.Hk,
             self.D, self.V, tiles, BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=self.config.pipeline,
             SUM_ONLY=states is None, KV_LO=states is None or states[3] is not None, HAS_FINAL=final[1] is not None,
@@ -242,11 +241,6 @@ class _Call:
         )  # fmt: skip
 
 
-def _both(kk: Tensor | None, kv: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """S_kk and S_kv for a kernel that chooses between their pointers: one that is missing stands in, unread."""
-    return kv if kk is None else kk, kv
-
-
 def _edge(edges: list[Tensor | None], part: int) -> list[Tensor | None]:
     return [None if tensor is None else tensor[part % tensor.shape[0]] for tensor in edges]
 
@@ -277,11 +271,6 @@ def empty_saved(inputs: Inputs, options: Options) -> Saved:
         q.new_empty(edges, H, D, D, dtype=torch.float32) if solve else None,
         q.new_empty(edges, H, D, V, dtype=torch.float32),
     )
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current GPU: make it that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _contiguous(inputs: Inputs) -> Inputs:
@@ -325,7 +314,7 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
     if output_final_state:
         final_kv = call.empty(call.N, call.H, call.D, call.V)
         final_kk = call.empty(call.N, call.H, call.D, call.D) if call.solve else None
-    with _on(inputs.q.device):
+    with on_device(inputs.q.device):
         states, edges = call.state_pairs(kv_lo=True), (saved.edge_kk, saved.edge_kv)
         x, x_lo = saved.x, saved.x if saved.x_lo is None else saved.x_lo
         query_scale, key_scale = call.scales()
@@ -381,7 +370,7 @@ def backward(
     )
     if not call.solve and dalpha is not None:
         dalpha.zero_()
-    with _on(q.device):
+    with on_device(q.device):
         states, (d_kk, d_kv) = call.state_pairs(kv_lo=False), call.states()
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
@@ -430,8 +419,8 @@ def backward(
                 )  # fmt: skip
             if H * call.N:
                 launch(scan_gradients, (tiles_kk + tiles_kv) * H * call.N,
-                    weights[2], pull, states[0], states[2], *_both(*d_given), *_both(dS_kk, dS_kv),
-                    *_both(*_edge(d_edges, part + 1)), *_both(*_edge(d_edges, part)),
+                    weights[2], pull, states[0], states[2], *both(*d_given), *both(dS_kk, dS_kv),
+                    *both(*_edge(d_edges, part + 1)), *both(*_edge(d_edges, part)),
                     d_kk, d_kv, through, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
                     BM=call.config.rows, BV=call.config.wide_row, HAS_FINAL=has_final,
                     WIDE=call.config.wide, **call.flags("SOLVE", "HAS_INITIAL"), **call.config.gradients,

@@ -79,8 +79,7 @@ def _launch(
 ) -> Tensor:
     """o; `new_state` is written, and may be `state`, whose tensors need not be contiguous."""
     from ..kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
-    from .launch import launch
-    from .triton_op import _both, _on
+    from .launch import both, launch, on_device
 
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {q.device}")
@@ -91,9 +90,9 @@ def _launch(
     states, targets = ([x if x is None else x.contiguous() for x in both] for both in (state, new_state))
     table = _node_table(tuple(steps), ridge_ratio, q.device)
     if B:
-        with _on(q.device):
+        with on_device(q.device):
             launch(step_token, B * H,
-                *inputs, *_both(*states), *_both(*targets), o, table, scale, ridge_ratio, sum(steps), H, Hk,
+                *inputs, *both(*states), *both(*targets), o, table, scale, ridge_ratio, sum(steps), H, Hk,
                 D=D, V=V, SOLVE=bool(steps), HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None,
                 NORMALIZE=normalize_qk, **step_config(state.S_kv.dtype, D, V),
             )  # fmt: skip
