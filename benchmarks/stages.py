@@ -21,8 +21,7 @@ C = 64
 # bytes each; float32 counts twice), D x D matrices per chunk, and products with S and K together (of the solve).
 KERNELS: dict[str, tuple[float, float, float]] = {
     "scan_states": (3 * 2, 4 + 3, 0),  # three times: sums of spans, forwards, backwards
-    "state_norms": (1, 1, 0),
-    "solve_chunks": (4 + 5, 2 * 2, 2 * 32.5),  # twice; 30 products and a residual
+    "solve_chunks": (4 + 7, 2 * 2, 68.6),  # twice 30 products and a residual; norms, and one more of the adjoint
     "read_states": (6, 2, 0),
     "read_gradients": (5, 1, 0),
     "query_gradients": (8, 0, 0),

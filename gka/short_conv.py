@@ -34,8 +34,10 @@ class Gaps(NamedTuple):
         """Build it for `tokens` tokens, packed by `cu_seqlens` [N + 1] of int32 or int64."""
         token = torch.arange(tokens, device=cu_seqlens.device)
         number = cu_seqlens.shape[0] - 1
-        sequence = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
-        sequence = sequence.clamp(max=max(number - 1, 0))  # that they do not end at the last token, the op refuses
+        # Not in cu_seqlens[1:]: torch.compile of PyTorch 2.11 forgets on a GPU where such a view starts.
+        sequence = torch.searchsorted(cu_seqlens.to(token.dtype), token, right=True) - 1
+        # That they do not start at the first token or end at the last, the op refuses.
+        sequence = sequence.clamp(min=0, max=max(number - 1, 0))
         return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * max(number, 1))
 
 

@@ -57,7 +57,7 @@ def test_the_picture_of_the_stages(tmp_path: Path) -> None:
     size = {"B": 1, "T": 131072, "H": 16, "D": 128}
     floors = {name: stages.floor(name, **size) for name in stages.KERNELS}
     assert all(value > 0 for value in floors.values())
-    assert floors["solve_chunks"] == pytest.approx(2 * 32.5 * 65536 * 131072 * 16 / 790e12)
+    assert floors["solve_chunks"] == pytest.approx(68.6 * 65536 * 131072 * 16 / 790e12)
     assert floors["query_gradients"] == pytest.approx(2048 * 131072 * 16 / 4.2e12)
     row = {"part": "wide", "op": "gka (16, 16)", "what": "forward+backward", **size, "V": 128}
     row |= {"kernels": {name: 2 * value for name, value in floors.items()} | {"rest": 0.0}}

@@ -63,7 +63,7 @@ MORE = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
 def test_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    """Against the chunk-wise form in float64; dg takes <z, q> for <z, A x>, which differ by the truncation."""
+    """Against the chunk-wise form in float64."""
     arguments = converted(moved(make_inputs(case), device), dtype)
     backend = None if case.D > 64 and dtype != torch.bfloat16 else "triton"
     out = run(arguments, backend=backend, steps=(16, 16) if dtype == torch.bfloat16 else (31,))
@@ -72,7 +72,6 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     o, gradients = {torch.float32: (2e-5, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1.5e-2)}[
         dtype
     ]
-    assert_close({"dg": out.pop("dg")}, {"dg": ref.pop("dg")}, 1.5e-2 if dtype == torch.bfloat16 else 1e-3, "dg")
     assert_close({"o": out.pop("o")}, {"o": ref.pop("o")}, o, "o")
     assert_close(out, ref, gradients)
 

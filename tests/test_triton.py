@@ -40,13 +40,20 @@ MORE = (
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
 def test_float32_equals_the_chunked_form(case: Case) -> None:
-    """All but dg to rounding; dg takes <z, q> for <z, A x>, which differ by the truncation of the solve."""
+    """To rounding: the truncation of the solve is in both, in dg too."""
     arguments = converted(make_inputs(case), torch.float32)
     chunk_size = 16 if sum(case.lengths) < 60 else 32
     out = run(arguments, backend="triton", chunk_size=chunk_size, steps=(31,))
     ref = run(doubled(arguments), backend="chunked", steps=(31,))
-    assert_close({"dg": out.pop("dg")}, {"dg": ref.pop("dg")}, 1e-3, "dg")
     assert_close(out, ref, 5e-6)
+
+
+@pytest.mark.parametrize("steps", [(4,), (3, 2)], ids=str)
+def test_few_nodes_leave_the_same_everywhere(steps: tuple[int, ...]) -> None:
+    """However far x is from the solution, all gradients go with it: dg takes <z, A x>, not <z, q>."""
+    arguments = converted(make_inputs(CASES[6]), torch.float32)
+    out = run(arguments, backend="triton", chunk_size=16, steps=steps)
+    assert_close(out, run(doubled(arguments), backend="chunked", steps=steps), 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,6 @@ def test_parts_and_chunk_sizes_change_nothing(
     monkeypatch.setattr(triton_op, "WORKSPACE_BYTES", per_edge * edges_per_part)
     monkeypatch.setattr(triton_op, "EDGE_EVERY", 2)
     out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
-    assert_close({"dg": out.pop("dg")}, {"dg": ref.pop("dg")}, 1e-3, "dg")
     assert_close(out, ref, 1e-5)
 
 
@@ -130,7 +136,6 @@ def test_zero_keys_and_forgetting() -> None:
     ref = run(doubled(arguments), backend="chunked", steps=(31,))
     for name in out:
         assert out[name].isfinite().all(), name
-    assert_close({"dg": out.pop("dg")}, {"dg": ref.pop("dg")}, 1e-3, "dg")
     assert_close(out, ref, 2e-5)
 
 

@@ -66,8 +66,9 @@ def find_packing(
 
 def _from_lengths(cu_seqlens: Tensor, T: int) -> Packing:
     token = torch.arange(T, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    sequence = sequence.clamp(max=cu_seqlens.shape[0] - 2)
+    # Not in cu_seqlens[1:], see `short_conv.Gaps`.
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = sequence.clamp(min=0, max=cu_seqlens.shape[0] - 2)
     return Packing(cu_seqlens, (token - cu_seqlens[sequence]).unsqueeze(0))
 
 

@@ -9,7 +9,10 @@ Backward (section 4.3), dy and then, with z = alpha A^{-1} dy from the solve:
 
     dy = scale ((zeta o dO) S_kv_0^T + ((dO V^T) o M o beta^2 r_k) K)
     dalpha = <x - r_q q, dy>       dq = (1 - alpha) dy + z, taken through the normalisation
-    w = a <z, x> / ||S||           rest = <y, dy> - <z, r_q q>
+    w = a <z, x> / ||S||           rest = <y, dy> - <A z, x>
+
+<A z, x>, the solve takes from one more product: <z, r_q q> departs from it by the truncation of x, and where the
+sum of such terms nearly cancels, as in the gradient of A_log, that shows.
 
 x and z are pairs hi + lo, dy is float32. One program works on one chunk of one head.
 
@@ -111,6 +114,7 @@ def read_gradients(
 def query_gradients(
     q_ptr, alpha_ptr, query_scale_ptr, x_hi_ptr, x_lo_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
     dy_ptr, z_hi_ptr, z_lo_ptr,  # [chunks, H, C, BD], dy float32
+    energy_ptr,  # <A z, x>, [tokens, H] float32
     dq_ptr, dalpha_ptr, w_ptr, rest_ptr,  # out: [tokens, H, D], [tokens, H]
     chunk_ptr, ridge_ratio, first_chunk, H, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
@@ -143,7 +147,7 @@ def query_gradients(
             alpha = load_scalars(alpha_ptr, start, end, H, h, ROWS)
             through_alpha = alpha * through_alpha
             dq = (1.0 - alpha)[:, None] * dy + z
-        rest += through_alpha - tl.sum(z * q, 1)
+        rest += through_alpha - load_scalars(energy_ptr, start, end, H, h, ROWS)
         norm = load_scalars(norm_ptr, start, end, H, h, ROWS)
         w = ridge_ratio * tl.sum(z * x, 1) * tl.where(norm > 0.0, 1.0 / norm, 0.0)
         store_scalars(w_ptr, w, start, end, H, h, ROWS)

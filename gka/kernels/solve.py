@@ -40,59 +40,69 @@ from .common import (
 )
 
 
-@triton.jit(do_not_specialize=["first_chunk"])
-def state_norms(
-    k_ptr, g_ptr, beta_ptr, key_scale_ptr,  # [tokens, Hk, D], [tokens, H] twice, [tokens, Hk]
-    kk_ptr,  # first states (hi), [chunks, H, D, D]
-    norm_ptr,  # out: [tokens, H] float32
-    chunk_ptr, first_chunk, H, Hk, D: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """||S_c||_F of every token, with M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and zeta_c = e^{G_c}:
+@triton.jit
+def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
+    """||S_c||_F [C] of every token, with M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and zeta_c = e^{G_c}:
 
         ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + 2 zeta_c sum_j M_{c,j} k_j^T S_0 k_j
                       + sum_j [M (K K^T)^2]_{c,j} M_{c,j}
 
     Every term is at least zero, nothing cancels.
     """
-    program = tl.program_id(0)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
-    if start >= end:
-        return
-    hk = h // (H // Hk)
-    G = log_decays(g_ptr, start, end, H, h, C)
     zeta = tl.exp(G)
-    beta, scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
-    keys = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD)
-    S = load_matrix(kk_ptr, program, D, D, 0, 0, BD, BD)
     first_square = tl.sum(tl.sum(S.to(tl.float32) * S.to(tl.float32), 1), 0)
-    K = rough(keys, WIDE)
     through_state = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
-    quadratic = tl.sum(through_state * keys.to(tl.float32), 1)
+    quadratic = tl.sum(through_state * K.to(tl.float32), 1)
     gram = dot(K, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
     gram = gram * gram
-    M = past_mask(G, C) * (beta * beta * scale * scale)[None, :]
+    M = past_mask(G, C) * weight[None, :]
     gram_hi, gram_lo = split(gram, WIDE)
     meeting = pair_dot(M, gram_hi, gram_lo, tl.zeros([C, C], tl.float32), WIDE)
     square = zeta * zeta * first_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + meeting), 1)
-    store_scalars(norm_ptr, tl.sqrt(tl.maximum(square, 0.0)), start, end, H, h, C)
+    return tl.sqrt(tl.maximum(square, 0.0))
+
+
+@triton.jit
+def _residual(
+    x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio, row, stop, rows_H, rows_h, rows_D, program, D,
+    C: tl.constexpr, BD: tl.constexpr, HAS_RHS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """S^ x + a x - rhs (without rhs unless HAS_RHS) as exactly as float32 sums allow, x [C, BD] in float32."""
+    scores = fine_dot(x, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
+    scores = scores * past_mask(G, C) * inverse[:, None] * weight[None, :]
+    tl.debug_barrier()
+    start = ridge_ratio * x
+    if HAS_RHS:
+        start -= load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
+    product = fine_dot(scores, K, start, WIDE)
+    hi, lo = split(x * (tl.exp(G) * inverse)[:, None], WIDE)
+    product = dot(hi, S, product, WIDE)
+    if not WIDE:
+        product = dot(lo, S, product, WIDE)
+        tl.debug_barrier()
+        S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
+        product = dot(hi, S_lo, product, WIDE)
+    return product
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def solve_chunks(
     rhs_ptr, x_hi_ptr, x_lo_ptr,  # right-hand sides, out: solutions (hi, lo of no use if WIDE)
-    # these are [tokens, H, D], or [chunks, H, C, BD] if LOCAL
-    k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr, norm_ptr,  # [tokens, Hk, D], [tokens, H], [tokens, Hk]
+    # these are [tokens, H, D], or [chunks, H, C, BD] if ADJOINT
+    k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr,  # [tokens, Hk, D], [tokens, H], key_scale [tokens, Hk]
+    norm_ptr,  # [tokens, H] float32, out unless ADJOINT
     kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D]
+    y_hi_ptr, y_lo_ptr, energy_ptr,  # if ADJOINT: y [tokens, H, D], and out: <A x, y> [tokens, H] float32
     tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
     chunk_ptr, ridge_ratio, first_chunk, H, Hk, D: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, LOCAL: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ADJOINT: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """x_c = (S_c + a ||S_c||_F I)^{-1} rhs_scale_c rhs_c for all tokens of one chunk; 0 where S_c is."""
+    """x_c = A_c^{-1} rhs_scale_c rhs_c with A_c = S_c + a ||S_c||_F I, for all tokens of a chunk; 0 where S_c is.
+
+    ADJOINT, rhs is dy, rhs_scale alpha, and y the solution of the forward pass.
+    """
     program = tl.program_id(0).to(tl.int64)
     h, local = program % H, program // H
     start, end = chunk_of(chunk_ptr, first_chunk + local)
@@ -100,56 +110,62 @@ def solve_chunks(
         return
     hk = h // (H // Hk)
     row, stop, rows_H, rows_h, rows_D = start, end, H, h, D
-    if LOCAL:
+    if ADJOINT:
         row, stop, rows_H, rows_h, rows_D = program * C, program * C + C, 1, program * 0, BD
 
     K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     Kt = tl.trans(K)
     S = load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD)
-    norm = load_scalars(norm_ptr, start, end, H, h, C)
-    inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
     G = log_decays(g_ptr, start, end, H, h, C)
-    zeta = tl.exp(G) * inverse
     beta, scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
     weight = beta * beta * scale * scale
+    if ADJOINT:
+        norm = load_scalars(norm_ptr, start, end, H, h, C)
+    else:
+        norm = _norms(K, S, G, weight, C, BD, WIDE)
+        store_scalars(norm_ptr, norm, start, end, H, h, C)
+    inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
+    zeta = tl.exp(G) * inverse
     rough_M = rough(past_mask(G, C) * inverse[:, None] * weight[None, :], WIDE)
-    # A product's zeros put the right-hand side in the registers where the iteration wants it, once.
-    nothing = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE) * 0.0
     tl.debug_barrier()
-    target = rough(load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32) + nothing, WIDE)
+    rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
+    # Added to a product of nothing, the right-hand side comes into the registers where products want it.
+    target = rough(dot(tl.zeros_like(K), S, -rhs, WIDE), WIDE)
 
-    x = nothing
+    x = tl.zeros([C, BD], tl.float32)
     for stage in tl.static_range(STAGES):
         if stage > 0:
-            scores = fine_dot(x, Kt, tl.zeros([C, C], tl.float32), WIDE)
-            scores = scores * past_mask(G, C) * inverse[:, None] * weight[None, :]
-            tl.debug_barrier()
-            rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
-            product = fine_dot(scores, K, ridge_ratio * x - rhs, WIDE)
-            hi, lo = split(x * zeta[:, None], WIDE)
-            product = dot(hi, S, product, WIDE)
-            if not WIDE:
-                product = dot(lo, S, product, WIDE)
-                tl.debug_barrier()
-                S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
-                product = dot(hi, S_lo, product, WIDE)
-            target = rough(-product, WIDE)
+            product = _residual(
+                x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
+                row, stop, rows_H, rows_h, rows_D, program, D, C, BD, True, WIDE,
+            )  # fmt: skip
+            target = rough(product, WIDE)
         first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
-        x = tl.load(tau_ptr + first) * widened(target, WIDE)
+        x = -tl.load(tau_ptr + first) * widened(target, WIDE)
         for node in range(first + 1, last):
             tau = tl.load(tau_ptr + node)
             scores = dot(rough(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
-            product = dot(rough_product(scores, rough_M, WIDE), K, tl.zeros([C, BD], tl.float32), WIDE)
+            product = dot(rough_product(scores, rough_M, WIDE), K, widened(target, WIDE), WIDE)
             product = dot(rough(x * zeta[:, None], WIDE), S, product, WIDE)
-            x = x * (1.0 - tau * ridge_ratio) + tau * (widened(target, WIDE) - product)
+            x = x * (1.0 - tau * ridge_ratio) - tau * product
         if stage > 0:
             tl.debug_barrier()
             x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, C, BD, WIDE)
+        factor = tl.full([C], 1.0, tl.float32)
         if stage == STAGES - 1:
+            factor = inverse
             if HAS_SCALE:
-                inverse = inverse * load_scalars(rhs_scale_ptr, start, end, H, h, C)
-            x = x * inverse[:, None]
-        hi, lo = split(x, WIDE)
+                factor *= load_scalars(rhs_scale_ptr, start, end, H, h, C)
+        hi, lo = split(x * factor[:, None], WIDE)
         store_rows(x_hi_ptr, hi, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
         if not WIDE:
             store_rows(x_lo_ptr, lo, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+        if ADJOINT:
+            if stage == STAGES - 1:
+                product = _residual(
+                    x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
+                    row, stop, rows_H, rows_h, rows_D, program, D, C, BD, False, WIDE,
+                )  # fmt: skip
+                tl.debug_barrier()
+                y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, C, BD, WIDE)
+                store_scalars(energy_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)

@@ -77,8 +77,7 @@ def gated_kalmanet(
         output_final_state: whether the states after the last token are returned.
         cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
             cu_seqlens[n + 1] of a batch with B = 1; from 0 to T, not decreasing.
-        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it, but
-            for dg of the kernels, by as much as `steps` leave of the solve.
+        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
         normalize_qk: whether q and k are divided by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
         backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
             "chunked" (PyTorch, any device) or "reference" (float64 token loop, slow). None takes the first that

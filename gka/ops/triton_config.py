@@ -22,7 +22,8 @@ CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
 
 @dataclass(frozen=True)
 class Config:
-    """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`;
+    """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`,
+    span_tile where it only sums;
     half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; share: rows of `query_gradients`;
     pipeline: chunks on their way in `scan_states`.
 
@@ -33,17 +34,20 @@ class Config:
     BD: int
     BV: int
     tile: tuple[int, int]
+    span_tile: tuple[int, int]
     half: int
     rows: int
     wide_row: int
     share: int
     pipeline: int
     scan: dict[str, int]
-    norms: dict[str, int]
+    rescan: dict[str, int]
+    spans: dict[str, int]
     solve: dict[str, int]
     read: dict[str, int]
     rowwise: dict[str, int]
     gradients: dict[str, int]
+    increments_kk: dict[str, int]
     increments: dict[str, int]
     local: dict[str, int]
 
@@ -94,17 +98,20 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
         BD=BD,
         BV=BV,
         tile=(64, 64),
-        half=64,
+        span_tile=(BD, 64) if hopper and not wide else (64, 64),
+        half=BD if hopper else 64,
         rows=8,
         wide_row=_power_of_two(max(D, V)),
         share=16,
         pipeline=3,
-        scan=few,
-        norms=three if hopper else many,
+        scan=three if hopper else few,
+        rescan=few,
+        spans=few,
         solve=few if hopper else many,
         read=few if hopper else many,
         rowwise=few,
         gradients=many,
+        increments_kk=many if hopper else few,
         increments=three if hopper else few,
         local=few if hopper else many,
     )

@@ -6,7 +6,7 @@ everything else: only those at every EDGE_EVERY-th chunk are kept (`Saved.edge_k
 into parts of consecutive chunks that share one workspace, for which each part's states are scanned from there.
 
     forward     scan_states (sums of spans), join_edges                                                    at once
-                scan_states, state_norms, solve_chunks, read_states                                  part by part
+                scan_states, solve_chunks, read_states                                               part by part
     backward    scan_states, read_gradients, solve_chunks, query_gradients, increments_kk, increments_kv,
                 scan_gradients, value_gradients, key_gradients                           parts from last to first
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from ..kernels.local import key_gradients, value_gradients
 from ..kernels.prepare import scales_of_rows, weigh_tokens
 from ..kernels.readout import query_gradients, read_gradients, read_states
-from ..kernels.solve import solve_chunks, state_norms
+from ..kernels.solve import solve_chunks
 from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
 from .launch import both, can_compile_side_by_side, compiling_ahead, launch, on_device, side_by_side
 from .solvers import node_steps
@@ -188,7 +188,11 @@ class _Call:
         states: list[Tensor | None] | None,
     ) -> None:  # fmt: skip
         """Scan the states of chunks first to last from the edges; without `states`, for the edges alone."""
-        inputs, (first, last), (BM, BN) = self.inputs, chunks, self.config.tile
+        inputs, config, (first, last) = self.inputs, self.config, chunks
+        if states is None:
+            (BM, BN), warps = config.span_tile, config.spans
+        else:
+            (BM, BN), warps = config.tile, config.scan if states[3] is not None else config.rescan
         columns = (-(-self.D // BN) if self.solve else 0) + -(-self.V // BN)
         tiles, spans = -(-self.D // BM) * columns, -(-max(1, last - first) // EDGE_EVERY)
         if not tiles * self.H * self.N:
@@ -197,9 +201,9 @@ class _Call:
             inputs.k, inputs.v, *weights, *both(inputs.S_kk, inputs.S_kv), *both(*final),
             *both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
             self.chunks, self.offsets, self.crossing, first, last, self.NT, self.N, self.H, self.Hk,
-            self.D, self.V, tiles, BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=self.config.pipeline,
+            self.D, self.V, tiles, BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=config.pipeline,
             SUM_ONLY=states is None, KV_LO=states is None or states[3] is not None, HAS_FINAL=final[1] is not None,
-            **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **self.config.scan,
+            **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **warps,
         )  # fmt: skip
 
     def find_edges(
@@ -227,16 +231,19 @@ class _Call:
                 )
 
     def solve_part(
-        self, part: int, rhs: Tensor, x: tuple[Tensor, Tensor], scale: Tensor | None, key_scale: Tensor | None,
-        norm: Tensor, states: list[Tensor | None], *, local: bool,
+        self, part: int, rhs: Tensor, x: tuple[Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None],
+        norm: Tensor, states: list[Tensor | None], adjoint: tuple[Tensor | None, ...] | None = None,
     ) -> None:  # fmt: skip
-        """x = A^{-1} rhs, times scale, as a pair; rows are those of tokens, or of the part if `local`."""
+        """x = A^{-1} rhs, times the first of `scales`, as a pair; the second one is that of keys.
+
+        Rows are those of tokens, or of the part if `adjoint`: a pair y, and where <A x, y> goes.
+        """
         (first, last), inputs = self.parts[part], self.inputs
         launch(solve_chunks, (last - first) * self.H,
-            rhs, *x, inputs.k, inputs.g, scale, inputs.beta, key_scale, norm, states[0], states[1],
-            self.taus, self.stages, self.chunks, self.options.ridge_ratio, first,
-            self.H, self.Hk, self.D, BD=self.config.BD, STAGES=len(self.options.steps), LOCAL=local,
-            HAS_SCALE=scale is not None,
+            rhs, *x, inputs.k, inputs.g, scales[0], inputs.beta, scales[1], norm, states[0], states[1],
+            *(adjoint or 3 * (None,)), self.taus, self.stages, self.chunks, self.options.ridge_ratio, first,
+            self.H, self.Hk, self.D, BD=self.config.BD, STAGES=len(self.options.steps),
+            ADJOINT=adjoint is not None, HAS_SCALE=scales[0] is not None,
             **self.flags("HAS_BETA", "NORMALIZE"), **self.arithmetic, **self.config.solve,
         )  # fmt: skip
 
@@ -326,12 +333,8 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
             if not programs:
                 continue
             if x is not None and x_lo is not None and saved.norm is not None:
-                launch(state_norms, programs,
-                    inputs.k, inputs.g, inputs.beta, key_scale, states[0], saved.norm, call.chunks,
-                    first, call.H, call.Hk, call.D, BD=call.config.BD,
-                    **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.norms,
-                )  # fmt: skip
-                call.solve_part(part, inputs.q, (x, x_lo), query_scale, key_scale, saved.norm, states, local=False)
+                scales = (query_scale, key_scale)
+                call.solve_part(part, inputs.q, (x, x_lo), scales, saved.norm, states)
             launch(read_states, programs,
                 inputs.q, inputs.k, inputs.v, inputs.g, inputs.alpha, inputs.beta, query_scale, key_scale,
                 x, x_lo, *states[2:], o, call.chunks, options.scale, first, call.H, call.Hk, call.D, call.V,
@@ -380,11 +383,11 @@ def backward(
         rest, written, written_end = (call.empty(call.B, call.T, H) for _ in range(3))
         scores = call.empty(call.part_chunks, H, 4, C, C, dtype=call.state_type)
         dy = call.local()
-        x = x_lo = z = z_lo = w = b = along = pull = None
+        x = x_lo = z = z_lo = energy = w = b = along = pull = None
         if call.solve and saved.x is not None:
             x, x_lo = saved.x, saved.x if call.config.wide else saved.x_lo
             z, z_lo = call.pair(call.local(call.state_type))
-            w, b, along = (torch.empty_like(rest) for _ in range(3))
+            energy, w, b, along = (torch.empty_like(rest) for _ in range(4))
             pull = call.empty(call.part_chunks, H)
         per_block, blocks = call.config.BD // call.config.half, call.blocks["BLOCKS"]
         tiles_kk, tiles_kv = -(-D // call.config.rows) if call.solve else 0, -(-D // call.config.rows)
@@ -399,9 +402,12 @@ def backward(
                     **call.blocks, **call.arithmetic, **call.config.read,
                 )  # fmt: skip
                 if z is not None and z_lo is not None and saved.norm is not None:
-                    call.solve_part(part, dy, (z, z_lo), inputs.alpha, key_scale, saved.norm, states, local=True)
+                    call.solve_part(
+                        part, dy, (z, z_lo), (inputs.alpha, key_scale), saved.norm, states,
+                        adjoint=(x, x_lo, energy),
+                    )  # fmt: skip
                 launch(query_gradients, programs * (C // call.config.share),
-                    q, inputs.alpha, query_scale, x, x_lo, saved.norm, dy, z, z_lo,
+                    q, inputs.alpha, query_scale, x, x_lo, saved.norm, dy, z, z_lo, energy,
                     dq, dalpha, w, rest, call.chunks, options.ridge_ratio, first, H, D,
                     C=C, BD=call.config.BD, ROWS=call.config.share, WIDE=call.config.wide,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.config.rowwise,
@@ -410,7 +416,7 @@ def backward(
                     launch(increments_kk, programs * per_block,
                         k, x, z, g, beta, key_scale, w, d_kk, b, pull,
                         call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
-                        **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
+                        **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments_kk,
                     )  # fmt: skip
                 launch(increments_kv, programs * blocks,
                     q, x, do, g, inputs.alpha, query_scale, d_kv, call.chunks, options.scale,
