@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import UserError
+from .layer import UNDECAYED
 from .run_folder import PARTIAL_CHECKPOINT
 from .schedule import Schedule
 
@@ -43,8 +44,8 @@ class GKATrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
-        excluded = {name for name, value in model.named_parameters() if getattr(value, "_no_weight_decay", False)}
-        return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rsplit(".", 1)[-1] not in UNDECAYED]  # FSDP2 drops the marks
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
