@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import UserError
+from .folders import to_disk
 from .layer import UNDECAYED
 from .run_folder import PARTIAL_CHECKPOINT
 from .schedule import Schedule
@@ -113,23 +113,12 @@ class GKATrainer(Trainer):
         if self.is_world_process_zero():
             state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
             (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
-            _to_disk(partial / name)
+            to_disk(partial / name)
             shutil.rmtree(run / name, ignore_errors=True)
             (partial / name).rename(run / name)
             partial.rmdir()
             rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
-
-
-def _to_disk(folder: Path) -> None:
-    """Have the operating system write all files of a folder, so that they survive a power cut too."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() or os.name == "posix":
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 class ScheduleCallback(TrainerCallback):
