@@ -1,11 +1,10 @@
 """Saves that are killed at every point where they touch a file: what was there before stays whole and loads.
 
-Figures go to docs/reliability.md; `python tests/test_interrupted_saves.py` prints them as JSON.
+`python -m benchmarks.bench_reliability` counts the same for docs/reliability.md.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -246,7 +245,7 @@ def test_a_checkpoint_of_transformers_trainer_may_be_half(tmp_path: Path) -> Non
 
 
 def figures() -> dict[str, dict[str, int]]:
-    """Outcomes of every kind of save, as printed below."""
+    """Outcomes of every kind of save, for the benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "place"
         return {
@@ -259,7 +258,3 @@ def figures() -> dict[str, dict[str, int]]:
             "checkpoint of gka train": training(Path(folder) / "a", our_trainer),
             "checkpoint of transformers' Trainer": training(Path(folder) / "b", plain_trainer),
         }
-
-
-if __name__ == "__main__":
-    print(json.dumps(figures()))

@@ -9,6 +9,7 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import Any, NoReturn
@@ -410,7 +411,11 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             add_counter(cache)
         return result
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    # transformers reads the signature: it must stay that of the method that is replaced
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """As transformers'; without the tokenizers that `generate`, given them for stop strings, hands on."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
