@@ -103,7 +103,7 @@ def test_a_decode_step_of_the_layer_writes_the_caches_own_states() -> None:
         assert relative_error(no_gradient, gradient) < 1e-5
 
 
-@pytest.mark.parametrize("g", [-1e-5, -1e-4, -1e-3, -0.2, -0.3])
+@pytest.mark.parametrize("g", [-1e-5, -1e-3, -0.3])
 def test_a_decay_that_never_changes_adds_no_error_up(g: float) -> None:
     """e^g in float32 is off by up to 3e-8 of it, at every token alike: over 4,000 tokens 1e-4 of a state."""
     tokens = 4000
