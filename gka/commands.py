@@ -40,6 +40,14 @@ COMMANDS = {
         "gka.commands:GenerateOptions",
         "gka.generate:main",
     ),
+    "serve": Command(
+        "Serve a model over HTTP, with the OpenAI interface, by the code of `transformers serve`.",
+        "  gka serve runs/first\n"
+        "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
+        '    -d \'{"prompt": "def main(", "max_tokens": 64, "stream": true}\'',
+        "gka.commands:ServeOptions",
+        "gka.serve:main",
+    ),
     "eval": Command(
         "Measure the bits per byte of a trained model on any text files.",
         "  gka eval runs/first                            on the held-out text of its run\n"
@@ -250,6 +258,28 @@ class GenerateOptions:
         maximum=1,
     )
     seed: int | None = option(None, "the same seed gives the same text", group=_SAMPLING, minimum=0)
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+
+
+_SERVER = "server"
+
+
+@dataclass
+class ServeOptions:
+    """Options of `gka serve`."""
+
+    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    name: str | None = option(
+        None,
+        "what requests call the model; default: the name of the folder of the run or checkpoint",
+        group=_SERVER,
+    )
+    host: str = option("localhost", "address to listen on; 0.0.0.0 is all of this machine's", group=_SERVER)
+    port: int = option(8000, "port to listen on", group=_SERVER, minimum=1, maximum=65535)
+    default_seed: int | None = option(
+        None, "of the sampling, set once at the start; a request may set its own", group=_SERVER, minimum=0
+    )
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
 

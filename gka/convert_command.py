@@ -10,6 +10,7 @@ import torch
 
 from .convert_options import ConvertOptions
 from .errors import UserError, reason
+from .folders import begin_folder, end_folder
 from .hf.convert import FAMILIES, convert
 from .loading import copy_tokenizer, find_checkpoint, load_model
 from .quiet import quiet
@@ -53,15 +54,14 @@ def _check_place(out: Path, source: Path, overwrite: bool) -> None:
 
 def _write(model: Any, source: Path, out: Path) -> list[str]:
     """Write model and tokenizer beside their place, then put them there; the names of the tokenizer's files."""
-    partial = out.with_name(out.name + ".partial")
+    partial = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = begin_folder(out, overwrite=True)
         model.save_pretrained(partial)
         copied = copy_tokenizer(source, partial)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        end_folder(partial, out)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{out}: cannot write there: {reason(error)}") from None
     return copied

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from .commands import ExportOptions
 from .errors import UserError
-from .hf.checkpoint import begin_folder, end_folder, export_published, read_headers, restore_dtypes
+from .folders import begin_folder, end_folder
+from .hf.checkpoint import read_headers, restore_dtypes, write_published
+from .hf.published import write_config
 from .loading import copy_tokenizer, find_checkpoint, load_model
 from .quiet import quiet
 
@@ -20,14 +22,16 @@ def main(options: ExportOptions) -> None:
     output, shard_bytes = Path(options.output).expanduser(), max(1, int(options.shard_mb * 1e6))
     try:
         if options.format == "hybrid_qwen3":
-            export_published(model, output, num_iter=options.num_iter, shard_bytes=shard_bytes)
+            write_config(model.config, options.num_iter)
         elif options.num_iter is not None:
             raise UserError("--num-iter is for --format hybrid_qwen3; config.json of format gka holds the steps")
+        partial = begin_folder(output)
+        if options.format == "hybrid_qwen3":
+            write_published(model, partial, options.num_iter, shard_bytes)
         else:
-            partial = begin_folder(output)
             model.save_pretrained(partial, max_shard_size=shard_bytes)
-            end_folder(partial, output)
+        copy_tokenizer(source, partial)
+        end_folder(partial, output)
     except (ValueError, FileExistsError) as error:
         raise UserError(str(error).replace("(num_iter)", "(--num-iter)")) from None
-    copy_tokenizer(source, output)
     print(f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {options.format}")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .hf.config import GKAConfig
 
 BETA_FLOOR = 1e-6
-_UNDECAYED = ("A_log", "dt_bias")
+UNDECAYED = ("A_log", "dt_bias")
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -374,11 +374,11 @@ class GatedKalmaNet(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; marks A_log and dt_bias."""
         super().register_parameter(name, param)
-        if name in _UNDECAYED and param is not None:
+        if name in UNDECAYED and param is not None:
             param._no_weight_decay = True  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name in _UNDECAYED:
+        for name in UNDECAYED:
             if self._parameters.get(name) is not None:
                 self.register_parameter(name, self._parameters[name])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import document_token
 from .errors import UserError, reason
+from .folders import replaced
 from .hf.checkpoint import BadCheckpoint, check_finite
 from .hf.config import GKAConfig, PublishedConfig
 
@@ -35,7 +36,9 @@ def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"{folder}: no such checkpoint folder")
+        before = replaced(path)
+        hint = "" if before is None else f"; a write of it was interrupted, the one before is whole in {before}"
+        raise UserError(f"{folder}: no such checkpoint folder{hint}")
     for candidate in (path, path / MODEL_FOLDER):
         config = candidate / "config.json"
         if config.is_file():

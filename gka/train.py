@@ -37,6 +37,7 @@ from .data import (
 )
 from .errors import UserError
 from .evaluate import Score, score_texts, total_score
+from .folders import end_folder
 from .generate import generate
 from .hf.config import GKAConfig
 from .hf.model import GKAForCausalLM
@@ -312,8 +313,7 @@ def save_model(trainer: GKATrainer, output: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of no use outside the run
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        end_folder(partial, final)
         trainer.save_state()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,6 +20,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import UserError
+from .folders import to_disk
+from .layer import UNDECAYED
 from .run_folder import PARTIAL_CHECKPOINT
 from .schedule import Schedule
 
@@ -43,8 +44,8 @@ class GKATrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
-        excluded = {name for name, value in model.named_parameters() if getattr(value, "_no_weight_decay", False)}
-        return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rsplit(".", 1)[-1] not in UNDECAYED]  # FSDP2 drops the marks
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -112,23 +113,12 @@ class GKATrainer(Trainer):
         if self.is_world_process_zero():
             state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
             (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
-            _to_disk(partial / name)
+            to_disk(partial / name)
             shutil.rmtree(run / name, ignore_errors=True)
             (partial / name).rename(run / name)
             partial.rmdir()
             rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
-
-
-def _to_disk(folder: Path) -> None:
-    """Have the operating system write all files of a folder, so that they survive a power cut too."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() or os.name == "posix":
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 class ScheduleCallback(TrainerCallback):

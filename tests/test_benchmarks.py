@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_layer, common, stages, table
+from benchmarks import bench_layer, bench_reliability, common, stages, table
 from benchmarks.bench_length import tokens
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,11 @@ def run(*arguments: str) -> str:
 
 def test_results_page_is_up_to_date() -> None:
     assert table.PAGE.read_text() == table.page()
+
+
+def test_the_tables_of_the_page_on_reliability_are_up_to_date() -> None:
+    text = bench_reliability.PAGE.read_text()
+    assert text == bench_reliability.page(text)
 
 
 def test_bench_ops(tmp_path: Path) -> None:

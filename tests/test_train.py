@@ -121,7 +121,7 @@ def test_the_checkpoint_loads_with_the_auto_classes_in_a_new_process(place: Path
     [
         pytest.param("gka.data:encode", 3, None, id="while-tokens-are-written"),
         pytest.param("torch:save", 6, "checkpoint-4", id="in-the-middle-of-a-checkpoint"),
-        pytest.param("gka.trainer:_to_disk", 2, "checkpoint-4", id="before-a-checkpoint-is-renamed"),
+        pytest.param("gka.trainer:to_disk", 2, "checkpoint-4", id="before-a-checkpoint-is-renamed"),
         pytest.param("gka.trainer:ScheduleCallback.on_step_end", 11, "checkpoint-8", id="between-checkpoints"),
         pytest.param("gka.train:plot_loss", 1, "checkpoint-12", id="after-training"),
     ],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..folders import begin_folder, end_folder
 from .published import MODEL_TYPE, write_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -269,28 +269,12 @@ def export_published(
     """
     write_config(model.config, num_iter)
     partial = begin_folder(Path(folder))
-    model.save_pretrained(partial, max_shard_size=shard_bytes)
-    text = json.dumps(write_config(model.config, num_iter), indent=2) + "\n"
-    (partial / "config.json").write_text(text, encoding="utf-8")
+    write_published(model, partial, num_iter, shard_bytes)
     end_folder(partial, Path(folder))
 
 
-def begin_folder(folder: Path) -> Path:
-    """An empty folder beside the one to be.
-
-    Raises:
-        FileExistsError: that one holds something.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: is not empty")
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def end_folder(partial: Path, folder: Path) -> None:
-    """The whole folder takes its place."""
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+def write_published(model: Any, folder: Path, num_iter: int | None, shard_bytes: int) -> None:
+    """The files of `export_published`, into an empty folder."""
+    config = write_config(model.config, num_iter)
+    model.save_pretrained(folder, max_shard_size=shard_bytes)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,9 +9,10 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -409,6 +410,30 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and not self.config.has_attention:
             add_counter(cache)
         return result
+
+    # transformers reads the signature: it must stay that of the method that is replaced
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers'; without the tokenizers that `generate`, given them for stop strings, hands on."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+        return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, and with it `generate_batch`: its cache has pages of keys and values, and none for states.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "transformers' continuous batching keeps pages of keys and values and has no place for the states of "
+            "GKA layers; generate() takes a batch of padded rows with an attention_mask, and `gka serve` lets "
+            "requests take turns"
+        )
 
 
 def expected_tensors(config: GKAConfig) -> dict[str, tuple[int, ...]]:

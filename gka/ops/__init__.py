@@ -166,7 +166,8 @@ def gated_kalmanet_step(
         state: the states so far, S_kk [B, H, D, D] (None with `steps=()`) and S_kv [B, H, D, V], both float32
             (float64 for float64 inputs) or, except for float64 inputs, both bfloat16: half the memory and traffic,
             each update rounded when it is stored. The arithmetic is float32 all the same, and o is made of the
-            update before it is rounded.
+            update before it is rounded. bfloat16 states need decays of about -0.01 or stronger: weaker ones round
+            to none, and the state no longer follows (docs/reliability.md).
         ridge_ratio, steps, scale, normalize_qk: as in `gated_kalmanet`.
         inplace: whether the new states are written over `state`, whose tensors are then those returned; without,
             they are left as they were. There are no gradients in place.

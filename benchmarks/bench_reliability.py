@@ -1,0 +1,161 @@
+"""What comes of killed saves and of corrupted configurations, counted; and the tables of docs/reliability.md.
+
+    python -m benchmarks.bench_reliability            # measure: benchmarks/results/reliability_MACHINE_DATE.json
+    python -m benchmarks.bench_reliability --tables   # write the newest figures into docs/reliability.md
+
+The cases are those of tests/test_interrupted_saves.py and tests/test_bad_checkpoints.py. The table of long
+decoding is made from the result of benchmarks/bench_long_decode.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, write_result
+from benchmarks.table import markdown_table
+from gka.quiet import quiet
+
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+TESTS = str(Path(__file__).parent.parent / "tests")
+
+
+def corruptions() -> dict[str, int]:
+    """Of the 64 corrupted values: how many are refused, how many give a model that works."""
+    from published_helpers import published_config, write_folder
+    from test_bad_checkpoints import FULL, VOCAB, corruptions
+
+    from gka import GKAForCausalLM
+
+    found: Counter[str] = Counter()
+    config = published_config("*-GKA-SWA", FULL)
+    ids = torch.randint(3, VOCAB, (1, 7), generator=torch.Generator().manual_seed(0))
+    for table, key, value in corruptions():
+        with tempfile.TemporaryDirectory() as name:
+            folder = write_folder(Path(name), config, shards=1)
+            spoilt = copy.deepcopy(config)
+            (spoilt[table] if table else spoilt)[key] = value
+            (folder / "config.json").write_text(json.dumps(spoilt))
+            try:
+                model = GKAForCausalLM.from_pretrained(folder)
+            except ValueError:
+                found["refused, the error names it"] += 1
+                continue
+            works = bool(torch.isfinite(model(ids).logits).all())
+            found["a model that works" if works else "a model that gives NaN"] += 1
+    return dict(found)
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """A row per kind of save, and one of the corruptions."""
+    from test_interrupted_saves import figures
+
+    for save, outcomes in figures().items():
+        yield {"part": "saves", "save": save, "points": sum(outcomes.values()), "outcomes": dict(outcomes)}
+    yield {"part": "corruptions", "outcomes": corruptions()}
+
+
+def newest(benchmark: str) -> dict[str, Any]:
+    """The newest result of that benchmark."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    return max((r for r in found if r.get("benchmark") == benchmark), key=lambda r: str(r["date"]))
+
+
+def made_by(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "torch", "transformers"))
+    return f"`{result['command']}`, {result['machine']['processor']}, one core, {result['date']}, {versions}."
+
+
+def saves_table() -> str:
+    """Outcomes of killed saves."""
+    result = newest("reliability")
+    kinds = ("nothing", "old", "old, beside", "new", "whole", "error", "mixed", "silent")
+    table = []
+    for row in result["rows"]:
+        if row["part"] == "saves":
+            outcomes = ", ".join(f"{kind}: {row['outcomes'][kind]}" for kind in kinds if kind in row["outcomes"])
+            table.append([row["save"], str(row["points"]), outcomes])
+    return f"{made_by(result)}\n\n{markdown_table(['save', 'kills', 'what is there afterwards'], table)}"
+
+
+def corruptions_table() -> str:
+    """Outcomes of corrupted values."""
+    outcomes = next(row["outcomes"] for row in newest("reliability")["rows"] if row["part"] == "corruptions")
+    return markdown_table(["of 64 corrupted values", ""], [[kind, str(count)] for kind, count in outcomes.items()])
+
+
+def decode_table() -> str:
+    """Long decoding, a line per gate."""
+    result = newest("long_decode")
+    by_states: dict[str, list[list[str]]] = {"float32": [], "bfloat16": []}
+    layer = []
+    for row in result["rows"]:
+        beside = row["beside a prefill of the window"]
+        if row["part"] == "layer":
+            figures = ", ".join(f"{name} {value:.1e}" for name, value in beside.items())
+            layer.append([str(row["gate"]), figures])
+            continue
+        marks = row["marks"]
+        worst = max(max(mark["error"].values()) for mark in marks)
+        by_states[row["states"]].append(
+            [
+                str(row["gate"]),
+                f"{max(mark['asymmetry'] for mark in marks):.0e}",
+                f"{min(mark['least'] for mark in marks):.0e}",
+                f"{worst:.1e}",
+                f"{row['window']:,}",
+                f"{beside['o']:.1e}",
+                f"{max(beside['S_kk'], beside['S_kv']):.1e}",
+            ]
+        )
+    header = ["log-decay g", "asymmetry", "least eigenvalue", "error", "window", "o", "states"]
+    tokens = result["rows"][0]["tokens"]
+    parts = [f"{tokens:,} tokens a head, D = V = {result['rows'][0]['D']}. {made_by(result)}"]
+    parts += [f"{states} states\n\n{markdown_table(header, table)}" for states, table in by_states.items()]
+    parts.append(
+        f"The layer with its cache\n\n{markdown_table(['head', 'beside a prefill of the window'], layer)}"
+    )
+    return "\n\n".join(parts)
+
+
+TABLES = {"saves": saves_table, "corruptions": corruptions_table, "decode": decode_table}
+
+
+def page(text: str) -> str:
+    """The page with the tables between their marks made anew."""
+    for name, make in TABLES.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert mark.search(text), f"no place for the table {name}"
+        made = f"\n{make()}\n\n"
+        text = mark.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_reliability",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--tables", action="store_true", help="measure nothing; write docs/reliability.md")
+    if parser.parse_args().tables:
+        PAGE.write_text(page(PAGE.read_text()))
+        return
+    sys.path.insert(0, TESTS)
+    torch.set_num_threads(1)
+    quiet()
+    write_result("reliability", rows(), "python -m benchmarks.bench_reliability")
+
+
+if __name__ == "__main__":
+    main()
