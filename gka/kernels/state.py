@@ -151,11 +151,10 @@ def scan_states(
             weight, decay = next_weight, next_decay
 
     if SUM_ONLY:
-        if (begin < last) & (end > last):
-            store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
-            tl.store(fade_ptr + (last // EVERY * H + h), fade)
+        store_matrix(edge_ptr, S, last // EVERY * H + h, D, width, row, column, BM, BN)
+        tl.store(fade_ptr + (last // EVERY * H + h), fade)
     elif HAS_FINAL:
-        if (begin == end) | ((end > first) & (end <= last)):
+        if (begin == end) | (end <= last):
             final_ptr = final_kk_ptr if is_kk else final_kv_ptr
             store_matrix(final_ptr, S, n * H + h, D, width, row, column, BM, BN)
 
