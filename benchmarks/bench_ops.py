@@ -148,6 +148,8 @@ def bench_wide(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         peers, note = op_peers(options.device)
         functions |= peers
+        for name in options.without:
+            functions.pop(name, None)
         for what, wrap in (("forward", without_gradients), ("forward+backward", with_gradients)):
             calls = {name: wrap(function, inputs) for name, function in functions.items()}
             first = first_calls(calls, options.device)
@@ -184,6 +186,9 @@ def main() -> None:
         "--shapes", type=shape, nargs="+", metavar="B,T,H", default=[(1, 131072, 16), (4, 8192, 8)],
         help="wide: default 1,131072,16 4,8192,8",
     )  # fmt: skip
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="NAME", help="wide: an op that is not run"
+    )
     parser.add_argument("--shortest", type=int, default=4096, help="growth: least T")
     parser.add_argument("--longest", type=int, default=65536, help="growth: largest T")
     parser.add_argument("--heads", type=int, default=4, help="growth: H")

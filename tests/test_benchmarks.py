@@ -45,14 +45,10 @@ def test_bench_ops(tmp_path: Path) -> None:
 
 def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
     output = tmp_path / "wide.json"
-    run("benchmarks.bench_ops", "--only", "wide", "--shapes", "2,70,1", "--repeats", "1", "--output", str(output))
+    small = ("--shapes", "2,70,1", "--repeats", "1", "--without", "gka (31,)")
+    run("benchmarks.bench_ops", "--only", "wide", *small, "--output", str(output))
     result = json.loads(output.read_text())
-    assert [row["op"] for row in result["rows"]] == 2 * [
-        "gka (16, 16)",
-        "gka (16, 8)",
-        "gka (31,)",
-        "SDPA, causal",
-    ]
+    assert [row["op"] for row in result["rows"]] == 2 * ["gka (16, 16)", "gka (16, 8)", "SDPA, causal"]
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
     assert "| B 2, T 70, H 1 | forward+backward | gka (16, 16) |" in table.ops(result)
 
