@@ -9,8 +9,10 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,6 +153,25 @@ class GKAPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None or not is_published(pretrained_model_name_or_path, kwargs):
             return load(pretrained_model_name_or_path, *args, **kwargs)
         return load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
+
+    def set_steps(self, steps: Sequence[int] | None) -> None:
+        """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
+
+        Setting `model.config.steps` reaches no layer. A cache may be gone on with: states do not depend on it.
+
+        Args:
+            steps: as `GKAConfig.steps`, such as [31], [16, 16] or None.
+
+        Raises:
+            ValueError: steps do not fit; the model stays as it was.
+        """
+        config = copy.copy(self.config)
+        config.steps = list(steps) if isinstance(steps, tuple) else steps  # type: ignore[assignment]
+        config.check()
+        self.config.steps = config.steps
+        for module in self.modules():
+            if isinstance(module, GatedKalmaNet):
+                module.set_steps(config.steps)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
