@@ -7,8 +7,8 @@ Rows of part "accuracy", of the trained model: bits per byte on the run's held-o
 ||o - o*|| / ||o*|| of the op's output, o* with the exact solve in float64. The op's inputs are those that the
 layers, run with the default, have on the first tokens of that text; in bfloat16 they are rounded first, for both.
 
-Rows of part "time", of a model of random weights with heads of 128: one forward pass over a prompt, and one
-generated token after it.
+Rows of part "time", of a model of random weights with heads of 128: processor seconds of one thread, which other
+programs disturb little, for one forward pass over a prompt and for one generated token after it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,15 @@ import torch
 from transformers import DynamicCache
 
 import gka.layer
-from benchmarks.common import medians, write_result
+from benchmarks.common import write_result
 from gka import GKAConfig, GKAForCausalLM
 from gka.data import document_token, encode, validation_texts
 from gka.evaluate import score_texts, total_score
 from gka.loading import find_checkpoint, load_checkpoint
 from gka.ops import gated_kalmanet, reference
 
-STEPS = ([31], [24], [16], [12], [8], [6], [4], [2], [1], [16, 16], [16, 8], [8, 8], [4, 4])
+STEPS = ([31], [24], [16], [12], [8], [4], [2], [1], [16, 16], [16, 8], [8, 8])
+DECODED = 16  # tokens per timed call
 INPUTS = ("q", "k", "v", "g", "alpha", "beta")
 
 
@@ -99,8 +102,26 @@ def accuracy(checkpoint: str, tokens: int, max_bytes: int, steps: list[list[int]
         }
 
 
+def processor_seconds(
+    function: Callable[[list[int]], None], steps: list[list[int]], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Median, least and largest processor seconds of a call with each of `steps`, which take turns."""
+    measured: dict[str, list[float]] = {str(stages): [] for stages in steps}
+    for turn in range(repeats + 1):
+        for stages in steps:
+            begin = time.process_time()
+            function(stages)
+            if turn > 0:  # the first warms up
+                measured[str(stages)].append(time.process_time() - begin)
+    return {
+        name: {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+        for name, values in measured.items()
+    }
+
+
 @torch.inference_mode()
 def times(options: argparse.Namespace, steps: list[list[int]]) -> Iterator[dict[str, Any]]:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_hidden_layers": 4}
     model = GKAForCausalLM(GKAConfig(vocab_size=1024, **sizes)).eval()
@@ -114,15 +135,12 @@ def times(options: argparse.Namespace, steps: list[list[int]]) -> Iterator[dict[
 
     def decode(stages: list[int]) -> None:
         model.set_steps(stages)
-        for _ in range(8):
+        for _ in range(DECODED):
             model(token, past_key_values=cache)
 
-    found = []
-    for function, repeats in ((prefill, options.repeats), (decode, 4 * options.repeats)):
-        calls = {str(stages): lambda stages=stages, function=function: function(stages) for stages in steps}
-        found.append(medians(calls, torch.device("cpu"), repeats))
+    found = [processor_seconds(prefill, steps, options.repeats), processor_seconds(decode, steps, options.repeats)]
     for stages in steps:
-        per_token = {name: value / 8 for name, value in found[1][str(stages)].items()}
+        per_token = {name: value / DECODED for name, value in found[1][str(stages)].items()}
         yield {
             "part": "time",
             "steps": stages,

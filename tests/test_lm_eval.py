@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from gka import GKAForCausalLM
 
 END = 1
-KINDS = ("gka", "hybrid", "hybrid, sliding")
+KINDS = ("gka", "hybrid, sliding")
 QUESTIONS = (
     "w05 w09 w11 w12",
     "w05",

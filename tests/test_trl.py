@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,13 @@ def test_what_a_packed_batch_tells(kind: str, way: str, tmp_path: Path) -> None:
     assert abs(joined.item() - loss.item()) > 1e-3
     for name in ("position_ids", "cu_seq_lens_q", "seq_idx"):
         assert_near(run.model(**batch, **{name: told[name]}).loss, loss, 1e-6, name)
+
+
+def test_a_model_by_its_folder(tmp_path: Path) -> None:
+    run = trainer("hybrid", "packed", tmp_path)
+    run.save_model(str(tmp_path / "model"))
+    assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    again = SFTTrainer(model=str(tmp_path / "model"), args=run.args, train_dataset=run.train_dataset)
+    assert type(again.model) is GKAForCausalLM
+    for ours, theirs in zip(again.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
