@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -104,7 +104,7 @@ class GKAConfig(PreTrainedConfig):
     # What the cache holds for a layer: convolution states 0, 1, 2 of q, k, v; recurrent states 0 S_kk and 1 S_kv.
     number_of_conv_states = 3
     # TRL reads it of every model that is not in transformers: no code comes with our checkpoints.
-    auto_map: ClassVar[dict[str, str]] = {}
+    auto_map = dict[str, str]()  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 1024
