@@ -1,4 +1,4 @@
-"""Make benchmarks/RESULTS.md from the JSON files under benchmarks/results/.
+"""Make benchmarks/RESULTS.md, and the tables in guides, from the JSON files under benchmarks/results/.
 
 python -m benchmarks.table            # write it
 python -m benchmarks.table --check    # exit code 1 if it is not what the JSON files say
@@ -199,23 +199,66 @@ def length(result: Result) -> str:
     return "\n\n".join([*parts, f"![time against tokens](results/{picture})"])
 
 
+def steps(result: Result) -> str:
+    """What fewer steps cost and buy, a line per choice of steps."""
+    costs = [row for row in result["rows"] if row["part"] == "accuracy"]
+    times = {tuple(row["steps"]): row for row in result["rows"] if row["part"] == "time"}
+    most, first = times[tuple(costs[0]["steps"])], costs[0]
+    table = []
+    for row in costs:
+        time, cells = times[tuple(row["steps"])], []
+        for name in ("prefill seconds", "decode seconds"):
+            seconds = time[name]["median"]
+            cells.append(f"{seconds * 1e3:.3g} ({seconds / most[name]['median']:.2f})")
+        table.append(
+            [
+                ",".join(map(str, row["steps"])),
+                f"{row['error of o, float32']:.1e}",
+                f"{row['error of o, bfloat16']:.1e}",
+                f"{row['bits per byte']:.3f}",
+                *cells,
+            ]
+        )
+    header = ["steps", "error of o, float32", "the same, bfloat16 inputs", "bits per byte"]
+    header += [f"prompt of {most['T']} tokens, ms", "token, ms"]
+    trained = "the default" if first["trained with"] is None else str(first["trained with"])
+    return (
+        f"{markdown_table(header, table)}\n\n"
+        f"Error: ||o - o*|| / ||o*||, o* with the exact solve in float64, on {first['tokens of o']:,} tokens of "
+        f"held-out text. Error and bits per byte ({first['bytes']:,} bytes): a model of {first['layers']} GKA "
+        f"layers, {first['heads']} heads of {first['D']}, trained with {trained}. Times: processor milliseconds "
+        f"of one thread in {most['dtype']}, median, and their ratio to the first line's: random weights, "
+        f"{most['num_hidden_layers']} layers, hidden size {most['hidden_size']}, "
+        f"{most['num_attention_heads']} heads of {most['D']}."
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ops": ("The op", ops),
     "decode": ("Decoding", decode),
     "length": ("The op against the number of tokens", length),
     "layer": ("The layer", layer),
     "numerics": ("Numerics", numerics),
+    "steps": ("Steps of the solve", steps),
 }
+# Guides that show the newest result of a benchmark, between two comments.
+GUIDES = {"steps": RESULTS.parent.parent / "docs" / "tools.md"}
 
 
-def page() -> str:
-    """The whole page; of each benchmark and its parts the newest file per machine."""
+def newest() -> dict[tuple[str, str, tuple[str, ...]], Result]:
+    """Of each benchmark and its parts the newest result per machine."""
     found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(RESULTS.glob("*.json"))]
     results: dict[tuple[str, str, tuple[str, ...]], Result] = {}
     for result in sorted((r for r in found if r.get("benchmark") in SECTIONS), key=lambda r: str(r["date"])):
         machine = result["machine"]
         parts = tuple(sorted({row.get("part", "") for row in result["rows"]}))
         results[result["benchmark"], machine["gpu"] or machine["processor"], parts] = result
+    return results
+
+
+def page() -> str:
+    """The whole page."""
+    results = newest()
     text = ["# Results\n\nMade by `python -m benchmarks.table` from the files under `benchmarks/results/`."]
     for name, (title, write) in SECTIONS.items():
         for (benchmark, machine, _), result in results.items():
@@ -230,18 +273,29 @@ def page() -> str:
     return "\n\n".join(text) + "\n"
 
 
+def guide(name: str) -> str:
+    """The guide of GUIDES[name] with the newest result of that benchmark."""
+    result = max((r for r in newest().values() if r["benchmark"] == name), key=lambda r: str(r["date"]))
+    text = GUIDES[name].read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: made by python -m benchmarks.table -->\n", f"<!-- end of {name} -->\n"
+    before, rest = text.split(begin)
+    machine = f"{result['machine']['processor']}, {result['date']}, `{result['command']}`"
+    body = f"{SECTIONS[name][1](result)} {machine} ([JSON](../benchmarks/results/{result['file']})).\n"
+    return before + begin + body + end + rest.split(end)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.table", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 if the page is out of date"
-    )
-    if not parser.parse_args().check:
-        PAGE.write_text(page())
-        print(f"written: {PAGE}")
-    elif PAGE.read_text() != page():
-        sys.exit(f"{PAGE} is not what the JSON files say; run python -m benchmarks.table")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    check = parser.parse_args().check
+    for path, text in [(PAGE, page()), *((path, guide(name)) for name, path in GUIDES.items())]:
+        if not check:
+            path.write_text(text, encoding="utf-8")
+            print(f"written: {path}")
+        elif path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path} is not what the JSON files say; run python -m benchmarks.table")
 
 
 if __name__ == "__main__":

@@ -240,6 +240,9 @@ class TrainOptions:
 _SAMPLING = "sampling"
 
 
+_OTHER_STEPS = "Chebyshev steps of the solve, per stage, e.g. 16; default: those of the checkpoint"
+
+
 @dataclass
 class GenerateOptions:
     """Options of `gka generate`."""
@@ -260,6 +263,7 @@ class GenerateOptions:
     seed: int | None = option(None, "the same seed gives the same text", group=_SAMPLING, minimum=0)
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
 
 
 _SERVER = "server"
@@ -309,6 +313,7 @@ class EvalOptions:
     batch_size: int = option(8, "files read side by side", group=_MACHINE, minimum=1)
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
     per_file: bool = option(False, "print a line for every file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
 

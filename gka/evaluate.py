@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .commands import EvalOptions
 from .data import document_token, encode, find_files, limit_texts, read_texts, validation_texts
 from .errors import UserError
-from .loading import find_checkpoint, load_checkpoint
+from .loading import find_checkpoint, load_checkpoint, use_steps
 from .quiet import quiet
 
 
@@ -167,6 +167,7 @@ def main(options: EvalOptions) -> None:
     find_checkpoint(options.checkpoint)
     texts = _texts(options)
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
+    use_steps(model, options.steps)
     scores = score_texts(
         model,
         tokenizer,

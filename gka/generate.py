@@ -11,7 +11,7 @@ from transformers import TextStreamer, set_seed
 from .commands import GenerateOptions
 from .data import document_token, encode
 from .errors import UserError
-from .loading import load_checkpoint
+from .loading import load_checkpoint, use_steps
 from .quiet import quiet
 
 
@@ -91,6 +91,7 @@ def main(options: GenerateOptions) -> None:
     except UnicodeEncodeError:
         raise UserError("--prompt is not UTF-8 text") from None
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
+    use_steps(model, options.steps)
     generate(
         model,
         tokenizer,

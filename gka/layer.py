@@ -21,6 +21,7 @@ N packed sequences.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -161,7 +162,7 @@ class GatedKalmaNet(nn.Module):
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.solves = config.mixer == "gka"
         self.ridge_ratio, self.chunk_size = config.ridge_ratio, config.chunk_size
-        self.steps = config.steps if self.solves else ()
+        self.set_steps(config.steps)
         hidden, H = config.hidden_size, self.num_heads
         inner, inner_kv = H * self.head_dim, self.num_key_value_heads * self.head_dim
 
@@ -185,6 +186,10 @@ class GatedKalmaNet(nn.Module):
         self.v_rep = nn.Parameter(repeated_heads(H, self.num_key_value_heads)) if mixed else None
         self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
+
+    def set_steps(self, steps: Sequence[int] | None) -> None:
+        """Solve with other steps from the next call on, as in `GKAConfig`; with mixer "gla" there are none."""
+        self.steps = (None if steps is None else tuple(steps)) if self.solves else ()
 
     def forward(
         self,

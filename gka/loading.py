@@ -129,6 +129,16 @@ def load_checkpoint(
     return model, tokenizer
 
 
+def use_steps(model: Any, steps: list[int] | None) -> None:
+    """Solve with these steps, not the checkpoint's, which None leaves. UserError if the model has no solve."""
+    if steps is None:
+        return
+    try:
+        model.set_steps(steps)
+    except ValueError as error:
+        raise UserError(f"--steps: {error}") from None
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the files of a tokenizer, and only those, as they are; their names."""
     found = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})

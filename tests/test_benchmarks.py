@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import train, write_texts
 
-from benchmarks import bench_layer, bench_reliability, common, stages, table
+from benchmarks import bench_layer, bench_reliability, bench_steps, common, stages, table
 from benchmarks.bench_length import tokens
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,8 @@ def run(*arguments: str) -> str:
 
 def test_results_page_is_up_to_date() -> None:
     assert table.PAGE.read_text() == table.page()
+    for name, path in table.GUIDES.items():
+        assert path.read_text(encoding="utf-8") == table.guide(name)
 
 
 def test_the_tables_of_the_page_on_reliability_are_up_to_date() -> None:
@@ -41,6 +45,18 @@ def test_bench_ops(tmp_path: Path) -> None:
     assert [row["T"] for row in result["rows"]] == [64, 64, 128, 128]
     assert result["command"].startswith("python -m benchmarks.bench_ops --only growth")
     assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+
+
+def test_bench_steps(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts", files=6, lines=3)
+    assert train(tmp_path / "run", texts, max_steps=1, save_every=1, eval_every=1) == 0
+    steps, sizes = [[31], [16, 16], [2]], argparse.Namespace(prompt=8, repeats=1)
+    costs = list(bench_steps.accuracy(str(tmp_path / "run"), 40, 200, steps))
+    errors = [row["error of o, float32"] for row in costs]
+    assert errors[0] < 1e-3 and errors[1] < 1e-3 < 1e-2 < errors[2]
+    rows = [*costs, *bench_steps.times(sizes, steps)]
+    common.write_result("steps", rows, "a command", tmp_path / "steps.json")
+    assert "| 16,16 |" in table.steps(json.loads((tmp_path / "steps.json").read_text()))
 
 
 def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:

@@ -17,24 +17,6 @@ def test_fullgraph(case: Case) -> None:
     assert_close(run(arguments, compiled), run(arguments), 1e-12)
 
 
-@pytest.mark.slow
-def test_inductor_with_surrounding_code() -> None:
-    torch._dynamo.reset()
-
-    def model(q, k, v, g, **options):
-        o, _ = gated_kalmanet(torch.nn.functional.silu(q), k, v, -torch.nn.functional.softplus(g), **options)
-        return torch.tanh(o).sum()
-
-    compiled = torch.compile(model, fullgraph=True)
-    for T in (40, 57):
-        arguments = make_inputs(Case(lengths=(T,), state=False), torch.float32)
-        leaves = [arguments[n] for n in ("q", "k", "v", "g")]
-        got = torch.autograd.grad(compiled(*leaves), leaves)
-        expected = torch.autograd.grad(model(*leaves), leaves)
-        names = ("dq", "dk", "dv", "dg")
-        assert_close(dict(zip(names, got, strict=True)), dict(zip(names, expected, strict=True)), 1e-5)
-
-
 @pytest.mark.parametrize("backend", ["chunked", "triton_op"])
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
 def test_registration(case: Case, backend: str) -> None:

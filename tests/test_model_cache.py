@@ -122,21 +122,6 @@ def test_static_cache(kind: str) -> None:
     assert_near(torch.cat(parts, dim=1), model(tokens, use_cache=False).logits, BOUND)
 
 
-@pytest.mark.parametrize("kind", ["hybrid, attention first"])
-@torch.no_grad()
-def test_decoding_compiles_as_one_graph(kind: str) -> None:
-    torch._dynamo.reset()
-    model, tokens = tiny_model(kind, steps=[4]), random_tokens(2, 9)  # few steps, quickly traced
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    model(tokens[:, :5], past_key_values=cache)
-    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    steps = [
-        compiled(tokens[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits
-        for t in range(5, 9)
-    ]
-    assert_near(torch.cat(steps, dim=1), model(tokens, use_cache=False).logits[:, 5:], BOUND)
-
-
 @torch.no_grad()
 def test_rows_of_a_cache_move() -> None:
     model, tokens = tiny_model("hybrid"), random_tokens(3, 9)

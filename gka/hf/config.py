@@ -103,6 +103,8 @@ class GKAConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds lists to it)
     # What the cache holds for a layer: convolution states 0, 1, 2 of q, k, v; recurrent states 0 S_kk and 1 S_kv.
     number_of_conv_states = 3
+    # TRL reads it of every model that is not in transformers: no code comes with our checkpoints.
+    auto_map = dict[str, str]()  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -9,9 +9,11 @@ Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,26 +36,11 @@ from ..layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repea
 from ..short_conv import ShortConv
 from .checkpoint import is_published, load_published
 from .config import GKAConfig
+from .inputs import check_keywords, padding_mask, positions
 from .length import add_counter, count_tokens
 from .packing import Packing, find_packing
 
-_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
 _LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
-
-
-def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
-    """The mask of a GKA layer: the last T columns of a 2-D mask [B, P + T], None if they hold no pad."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < T:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; "
-            f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
-        )
-    recent = attention_mask[:, -T:]
-    if not is_tracing(recent) and bool((recent != 0).all()):
-        return None
-    return recent
 
 
 class SoftmaxAttention(Qwen3Attention):
@@ -153,6 +140,25 @@ class GKAPreTrainedModel(PreTrainedModel):
             return load(pretrained_model_name_or_path, *args, **kwargs)
         return load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
 
+    def set_steps(self, steps: Sequence[int] | None) -> None:
+        """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
+
+        Setting `model.config.steps` reaches no layer. A cache may be gone on with: states do not depend on it.
+
+        Args:
+            steps: as `GKAConfig.steps`, such as [31], [16, 16] or None.
+
+        Raises:
+            ValueError: steps do not fit; the model stays as it was.
+        """
+        config = copy.copy(self.config)
+        config.steps = list(steps) if isinstance(steps, tuple) else steps  # type: ignore[assignment]
+        config.check()
+        self.config.steps = config.steps
+        for module in self.modules():
+            if isinstance(module, GatedKalmaNet):
+                module.set_steps(config.steps)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -222,7 +228,7 @@ class GKAModel(GKAPreTrainedModel):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; expected a transformers.Cache"
             )
-        _check_keywords(kwargs)
+        check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         packing = self._find_packing(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
@@ -237,7 +243,7 @@ class GKAModel(GKAPreTrainedModel):
         arguments = None
         if self.config.has_attention:
             if position_ids is None:
-                position_ids = _positions(inputs_embeds, attention_mask, past_key_values, packing)
+                position_ids = positions(inputs_embeds, attention_mask, past_key_values, packing)
             arguments = {
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
                 "position_ids": position_ids,
@@ -310,30 +316,6 @@ class GKAModel(GKAPreTrainedModel):
                 layer_idx=self.config.layer_types.index(kind),
             )
         return masks
-
-
-def _positions(
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | dict[str, Any] | None,
-    past_key_values: Cache | None,
-    packing: Packing | None,
-) -> Tensor:
-    """Positions for the rotary embedding, [B or 1, T]: pads do not count."""
-    if packing is not None:
-        return packing.positions
-    T = inputs_embeds.shape[1]
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == seen + T:
-        return ((attention_mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
-    return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
-
-
-def _check_keywords(kwargs: dict[str, Any]) -> None:
-    for name in kwargs:
-        if name not in _KNOWN_KEYWORDS:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    if kwargs.get("is_causal") is False:
-        raise ValueError("is_causal is False; expected True: a GKA layer sees the past only")
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):

@@ -1,0 +1,58 @@
+"""What callers of the models may pass besides tokens: masks, positions, keywords.
+
+Legend: B batch, T time of this call, P tokens in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils import TransformersKwargs, is_tracing
+
+from .packing import Packing
+
+_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
+
+
+def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
+    """The mask of a GKA layer: the last T columns of a 2-D mask [B, P + T], None if they hold no pad."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; "
+            f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
+        )
+    recent = attention_mask[:, -T:]
+    if not is_tracing(recent) and bool((recent != 0).all()):
+        return None
+    return recent
+
+
+def positions(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
+    past_key_values: Cache | None,
+    packing: Packing | None,
+) -> Tensor:
+    """Positions for the rotary embedding, [B or 1, T]: pads do not count."""
+    if packing is not None:
+        return packing.positions
+    T = inputs_embeds.shape[1]
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == seen + T:
+        return ((attention_mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
+    return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def check_keywords(kwargs: dict[str, Any]) -> None:
+    """TypeError for a keyword that no model of transformers has, ValueError for one that asks the impossible."""
+    for name in kwargs:
+        if name not in _KNOWN_KEYWORDS:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal is False; expected True: a GKA layer sees the past only")

@@ -1,0 +1,84 @@
+"""PEFT: LoRA on every linear map of a model trains, merges, is saved and comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_helpers import assert_near, random_tokens, tiny_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from gka import GKAForCausalLM
+
+KINDS = ("gka", "hybrid", "gka, heads expanded")
+SMALL = {"a_proj", "b_proj", "alpha_proj"}  # a GKA layer joins these three where nothing is attached to them
+
+
+def adapted(base: GKAForCausalLM, steps: int = 25) -> tuple[PeftModel, list[float]]:
+    """LoRA on `base`, trained for some steps on one batch, and the losses."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, tokens = get_peft_model(base, config), random_tokens(2, 13)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model.eval(), losses
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_every_linear_map_and_nothing_else(kind: str) -> None:
+    base = tiny_model(kind)
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    before = {name: value.clone() for name, value in base.named_parameters()}
+    model, losses = adapted(base)
+    assert losses[-1] < 0.7 * losses[0], losses
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    assert layers.keys() == linear
+    assert {name.rsplit(".", 1)[1] for name in layers} >= SMALL
+    for name, layer in layers.items():
+        assert layer.lora_B["default"].weight.abs().max() > 1e-4, f"{name} has not moved"
+    for name, value in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")]), f"{name} has moved"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_equals_unmerged(kind: str, tmp_path: Path) -> None:
+    model, _ = adapted(tiny_model(kind))
+    tokens = random_tokens(2, 17, seed=3)
+    attached, untrained = logits(model, tokens), logits(tiny_model(kind), tokens)
+    assert (attached - untrained).norm() > 0.1 * untrained.norm()
+    with model.disable_adapter():
+        assert_near(logits(model, tokens), untrained, 1e-6, "adapter off")
+    generated = model.generate(input_ids=tokens, max_new_tokens=5, do_sample=False)
+    merged = model.merge_and_unload()
+    assert type(merged) is GKAForCausalLM
+    assert_near(logits(merged, tokens), attached, 1e-6)
+    assert torch.equal(merged.generate(tokens, max_new_tokens=5, do_sample=False), generated)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(GKAForCausalLM.from_pretrained(tmp_path), tokens), logits(merged, tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_adapter_comes_back(kind: str, tmp_path: Path) -> None:
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    model, _ = adapted(GKAForCausalLM.from_pretrained(tmp_path / "base"), steps=3)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    tokens = random_tokens(2, 17, seed=3)
+    onto = PeftModel.from_pretrained(GKAForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    for loaded in (onto, AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")):
+        assert torch.equal(logits(loaded.eval(), tokens), logits(model, tokens))
