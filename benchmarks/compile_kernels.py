@@ -203,8 +203,11 @@ def main() -> None:
         if found := worse(rows, table[triton.__version__]):
             sys.exit("\n".join(found))
     if options.write:
-        done = {tuple(row[key] for key in KEYS) for row in rows}
-        kept = [row for row in table.get(triton.__version__, []) if tuple(row[key] for key in KEYS) not in done]
+        done = {(row["case"], row["architecture"]) for row in rows}
+        kept = [
+            row for row in table.get(triton.__version__, [])
+            if (row["case"], row["architecture"]) not in done or (options.only and options.only not in row["kernel"])
+        ]  # fmt: skip
         table[triton.__version__] = kept + rows
         lines = (f" {json.dumps(version)}: [\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
                  for version, rows in table.items())  # fmt: skip

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from typing import Any
 
@@ -15,17 +16,28 @@ _PACKAGES = ("gated-kalmanet", "torch", "transformers", "accelerate", "triton", 
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, threads, GPU and operating system."""
-    gpu = None
+    """Processor, cores, threads, GPU, its driver, and operating system."""
+    gpu = driver = None
     if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
+        gpu, driver = torch.cuda.get_device_name(), _driver()
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "driver": driver,
         "system": platform.platform(),
     }
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, where nvidia-smi tells it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.split("\n")[0].strip() or None
 
 
 def describe_versions() -> dict[str, str]:
