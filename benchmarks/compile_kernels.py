@@ -205,9 +205,11 @@ def main() -> None:
     if options.write:
         done = {(row["case"], row["architecture"]) for row in rows}
         kept = [
-            row for row in table.get(triton.__version__, [])
-            if (row["case"], row["architecture"]) not in done or (options.only and options.only not in row["kernel"])
-        ]  # fmt: skip
+            row
+            for row in table.get(triton.__version__, [])
+            if (row["case"], row["architecture"]) not in done
+            or (options.only and options.only not in row["kernel"])
+        ]
         table[triton.__version__] = kept + rows
         lines = (f" {json.dumps(version)}: [\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
                  for version, rows in table.items())  # fmt: skip
