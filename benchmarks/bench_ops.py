@@ -154,8 +154,9 @@ def bench_wide(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         peers, note = op_peers(options.device)
         functions |= peers
-        for name in options.without:
-            functions.pop(name, None)
+        if unknown := set(options.without) - set(functions):
+            raise SystemExit(f"--without {' '.join(unknown)}: not among {', '.join(functions)}")
+        functions = {name: function for name, function in functions.items() if name not in options.without}
         for what, wrap in (("forward", without_gradients), ("forward+backward", with_gradients)):
             calls = {name: wrap(function, inputs) for name, function in functions.items()}
             first = first_calls(calls, options.device)

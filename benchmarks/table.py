@@ -245,15 +245,25 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
 GUIDES = {"steps": RESULTS.parent.parent / "docs" / "tools.md"}
 
 
-def newest() -> dict[tuple[str, str, tuple[str, ...]], Result]:
-    """Of each benchmark and its parts the newest result per machine."""
+Key = tuple[str, str, frozenset[tuple[str, ...]]]
+
+
+def newest() -> dict[Key, Result]:
+    """Of each benchmark the newest result per machine and what was run; at the paper's width, shapes and ops."""
     found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(RESULTS.glob("*.json"))]
-    results: dict[tuple[str, str, tuple[str, ...]], Result] = {}
+    results: dict[Key, Result] = {}
     for result in sorted((r for r in found if r.get("benchmark") in SECTIONS), key=lambda r: str(r["date"])):
         machine = result["machine"]
-        parts = tuple(sorted({row.get("part", "") for row in result["rows"]}))
-        results[result["benchmark"], machine["gpu"] or machine["processor"], parts] = result
+        results[result["benchmark"], machine["gpu"] or machine["processor"], _what_was_run(result)] = result
     return results
+
+
+def _what_was_run(result: Result) -> frozenset[tuple[str, ...]]:
+    wide = ("B", "T", "H", "what", "op")
+    return frozenset(
+        (row.get("part", ""), *(str(row[key]) for key in wide if row.get("part") == "wide"))
+        for row in result["rows"]
+    )
 
 
 def page() -> str:

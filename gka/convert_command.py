@@ -29,7 +29,7 @@ def main(options: ConvertOptions) -> None:
         hybrid = convert(model, options.layers, **{k: value for k, value in given.items() if value is not None})
     except (TypeError, ValueError) as error:
         raise UserError(f"{options.model}: {error}") from None
-    copied = _write(hybrid, source, out)
+    copied = _write(hybrid, source, out, options.overwrite)
     kinds = ["gka" if kind == "linear_attention" else kind for kind in hybrid.config.layer_types]
     print(
         f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "
@@ -52,11 +52,11 @@ def _check_place(out: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds a model already; --overwrite replaces it, or choose another folder")
 
 
-def _write(model: Any, source: Path, out: Path) -> list[str]:
+def _write(model: Any, source: Path, out: Path, overwrite: bool) -> list[str]:
     """Write model and tokenizer beside their place, then put them there; the names of the tokenizer's files."""
     partial = None
     try:
-        partial = begin_folder(out, overwrite=True)
+        partial = begin_folder(out, overwrite=overwrite)
         model.save_pretrained(partial)
         copied = copy_tokenizer(source, partial)
         end_folder(partial, out)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def begin_folder(folder: Path, *, overwrite: bool = False) -> Path:
-    """An empty folder to write, beside the one to be.
+    """An empty folder to write, beside the one to be; a link's is where it leads.
 
     Args:
         folder: the one to be. overwrite: whether it may hold something, which `end_folder` then replaces.
@@ -24,6 +24,7 @@ def begin_folder(folder: Path, *, overwrite: bool = False) -> Path:
     Raises:
         FileExistsError: it holds something and must not, or is a file.
     """
+    folder = folder.resolve()
     if (before := replaced(folder)) is not None and not folder.exists():
         before.rename(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
@@ -37,6 +38,7 @@ def begin_folder(folder: Path, *, overwrite: bool = False) -> Path:
 def end_folder(partial: Path, folder: Path) -> None:
     """The folder that `begin_folder` gave takes its place."""
     to_disk(partial)
+    folder = folder.resolve()
     old = _beside(folder, "old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -63,4 +65,5 @@ def to_disk(folder: Path) -> None:
 
 
 def _beside(folder: Path, what: str) -> Path:
+    folder = folder.resolve()
     return folder.parent / f".{folder.name}.{what}"

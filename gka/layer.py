@@ -41,6 +41,11 @@ BETA_FLOOR = 1e-6
 UNDECAYED = ("A_log", "dt_bias")
 
 
+def decayed(names: list[str]) -> list[str]:
+    """The names of parameters without those that weight decay leaves alone; by name, for FSDP2 drops marks."""
+    return [name for name in names if name.rsplit(".", 1)[-1] not in UNDECAYED]
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """x itself if it has 32 or 64 bits, else x in float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -188,7 +193,15 @@ class GatedKalmaNet(nn.Module):
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
     def set_steps(self, steps: Sequence[int] | None) -> None:
-        """Solve with other steps from the next call on, as in `GKAConfig`; with mixer "gla" there are none."""
+        """Solve with other steps from the next call on, as in `GKAConfig`; with mixer "gla" there are none.
+
+        Raises:
+            ValueError: no steps, or one that is no integer of at least 1.
+        """
+        if steps is not None and not (steps and all(type(n) is int and n > 0 for n in steps)):
+            raise ValueError(
+                f"steps is {steps!r}; expected None or integers of at least 1, such as [31] or [16, 16]"
+            )
         self.steps = (None if steps is None else tuple(steps)) if self.solves else ()
 
     def forward(

@@ -27,7 +27,7 @@ def fit_checkpoint(trainer: Trainer, checkpoint: str | Path) -> str:
 
         trainer.train(resume_from_checkpoint=fit_checkpoint(trainer, "runs/mine/checkpoint-500"))
 
-    Every process calls it. The copy, `checkpoint-500.plain` or `checkpoint-500.fsdp`, appears when it is whole.
+    Every process calls it. The copy, `plain-checkpoint-500` or `fsdp-checkpoint-500`, appears when it is whole.
     It has no states of random generators, which are per process: dropout draws anew.
 
     Args:
@@ -54,10 +54,12 @@ def fit_checkpoint(trainer: Trainer, checkpoint: str | Path) -> str:
     is_fsdp = (source / FSDP_WEIGHTS).is_file()
     if is_fsdp == bool(trainer.is_fsdp_enabled):
         return str(source)
-    target = source.with_name(source.name + (".plain" if is_fsdp else ".fsdp"))
-    if trainer.is_world_process_zero():
-        _translate(trainer, source, target, to_plain=is_fsdp)
-    trainer.accelerator.wait_for_everyone()
+    target = source.with_name(("plain-" if is_fsdp else "fsdp-") + source.name)  # no name that is rotated
+    try:
+        if trainer.is_world_process_zero():
+            _translate(trainer, source, target, to_plain=is_fsdp)
+    finally:
+        trainer.accelerator.wait_for_everyone()
     if not target.is_dir():  # the first process has said why
         raise ValueError(f"{source}: could not be translated")
     return str(target)

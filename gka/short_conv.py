@@ -57,19 +57,22 @@ class ShortConv(nn.Conv1d):
         """[B, C, W - 1 + T] -> [B, C, T]: what lies before the first token stands in front."""
         if inputs.shape[2] == self.kernel_size[0]:  # one token: a dot product costs less than a convolution's call
             return F.silu((inputs * self.weight[:, 0]).sum(dim=2, keepdim=True).to(inputs.dtype))
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        on_cpu = inputs.device.type == "cpu"
+        if on_cpu and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return F.silu(self._by_shifts(inputs))
         return F.silu(super().forward(inputs))
 
     def _by_shifts(self, inputs: Tensor) -> Tensor:
-        """The convolution as W shifted products, which a compiler fuses with what stands around them.
+        """The convolution as W shifted products in at least float32, fused by a compiler with what is around them.
 
         For a model with a convolution, Inductor on the CPU wants layouts that it cannot order where the number of
         tokens may change (torch 2.13, pytorch issue 185510).
         """
         width = self.kernel_size[0]
         T = inputs.shape[2] - width + 1
-        parts = [inputs[..., j : j + T] * self.weight[:, 0, j : j + 1] for j in range(width)]
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        x, weight = inputs.to(wide), self.weight.to(wide)
+        parts = [x[..., j : j + T] * weight[:, 0, j : j + 1] for j in range(width)]
         return reduce(torch.add, parts).to(inputs.dtype)
 
 

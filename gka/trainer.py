@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import UserError
 from .folders import to_disk
-from .layer import UNDECAYED
+from .layer import decayed
 from .run_folder import PARTIAL_CHECKPOINT
 from .schedule import Schedule
 
@@ -44,8 +44,7 @@ class GKATrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if name.rsplit(".", 1)[-1] not in UNDECAYED]  # FSDP2 drops the marks
+        return decayed(super().get_decay_parameter_names(model))
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

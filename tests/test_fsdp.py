@@ -95,7 +95,7 @@ def test_moments_survive_the_way_there_and_back(place: Path, tmp_path: Path) -> 
     copy = tmp_path / CHECKPOINT
     shutil.copytree(place / "fsdp float32" / CHECKPOINT, copy)
     plain = Path(fit_checkpoint(make_trainer(tmp_path / "run", False, False), copy))
-    assert plain.name == f"{CHECKPOINT}.plain" and not (plain / "pytorch_model_fsdp.bin").exists()
+    assert plain.name == f"plain-{CHECKPOINT}" and not (plain / "pytorch_model_fsdp.bin").exists()
     mine = torch.load(plain / "optimizer.pt", weights_only=True)
     theirs = torch.load(place / "one float32" / CHECKPOINT / "optimizer.pt", weights_only=True)
     assert mine["state"].keys() == theirs["state"].keys()
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_something_else_is_refused(place: Path, tmp_path: Path) 
     torch.save(saved, copy / "optimizer.bin")
     with pytest.raises(ValueError, match=r"do not have the shape of lm_head.weight"):
         fit_checkpoint(trainer, copy)
-    assert not list(tmp_path.glob("*.plain"))
+    assert not list(tmp_path.glob("plain-*"))
     (copy / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match="FULL_STATE_DICT"):
         fit_checkpoint(trainer, copy)

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gka import GKAForCausalLM, export_published
 from gka.cli import main
-from gka.folders import begin_folder, replaced
+from gka.folders import begin_folder, end_folder, replaced
 from gka.schedule import Schedule
 from gka.trainer import GKATrainer
 
@@ -155,6 +155,18 @@ def converted(place: Path) -> Counter[str]:
         outcomes.append(found)
     assert final is not None and outcomes[-1] == "new"
     return Counter(outcomes[:-1])
+
+
+def test_a_link_stays_one_however_often_its_folder_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    for name in ("first", "second", "third"):
+        partial = begin_folder(link, overwrite=True)
+        (partial / name).touch()
+        end_folder(partial, link)
+        assert link.is_symlink() and [path.name for path in link.iterdir()] == [name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
 @pytest.mark.parametrize("form", ["hybrid_qwen3", "gka"])

@@ -131,6 +131,7 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
         "numbers and mask": (dict(seq_idx=numbers(), attention_mask=mask), "leave the pads out"),
         "lengths and cache": (dict(cu_seq_lens_q=edges(), past_key_values=cache), "as rows, padded"),
         "lengths of the wrong shape": (dict(cu_seq_lens_q=edges().view(1, -1)), r"expected \[N \+ 1\]"),
+        "lengths of nothing": (dict(cu_seq_lens_q=edges()[:1]), r"expected \[N \+ 1\]"),
         "lengths that end early": (dict(cu_seq_lens_q=edges()[:-1]), "cu_seqlens is"),
         "numbers of the wrong shape": (dict(seq_idx=numbers()[:, 1:]), "seq_idx has shape"),
         "not causal": (dict(is_causal=False), "sees the past only"),

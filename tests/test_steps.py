@@ -55,6 +55,20 @@ def test_steps_change_in_the_middle_of_a_text() -> None:
     assert relative_error(after, model(tokens).logits[:, -1:]) < 1e-6
 
 
+@pytest.mark.parametrize("steps", [[], [0], [2.0], [True]])
+def test_a_layer_refuses_what_its_configuration_would(steps: Any) -> None:
+    layer = tiny_layer(steps=[3])
+    with pytest.raises(ValueError, match="expected None or integers"):
+        layer.set_steps(steps)
+    assert list(layer.steps) == [3]
+
+
+def test_steps_of_a_model_without_gka_layers() -> None:
+    model = tiny_model("hybrid", layer_types=["full_attention"])
+    with pytest.raises(ValueError, match="no layer of the model is a GKA layer"):
+        model.set_steps([4])
+
+
 def test_set_steps_under_an_adapter() -> None:
     adapter = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     model, expected = get_peft_model(tiny_model(), adapter).eval(), tiny_model(steps=[6])

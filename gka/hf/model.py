@@ -149,8 +149,10 @@ class GKAPreTrainedModel(PreTrainedModel):
             steps: as `GKAConfig.steps`, such as [31], [16, 16] or None.
 
         Raises:
-            ValueError: steps do not fit; the model stays as it was.
+            ValueError: steps do not fit, or no layer solves; the model stays as it was.
         """
+        if "linear_attention" not in self.config.layer_types:
+            raise ValueError("steps are of no use: no layer of the model is a GKA layer")
         config = copy.copy(self.config)
         config.steps = list(steps) if isinstance(steps, tuple) else steps  # type: ignore[assignment]
         config.check()

@@ -52,7 +52,7 @@ def find_packing(
     if cu_seq_lens_q is not None:
         if B != 1:
             raise ValueError(f"cu_seq_lens_q is given with {B} rows; expected 1: concatenate the sequences")
-        if cu_seq_lens_q.ndim != 1:
+        if cu_seq_lens_q.ndim != 1 or cu_seq_lens_q.shape[0] < 2:
             raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens_q.shape)}; expected [N + 1]")
         return _from_lengths(cu_seq_lens_q.long(), T)
     if seq_idx is not None:

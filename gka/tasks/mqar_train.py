@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..errors import UserError
 from ..hf import GKAConfig, GKAForCausalLM
+from ..layer import decayed
 from .mqar import IGNORE, MQAR, make_mqar
 
 if TYPE_CHECKING:
@@ -174,8 +175,7 @@ class RecallTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay: not norms, biases, A_log and dt_bias."""
-        excluded = {name for name, value in model.named_parameters() if getattr(value, "_no_weight_decay", False)}
-        return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+        return decayed(super().get_decay_parameter_names(model))
 
     def compute_loss(
         self,
