@@ -52,6 +52,13 @@ def test_every_link_and_picture_is_there(site: Path) -> None:
     assert checked > 100
 
 
+def test_markdown_is_understood(site: Path) -> None:
+    """Fences in lists and tables without a blank line above are no errors to MkDocs, but are shown as they are."""
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<code[^>]*>.*?</code>", "", page.read_text(encoding="utf-8"), flags=re.S)
+        assert "```" not in text and "|---" not in text, page.relative_to(site)
+
+
 def test_files_outside_the_guides_are_part_of_the_site(site: Path) -> None:
     results = (site / "repository/benchmarks/RESULTS.html").read_text(encoding="utf-8")
     (link,) = set(re.findall(r'href="(results/numerics[^"]+json)"', results))
