@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint clean
+.PHONY: help setup demo test test-gpu lint docs clean
 
 help:
 	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make test      run the whole test suite, under 10 minutes on 2 cores"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      build the site of the guides into site/"
 	@echo "make setup     only set up $(VENV)"
 	@echo "make clean     delete $(VENV), caches and build files; runs/ stays"
 	@echo
@@ -49,6 +50,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf site $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

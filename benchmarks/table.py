@@ -224,9 +224,10 @@ def steps(result: Result) -> str:
     trained = "the default" if first["trained with"] is None else str(first["trained with"])
     return (
         f"{markdown_table(header, table)}\n\n"
-        f"Error: ||o - o*|| / ||o*||, o* with the exact solve in float64, on {first['tokens of o']:,} tokens of "
-        f"held-out text. Error and bits per byte ({first['bytes']:,} bytes): a model of {first['layers']} GKA "
-        f"layers, {first['heads']} heads of {first['D']}, trained with {trained}. Times: processor milliseconds "
+        f"Error: ||o - o\\*|| / ||o\\*||, o\\* with the exact solve in float64, on {first['tokens of o']:,} "
+        f"tokens of held-out text. Error and bits per byte ({first['bytes']:,} bytes): a model of "
+        f"{first['layers']} GKA layers, {first['heads']} heads of {first['D']}, trained with {trained}. "
+        "Times: processor milliseconds "
         f"of one thread in {most['dtype']}, median, and their ratio to the first line's: random weights, "
         f"{most['num_hidden_layers']} layers, hidden size {most['hidden_size']}, "
         f"{most['num_attention_heads']} heads of {most['D']}."

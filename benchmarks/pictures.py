@@ -1,0 +1,175 @@
+"""The pictures of docs/how.md: the state, its spectrum, the convergence of the solve.
+
+    python -m benchmarks.pictures                  # a few seconds on one core; writes docs/images/*.png
+
+state: S_kk after some tokens of a sequence whose keys change their subject half-way, without and with decay.
+spectrum: eigenvalues of S_hat = S_kk / ||S_kk||_F, alone and with the ridge a added, on the systems of
+    benchmarks.bench_numerics.
+convergence: on the same systems, error of the iterate after each step, with the nodes in the order of
+    `node_steps` and in increasing order, in float32; and error of the solve against the number of products, in
+    one stage and in two, with products in bfloat16, beside the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.bench_numerics import systems, token_inputs
+from gka.ops import gated_kalmanet
+from gka.ops.solvers import RIDGE_RATIO, Chebyshev, Exact, node_steps
+
+FOLDER = Path(__file__).parent.parent / "docs" / "images"
+_BLUE, _RED, _GREY, _INK = "#2f6f9f", "#c8553d", "#9a9a9a", "#333333"
+TOKENS = (4, 64, 68, 96, 128)
+DECAYS = (0.0, -0.05)
+
+
+def keys_of_two_subjects(T: int = 128, D: int = 16) -> Tensor:
+    """Unit keys [1, T, 1, D] in float64: the first half mostly in the first D / 2 channels, then the others."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, T, 1, D, generator=generator, dtype=torch.float64)
+    k[:, : T // 2, :, D // 2 :] *= 0.15
+    k[:, T // 2 :, :, : D // 2] *= 0.15
+    return torch.nn.functional.normalize(k, dim=-1)
+
+
+def states(k: Tensor, g: float, tokens: Sequence[int] = TOKENS) -> list[Tensor]:
+    """S_kk [D, D] after each of those numbers of tokens, all with log-decay g."""
+    found = []
+    for t in tokens:
+        decays = torch.full((1, t, 1), g, dtype=torch.float64)
+        _, state = gated_kalmanet(k[:, :t], k[:, :t], k[:, :t], decays, output_final_state=True)
+        assert state is not None and state.S_kk is not None
+        found.append(state.S_kk[0, 0])
+    return found
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    """Mean over the systems of ||x - exact|| / ||exact||."""
+    return ((x - exact).double().norm(dim=-1) / exact.double().norm(dim=-1)).mean().item()
+
+
+def errors_by_step(S_hat: Tensor, q: Tensor, taus: Sequence[float]) -> list[float]:
+    """Error of x after each step x <- x - tau (A x - q), in float32, against the exact solve in float64.
+
+    Args:
+        S_hat: [n, D, D]; q: [n, D]; float64.
+        taus: step sizes, in the order in which they are taken.
+    """
+    exact = Exact().solve(S_hat, q, RIDGE_RATIO)
+    matrix, rhs = S_hat.float(), q.float()
+    x, errors = torch.zeros_like(rhs), []
+    for tau in taus:
+        product = (matrix @ x.unsqueeze(-1)).squeeze(-1)
+        x = x - tau * (product + RIDGE_RATIO * x - rhs)
+        errors.append(_relative(x, exact))
+    return errors
+
+
+def errors_by_products(S_hat: Tensor, q: Tensor, stages: int, products: Sequence[int]) -> list[float]:
+    """Error of Chebyshev iteration with products in bfloat16, all n + 1 nodes split evenly among the stages."""
+    exact = Exact().solve(S_hat, q, RIDGE_RATIO)
+    errors = []
+    for n in products:
+        steps = tuple((n + 1 + stage) // stages for stage in range(stages))[::-1]
+        x = Chebyshev(steps, product_dtype=torch.bfloat16).solve(S_hat.float(), q.float(), RIDGE_RATIO)
+        errors.append(_relative(x, exact))
+    return errors
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: object, xlabel: str, ylabel: str, title: str) -> None:
+    axes.set_xlabel(xlabel, color=_INK)  # type: ignore[attr-defined]
+    axes.set_ylabel(ylabel, color=_INK)  # type: ignore[attr-defined]
+    axes.set_title(title, loc="left", color=_INK, fontsize=10)  # type: ignore[attr-defined]
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)  # type: ignore[attr-defined]
+    axes.set_axisbelow(True)  # type: ignore[attr-defined]
+    axes.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
+    axes.legend(frameon=False, fontsize=8)  # type: ignore[attr-defined]
+
+
+def draw_state() -> Figure:
+    k = keys_of_two_subjects()
+    figure = _figure(10, 4.4)
+    grid = figure.subplots(len(DECAYS), len(TOKENS))
+    for row, g in zip(grid, DECAYS, strict=True):
+        matrices = states(k, g)
+        limit = max(S.abs().max().item() for S in matrices)
+        for axes, t, S in zip(row, TOKENS, matrices, strict=True):
+            shown = axes.imshow(S, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axes.set_title(f"{t} tokens", color=_INK, fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(f"g = {g:g}", color=_INK)
+        figure.colorbar(shown, ax=list(row), shrink=0.85, pad=0.01)
+    return figure
+
+
+def draw_spectrum(S_hat: Tensor) -> Figure:
+    S = S_hat[-1]
+    values = torch.linalg.eigvalsh(S).flip(0)
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    index = range(1, len(values) + 1)
+    for shift, color, name in ((0.0, _GREY, "S_hat"), (RIDGE_RATIO, _BLUE, f"S_hat + a I, a = {RIDGE_RATIO}")):
+        condition = ((values[0] + shift) / (values[-1] + shift)).item()
+        label = f"{name}: largest / smallest {condition:.3g}"
+        axes.semilogy(index, values + shift, ".-", color=color, label=label)
+    bound = (1 + RIDGE_RATIO) / RIDGE_RATIO
+    axes.axhspan(
+        RIDGE_RATIO, 1 + RIDGE_RATIO, color=_BLUE, alpha=0.08, label=f"[a, 1 + a]: ratio {bound:.3g} at most"
+    )
+    _tidy(axes, "eigenvalue, from the largest", "size", "")
+    return figure
+
+
+def draw_convergence(S_hat: Tensor, q: Tensor) -> Figure:
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    n = 32
+    taus = node_steps(n, RIDGE_RATIO)
+    orders = ((taus, _BLUE, "in the order of node_steps"), (sorted(taus), _RED, "small steps first"))
+    for order, color, name in orders:
+        left.semilogy(range(1, n + 1), errors_by_step(S_hat, q, order), ".-", color=color, label=name)
+    _tidy(left, "step", "error of the iterate", f"One stage of {n} nodes, float32")
+    products = list(range(1, 61, 2))
+    lines: tuple[tuple[int, str, str], ...] = ((1, _RED, "one stage"), (2, _BLUE, "two stages: refined"))
+    for stages, color, name in lines:
+        right.semilogy(products, errors_by_products(S_hat, q, stages, products), ".-", color=color, label=name)
+    bounds = [Chebyshev((count + 1,)).error_bound(RIDGE_RATIO) for count in products]
+    right.semilogy(products, bounds, "--", color=_GREY, label="bound, one stage, exact arithmetic")
+    _tidy(right, "products with S_hat", "error of x", "Products in bfloat16")
+    return figure
+
+
+def main(folder: Path = FOLDER) -> None:
+    q, k, _, g = token_inputs(512, 64)
+    S_hat, rhs = systems(q, k, g, every=64)
+    pictures: dict[str, Callable[[], Figure]] = {
+        "state": draw_state,
+        "spectrum": lambda: draw_spectrum(S_hat),
+        "convergence": lambda: draw_convergence(S_hat, rhs),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in pictures.items():
+        draw().savefig(folder / f"{name}.png", metadata={"Software": None})
+        print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the pictures")
+    torch.set_num_threads(1)
+    main(parser.parse_args().output)
