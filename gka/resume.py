@@ -69,8 +69,6 @@ def _translate(trainer: Trainer, source: Path, target: Path, to_plain: bool) -> 
     partial = target.with_name(target.name + ".partial")
     for folder in (target, partial):
         shutil.rmtree(folder, ignore_errors=True)
-    left_out = (FSDP_WEIGHTS, FSDP_OPTIMIZER, PLAIN_OPTIMIZER, "rng_state*")
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out))
     names = _names_in_order(trainer)
     found = torch.load(source / (FSDP_OPTIMIZER if to_plain else PLAIN_OPTIMIZER), weights_only=True)
     keys: list[Any] = (
@@ -78,6 +76,8 @@ def _translate(trainer: Trainer, source: Path, target: Path, to_plain: bool) -> 
     )
     new: list[Any] = list(range(len(keys))) if to_plain else [name for group in names for name in group]
     _check(trainer, source, found, names, keys)
+    left_out = (FSDP_WEIGHTS, FSDP_OPTIMIZER, PLAIN_OPTIMIZER, "rng_state*")
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out))
     state = {there: found["state"][here] for here, there in zip(keys, new, strict=True) if here in found["state"]}
     edges = [0, *torch.tensor([len(group) for group in names]).cumsum(0).tolist()]
     groups = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -336,15 +335,3 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     gka.export_published(model, tmp_path / "out")  # what was left half-made is in nobody's way
     assert {path.name for path in tmp_path.iterdir()} == {"published", "out"}
-
-
-def test_the_code_in_its_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "checkpoints/published", published_config(PATTERN))
-    guide = (Path(__file__).parents[1] / "docs/published.md").read_text()
-    blocks = [block.split("```")[0] for block in guide.split("```python\n")[1:]]
-    assert blocks
-    exec("\n".join(blocks), {})
-    commands = [line for block in guide.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()]
-    for line in commands:
-        assert main(shlex.split(line, comments=True)[1:]) == 0
