@@ -27,13 +27,10 @@ def bench_length(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ops = {f"gka {STEPS}": partial(forward, steps=STEPS)} | {n: f for n, f in peers.items() if n in LINES}
     last: dict[tuple[str, str], float | None] = {}
     T, longest = options.least_tokens, options.most_tokens
-    if (
-        options.device.type == "cuda"
-    ):  # a peer that tunes itself at its first call does so at a length that matters
-        inputs = make_inputs(min(longest, 2**16), HEADS, DIM, torch.bfloat16, options.device)
-        for name in set(ops) & {"Gated DeltaNet"}:
-            with suppress(torch.OutOfMemoryError):
-                with_gradients(ops[name], inputs)()
+    if "Gated DeltaNet" in ops:  # it tunes itself at its first call: at a length that matters
+        with suppress(torch.OutOfMemoryError):
+            inputs = make_inputs(min(longest, 2**16), HEADS, DIM, torch.bfloat16, options.device)
+            with_gradients(ops["Gated DeltaNet"], inputs)()
     while T <= longest:
         inputs = make_inputs(T, HEADS, DIM, torch.bfloat16, options.device)
         size = {"B": 1, "T": T, "H": HEADS, "D": DIM, "V": DIM, "dtype": "bfloat16"}

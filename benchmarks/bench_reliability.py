@@ -1,10 +1,10 @@
-"""What comes of killed saves and of corrupted configurations, counted; and the tables of docs/reliability.md.
+"""What comes of killed saves and of corrupted configurations, counted.
 
-    python -m benchmarks.bench_reliability            # measure: benchmarks/results/reliability_MACHINE_DATE.json
-    python -m benchmarks.bench_reliability --tables   # write the newest figures into docs/reliability.md
+    python -m benchmarks.bench_reliability
 
-The cases are those of tests/test_interrupted_saves.py and tests/test_bad_checkpoints.py. The table of long
-decoding is made from the result of benchmarks/bench_long_decode.py.
+The cases are those of tests/test_interrupted_saves.py and tests/test_bad_checkpoints.py. Here are also the tables
+of docs/reliability.md, into which `python -m benchmarks.table` writes them; that of long decoding is made from the
+result of benchmarks/bench_long_decode.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -22,11 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, write_result
-from benchmarks.table import markdown_table
+from benchmarks.common import markdown_table, write_result
 from gka.quiet import quiet
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 TESTS = str(Path(__file__).parent.parent / "tests")
 
 
@@ -65,20 +62,13 @@ def rows() -> Iterator[dict[str, Any]]:
     yield {"part": "corruptions", "outcomes": corruptions()}
 
 
-def newest(benchmark: str) -> dict[str, Any]:
-    """The newest result of that benchmark."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    return max((r for r in found if r.get("benchmark") == benchmark), key=lambda r: str(r["date"]))
-
-
 def made_by(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "torch", "transformers"))
     return f"`{result['command']}`, {result['machine']['processor']}, one core, {result['date']}, {versions}."
 
 
-def saves_table() -> str:
-    """Outcomes of killed saves."""
-    result = newest("reliability")
+def saves_table(result: dict[str, Any]) -> str:
+    """Outcomes of killed saves, of a result of this benchmark."""
     kinds = ("nothing", "old", "old, beside", "new", "whole", "error", "mixed", "silent")
     table = []
     for row in result["rows"]:
@@ -88,15 +78,14 @@ def saves_table() -> str:
     return f"{made_by(result)}\n\n{markdown_table(['save', 'kills', 'what is there afterwards'], table)}"
 
 
-def corruptions_table() -> str:
-    """Outcomes of corrupted values."""
-    outcomes = next(row["outcomes"] for row in newest("reliability")["rows"] if row["part"] == "corruptions")
+def corruptions_table(result: dict[str, Any]) -> str:
+    """Outcomes of corrupted values, of a result of this benchmark."""
+    outcomes = next(row["outcomes"] for row in result["rows"] if row["part"] == "corruptions")
     return markdown_table(["of 64 corrupted values", ""], [[kind, str(count)] for kind, count in outcomes.items()])
 
 
-def decode_table() -> str:
-    """Long decoding, a line per gate."""
-    result = newest("long_decode")
+def decode_table(result: dict[str, Any]) -> str:
+    """Long decoding, a line per gate, of a result of bench_long_decode."""
     by_states: dict[str, list[list[str]]] = {"float32": [], "bfloat16": []}
     layer = []
     for row in result["rows"]:
@@ -128,29 +117,12 @@ def decode_table() -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"saves": saves_table, "corruptions": corruptions_table, "decode": decode_table}
-
-
-def page(text: str) -> str:
-    """The page with the tables between their marks made anew."""
-    for name, make in TABLES.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert mark.search(text), f"no place for the table {name}"
-        made = f"\n{make()}\n\n"
-        text = mark.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}", text)
-    return text
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         prog="python -m benchmarks.bench_reliability",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--tables", action="store_true", help="measure nothing; write docs/reliability.md")
-    if parser.parse_args().tables:
-        PAGE.write_text(page(PAGE.read_text()))
-        return
+    ).parse_args()
     sys.path.insert(0, TESTS)
     torch.set_num_threads(1)
     quiet()

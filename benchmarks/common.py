@@ -90,3 +90,8 @@ def commit() -> str:
     except FileNotFoundError:  # no git
         return "not a git checkout"
     return found.stdout.strip() or "not a git checkout"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

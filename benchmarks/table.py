@@ -13,15 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
+from benchmarks.common import RESULTS, markdown_table
 
 Result = dict[str, Any]
 PAGE = RESULTS.parent / "RESULTS.md"
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def mebibytes(count: float) -> str:
@@ -242,27 +238,39 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "numerics": ("Numerics", numerics),
     "steps": ("Steps of the solve", steps),
 }
-# Guides that show the newest result of a benchmark, between two comments.
-GUIDES = {"steps": RESULTS.parent.parent / "docs" / "tools.md"}
-
-
+DOCS = RESULTS.parent.parent / "docs"
+# Tables in guides, each between two comments: the page, and the benchmark whose newest result it is made of.
+GUIDES: dict[str, tuple[Path, str, Callable[[Result], str]]] = {
+    "steps": (DOCS / "tools.md", "steps", lambda result: f"{steps(result)} {_source(result)}"),
+    "decode": (DOCS / "reliability.md", "long_decode", decode_table),
+    "saves": (DOCS / "reliability.md", "reliability", saves_table),
+    "corruptions": (DOCS / "reliability.md", "reliability", corruptions_table),
+}
 Key = tuple[str, str, frozenset[tuple[str, ...]]]
+
+
+def found() -> list[Result]:
+    """All results, from old to new."""
+    files = sorted(RESULTS.glob("*.json"))
+    results = [json.loads(path.read_text()) | {"file": path.name} for path in files]
+    return sorted(results, key=lambda result: str(result.get("date")))
 
 
 def newest() -> dict[Key, Result]:
     """Of each benchmark the newest result per machine and what was run; at the paper's width, shapes and ops."""
-    found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(RESULTS.glob("*.json"))]
     results: dict[Key, Result] = {}
-    for result in sorted((r for r in found if r.get("benchmark") in SECTIONS), key=lambda r: str(r["date"])):
+    for result in found():
+        if result.get("benchmark") not in SECTIONS:
+            continue
         machine = result["machine"]
         results[result["benchmark"], machine["gpu"] or machine["processor"], _what_was_run(result)] = result
     return results
 
 
 def _what_was_run(result: Result) -> frozenset[tuple[str, ...]]:
-    wide = ("B", "T", "H", "what", "op")
+    wide = ("part", "B", "T", "H", "what", "op")
     return frozenset(
-        (row.get("part", ""), *(str(row[key]) for key in wide if row.get("part") == "wide"))
+        tuple(str(row[key]) for key in wide) if row.get("part") == "wide" else (row.get("part", ""),)
         for row in result["rows"]
     )
 
@@ -284,15 +292,21 @@ def page() -> str:
     return "\n\n".join(text) + "\n"
 
 
-def guide(name: str) -> str:
-    """The guide of GUIDES[name] with the newest result of that benchmark."""
-    result = max((r for r in newest().values() if r["benchmark"] == name), key=lambda r: str(r["date"]))
-    text = GUIDES[name].read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: made by python -m benchmarks.table -->\n", f"<!-- end of {name} -->\n"
-    before, rest = text.split(begin)
+def _source(result: Result) -> str:
     machine = f"{result['machine']['processor']}, {result['date']}, `{result['command']}`"
-    body = f"{SECTIONS[name][1](result)} {machine} ([JSON](../benchmarks/results/{result['file']})).\n"
-    return before + begin + body + end + rest.split(end)[1]
+    return f"{machine} ([JSON](../benchmarks/results/{result['file']}))."
+
+
+def guides() -> dict[Path, str]:
+    """The pages of GUIDES with their tables made anew."""
+    newest_of = {result.get("benchmark"): result for result in found()}
+    pages: dict[Path, str] = {}
+    for name, (path, benchmark, make) in GUIDES.items():
+        text = pages.get(path) or path.read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: made by python -m benchmarks.table -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(begin)
+        pages[path] = f"{before}{begin}\n{make(newest_of[benchmark])}\n\n{end}{rest.split(end)[1]}"
+    return pages
 
 
 def main() -> None:
@@ -301,7 +315,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     check = parser.parse_args().check
-    for path, text in [(PAGE, page()), *((path, guide(name)) for name, path in GUIDES.items())]:
+    for path, text in {PAGE: page(), **guides()}.items():
         if not check:
             path.write_text(text, encoding="utf-8")
             print(f"written: {path}")

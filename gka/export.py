@@ -21,13 +21,14 @@ def main(options: ExportOptions) -> None:
     restore_dtypes(model, read_headers(source))
     output, shard_bytes = Path(options.output).expanduser(), max(1, int(options.shard_mb * 1e6))
     try:
+        published = None
         if options.format == "hybrid_qwen3":
-            write_config(model.config, options.num_iter)
+            published = write_config(model.config, options.num_iter)
         elif options.num_iter is not None:
             raise UserError("--num-iter is for --format hybrid_qwen3; config.json of format gka holds the steps")
         partial = begin_folder(output)
-        if options.format == "hybrid_qwen3":
-            write_published(model, partial, options.num_iter, shard_bytes)
+        if published is not None:
+            write_published(model, partial, published, shard_bytes)
         else:
             model.save_pretrained(partial, max_shard_size=shard_bytes)
         copy_tokenizer(source, partial)

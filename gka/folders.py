@@ -49,7 +49,7 @@ def end_folder(partial: Path, folder: Path) -> None:
 
 def replaced(folder: Path) -> Path | None:
     """The folder that was here before, if a write was killed while it took its place."""
-    old = _beside(folder, "old")
+    old = _beside(folder.resolve(), "old")
     return old if old.is_dir() else None
 
 
@@ -65,5 +65,4 @@ def to_disk(folder: Path) -> None:
 
 
 def _beside(folder: Path, what: str) -> Path:
-    folder = folder.resolve()
     return folder.parent / f".{folder.name}.{what}"

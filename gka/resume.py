@@ -11,6 +11,8 @@ Both kinds hold the weights whole, `model.safetensors`, and differ in the rest:
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +73,18 @@ def _translate(trainer: Trainer, source: Path, target: Path, to_plain: bool) -> 
         shutil.rmtree(folder, ignore_errors=True)
     names = _names_in_order(trainer)
     found = torch.load(source / (FSDP_OPTIMIZER if to_plain else PLAIN_OPTIMIZER), weights_only=True)
-    keys: list[Any] = (
-        [name for group in names for name in group] if to_plain else list(range(sum(map(len, names))))
-    )
-    new: list[Any] = list(range(len(keys))) if to_plain else [name for group in names for name in group]
-    _check(trainer, source, found, names, keys)
+    by_name = [name for group in names for name in group]
+    by_number = list(range(len(by_name)))
+    here, there = (by_name, by_number) if to_plain else (by_number, by_name)
+    renamed: dict[Any, Any] = dict(zip(here, there, strict=True))
+    _check(trainer, source, found, names, here)
     left_out = (FSDP_WEIGHTS, FSDP_OPTIMIZER, PLAIN_OPTIMIZER, "rng_state*")
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out))
-    state = {there: found["state"][here] for here, there in zip(keys, new, strict=True) if here in found["state"]}
-    edges = [0, *torch.tensor([len(group) for group in names]).cumsum(0).tolist()]
+    state = {new: found["state"][old] for old, new in renamed.items() if old in found["state"]}
+    ordered = iter(there)
     groups = [
-        {**group, "params": new[edges[number] : edges[number + 1]]}
-        for number, group in enumerate(found["param_groups"])
+        {**group, "params": list(islice(ordered, len(own)))}
+        for group, own in zip(found["param_groups"], names, strict=True)
     ]
     torch.save(
         {"state": state, "param_groups": groups}, partial / (PLAIN_OPTIMIZER if to_plain else FSDP_OPTIMIZER)
@@ -103,7 +105,7 @@ def _names_in_order(trainer: Trainer) -> list[list[str]]:
     return [[n for n in trained if n in decayed], [n for n in trained if n not in decayed]]
 
 
-def _check(trainer: Trainer, source: Path, found: Any, names: list[list[str]], keys: list[Any]) -> None:
+def _check(trainer: Trainer, source: Path, found: Any, names: list[list[str]], keys: Sequence[Any]) -> None:
     """Whether the moments are those of this trainer's parameters, group by group."""
     sizes = [len(group["params"]) for group in found["param_groups"]]
     if sizes != [len(group) for group in names]:

@@ -21,6 +21,17 @@ from torch import Tensor, nn
 from . import fused
 
 
+def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[tokens] of int64, the number of each token's sequence; cu_seqlens [N + 1] of int32 or int64, N at least 1.
+
+    Wrong cu_seqlens, which the op refuses, give some number from 0 to N - 1.
+    """
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    # Not in cu_seqlens[1:]: torch.compile of PyTorch 2.11 forgets on a GPU where such a view starts.
+    sequence = torch.searchsorted(cu_seqlens.to(token.dtype), token, right=True) - 1
+    return sequence.clamp(min=0, max=max(cu_seqlens.shape[0] - 2, 0))
+
+
 class Gaps(NamedTuple):
     """Where the tokens of packed sequences lie in a row that has W - 1 zeros in front of every sequence.
 
@@ -33,13 +44,9 @@ class Gaps(NamedTuple):
     @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int, width: int) -> Gaps:
         """Build it for `tokens` tokens, packed by `cu_seqlens` [N + 1] of int32 or int64."""
-        token = torch.arange(tokens, device=cu_seqlens.device)
-        number = cu_seqlens.shape[0] - 1
-        # Not in cu_seqlens[1:]: torch.compile of PyTorch 2.11 forgets on a GPU where such a view starts.
-        sequence = torch.searchsorted(cu_seqlens.to(token.dtype), token, right=True) - 1
-        # That they do not start at the first token or end at the last, the op refuses.
-        sequence = sequence.clamp(min=0, max=max(number - 1, 0))
-        return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * max(number, 1))
+        token, sequence = torch.arange(tokens, device=cu_seqlens.device), sequence_of_tokens(cu_seqlens, tokens)
+        number = max(cu_seqlens.shape[0] - 1, 1)
+        return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * number)
 
 
 class ShortConv(nn.Conv1d):

@@ -75,9 +75,9 @@ def make_trainer(folder: Path, bf16: bool, fsdp: bool) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=[{"input_ids": x, "labels": x} for x in tokens])
 
 
-def losses(trainer: Trainer) -> dict[str, float]:
-    """Losses by step, in the form that JSON keeps."""
-    return {str(logs["step"]): logs["loss"] for logs in trainer.state.log_history if "loss" in logs}
+def losses(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Losses by step of a trainer's log_history, in the form that JSON keeps."""
+    return {str(logs["step"]): logs["loss"] for logs in history if "loss" in logs}
 
 
 def run(folder: Path, bf16: bool, fsdp: bool, resumed: Path | None = None) -> Trainer:
@@ -102,8 +102,8 @@ def main() -> None:
         )
         resumed.save_model()
         seen[precision] = {
-            "losses": losses(whole),
-            "resumed": losses(resumed),
+            "losses": losses(whole.state.log_history),
+            "resumed": losses(resumed.state.log_history),
             "blocks": [isinstance(block, FSDPModule) for block in whole.model.model.layers],  # type: ignore[union-attr]
             "sharded": all(isinstance(value, DTensor) for value in parameters.values()),
             "local A_log": parameters["model.layers.0.gka.A_log"].to_local().numel(),  # type: ignore[attr-defined]

@@ -30,28 +30,32 @@ QUESTIONS = (
     "w50 w41 w30 w29 w03",
 )
 CHOICES = ("w03 w04", "w12", "w44 w07 w09")
-CHOICE = """
-task: gka_choice
+COMMON = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
+"""
+CHOICE = (
+    COMMON
+    + """
+task: gka_choice
+output_type: multiple_choice
 doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-WRITE = """
+)
+WRITE = (
+    COMMON
+    + """
 task: gka_write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[answer]}}}}"
 generation_kwargs: {{until: ["w07"], do_sample: false, max_gen_toks: 12}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+)
 
 
 @pytest.fixture(scope="module")

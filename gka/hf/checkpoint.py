@@ -267,14 +267,13 @@ def export_published(
         ValueError: the model has what the format cannot say.
         FileExistsError: the folder holds something.
     """
-    write_config(model.config, num_iter)
+    config = write_config(model.config, num_iter)
     partial = begin_folder(Path(folder))
-    write_published(model, partial, num_iter, shard_bytes)
+    write_published(model, partial, config, shard_bytes)
     end_folder(partial, Path(folder))
 
 
-def write_published(model: Any, folder: Path, num_iter: int | None, shard_bytes: int) -> None:
-    """The files of `export_published`, into an empty folder."""
-    config = write_config(model.config, num_iter)
+def write_published(model: Any, folder: Path, config: dict[str, Any], shard_bytes: int) -> None:
+    """The files of `export_published`, into an empty folder; config is what `write_config` gives."""
     model.save_pretrained(folder, max_shard_size=shard_bytes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

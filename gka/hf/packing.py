@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..short_conv import sequence_of_tokens
+
 
 class Packing(NamedTuple):
     """Where the sequences of a packed batch are.
@@ -66,10 +68,7 @@ def find_packing(
 
 def _from_lengths(cu_seqlens: Tensor, T: int) -> Packing:
     token = torch.arange(T, device=cu_seqlens.device)
-    # Not in cu_seqlens[1:], see `short_conv.Gaps`.
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    sequence = sequence.clamp(min=0, max=cu_seqlens.shape[0] - 2)
-    return Packing(cu_seqlens, (token - cu_seqlens[sequence]).unsqueeze(0))
+    return Packing(cu_seqlens, (token - cu_seqlens[sequence_of_tokens(cu_seqlens, T)]).unsqueeze(0))
 
 
 def _from_inner_starts(inner: Tensor, shape: tuple[int, int]) -> Packing | None:

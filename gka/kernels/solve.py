@@ -160,12 +160,11 @@ def solve_chunks(
         store_rows(x_hi_ptr, hi, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
         if not WIDE:
             store_rows(x_lo_ptr, lo, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
-        if ADJOINT:
-            if stage == STAGES - 1:
-                product = _residual(
-                    x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
-                    row, stop, rows_H, rows_h, rows_D, program, D, C, BD, False, WIDE,
-                )  # fmt: skip
-                tl.debug_barrier()
-                y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, C, BD, WIDE)
-                store_scalars(energy_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)
+    if ADJOINT:
+        product = _residual(
+            x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
+            row, stop, rows_H, rows_h, rows_D, program, D, C, BD, False, WIDE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, C, BD, WIDE)
+        store_scalars(energy_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)

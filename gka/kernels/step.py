@@ -50,7 +50,7 @@ def _by_rows(x, G: tl.constexpr):
 def _fading(g):
     """(kept, rate): e^g S = kept S + rate S, for a small g with kept = 1 and rate = e^g - 1.
 
-    e^g alone would be rounded, for a constant g the same way at every token (`gka.ops.step._faded`).
+    e^g alone would be rounded, for a constant g the same way at every token (`gka.ops.step._fading`).
     """
     series = 1.0 + g / 4.0 * (1.0 + g / 5.0 * (1.0 + g / 6.0 * (1.0 + g / 7.0)))
     near = g * (1.0 + g / 2.0 * (1.0 + g / 3.0 * series))  # e^g - 1, to 1e-7 of it where it is taken

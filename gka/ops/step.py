@@ -68,7 +68,8 @@ def _step(
         query, keys = unit_rows(query)[0], unit_rows(keys)[0]
     keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
     weighted = keys if beta is None else keys * beta.to(dtype).square().unsqueeze(-1)
-    S_kv = torch.addcmul(_faded(state.S_kv.to(dtype), g.to(dtype)), weighted.unsqueeze(-1), values.unsqueeze(-2))
+    kept, rate = _fading(g.to(dtype))
+    S_kv = _updated(state.S_kv.to(dtype), kept, rate, weighted, values)
     S_kk: Tensor | None = None
     y = query
     if steps:
@@ -76,19 +77,25 @@ def _step(
         S_kk = state.S_kk.to(dtype)
         if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
-        S_kk = torch.addcmul(_faded(S_kk, g.to(dtype)), weighted.unsqueeze(-1), keys.unsqueeze(-2))
+        S_kk = _updated(S_kk, kept, rate, weighted, keys)
         x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(steps))
         y = x if alpha is None else torch.lerp(query, x, alpha.to(dtype).unsqueeze(-1))
     o = scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
     return o.to(q.dtype), State(S_kk, S_kv)
 
 
-def _faded(S: Tensor, g: Tensor) -> Tensor:
-    """e^g S, S [B, H, D, D or V], g [B, H]; for small g as S + (e^g - 1) S.
+def _fading(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(kept, rate), [B, H, 1, 1] each: e^g S = kept S + rate S; for small g, kept is 1 and rate e^g - 1.
 
     e^g alone would be rounded, for a constant g the same way at every token, and that adds up over the 1 / |g|
     tokens that a state remembers: to 3e-8 / |g| of it in float32.
     """
-    kept = (g > NEAR_ONE).to(S.dtype)[..., None, None]
-    rate = torch.where(g > NEAR_ONE, torch.expm1(g), g.exp())[..., None, None]
-    return torch.addcmul(kept * S, rate, S)
+    near = g > NEAR_ONE
+    rate = torch.where(near, torch.expm1(g), g.exp())
+    return near.to(g.dtype)[..., None, None], rate[..., None, None]
+
+
+def _updated(S: Tensor, kept: Tensor, rate: Tensor, weighted: Tensor, row: Tensor) -> Tensor:
+    """(kept + rate) S + weighted row^T; S [B, H, D, D or V], weighted [B, H, D], row [B, H, D or V]."""
+    faded = torch.addcmul(kept * S, rate, S)
+    return torch.addcmul(faded, weighted.unsqueeze(-1), row.unsqueeze(-2))

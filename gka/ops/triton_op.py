@@ -1,9 +1,9 @@
 """The op by Triton kernels: what is launched, on which workspace, with which sizes.
 
-Chunks are numbered sequence by sequence; a table on the device gives the tokens of each, so packed batches and
-plain ones are one case and nothing waits for the device. The states at all chunks would be larger than
-everything else: only those at every EDGE_EVERY-th chunk are kept (`Saved.edge_kk`, `edge_kv`), and work is cut
-into parts of consecutive chunks that share one workspace, for which each part's states are scanned from there.
+Chunks are numbered sequence by sequence (`chunk_table.py`), so packed batches and plain ones are one case. The
+states at all chunks would be larger than everything else: only those at every EDGE_EVERY-th chunk are kept
+(`Saved.edge_kk`, `edge_kv`), and work is cut into parts of consecutive chunks that share one workspace, for which
+each part's states are scanned from there.
 
     forward     scan_states (sums of spans), join_edges                                                    at once
                 scan_states, solve_chunks, read_states                                               part by part
@@ -30,6 +30,7 @@ from ..kernels.prepare import scales_of_rows, weigh_tokens
 from ..kernels.readout import query_gradients, read_gradients, read_states
 from ..kernels.solve import solve_chunks
 from ..kernels.state import increments_kk, increments_kv, join_edges, scan_gradients, scan_states
+from .chunk_table import crossing_sequences, even_chunks, packed_chunks
 from .launch import both, can_compile_side_by_side, compiling_ahead, launch, on_device, side_by_side
 from .solvers import node_steps
 from .triton_config import INTERPRETED, Config, capability, config_for
@@ -50,37 +51,6 @@ def _node_table(steps: tuple[int, ...], ridge_ratio: float, device: torch.device
     taus = [tau for n in steps for tau in node_steps(n, ridge_ratio)]
     starts = [sum(steps[:stage]) for stage in range(len(steps) + 1)]
     return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
-
-
-@lru_cache(maxsize=64)
-def _even_chunks(B: int, T: int, C: int, every: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunk table [NT, 2], first chunks [B + 1], and `_crossing`, of B sequences of T tokens."""
-    per_sequence = -(-T // C)
-    sequence = torch.arange(B, device=device).unsqueeze(1) * T
-    starts = sequence + torch.arange(per_sequence, device=device) * C
-    table = torch.stack((starts, (sequence + T).expand_as(starts)), dim=-1)
-    offsets = torch.arange(B + 1, device=device) * per_sequence
-    return table.reshape(-1, 2).contiguous(), offsets, _crossing(offsets, B * per_sequence, every)
-
-
-def _packed_chunks(cu_seqlens: Tensor, chunks: int, C: int) -> tuple[Tensor, Tensor]:
-    """The same for a packed batch; `chunks` is at least their number, the table's rest is empty chunks."""
-    edges = cu_seqlens.long()
-    counts = (edges.diff() + C - 1) // C
-    offsets = torch.cat((edges.new_zeros(1), counts.cumsum(0)))
-    numbers = torch.arange(chunks, device=edges.device)
-    sequence = torch.searchsorted(offsets[1:], numbers, right=True).clamp_max(counts.numel() - 1)
-    starts = edges[sequence] + (numbers - offsets[sequence]) * C
-    table = torch.stack((starts, edges[sequence + 1]), dim=1)
-    return table.masked_fill((numbers >= offsets[-1]).unsqueeze(1), 0), offsets
-
-
-def _crossing(offsets: Tensor, chunks: int, every: int) -> Tensor:
-    """Of every edge, one after `every` chunks each, the sequence that goes on there, or -1."""
-    edges = torch.arange(0, chunks + every, every, device=offsets.device)
-    sequence = torch.searchsorted(offsets[1:], edges, right=True)
-    begin = offsets[sequence.clamp_max(offsets.shape[0] - 1)]
-    return torch.where((sequence < offsets.shape[0] - 1) & (begin < edges), sequence, -1)
 
 
 @dataclass
@@ -104,10 +74,10 @@ class _Call:
         self.config: Config = config_for(q.dtype, self.D, self.V, C, capability(q.device))
         self.NT = chunk_count(inputs, C)
         if inputs.cu_seqlens is None:
-            self.chunks, self.offsets, self.crossing = _even_chunks(self.B, self.T, C, EDGE_EVERY, q.device)
+            self.chunks, self.offsets, self.crossing = even_chunks(self.B, self.T, C, EDGE_EVERY, q.device)
         else:
-            self.chunks, self.offsets = _packed_chunks(inputs.cu_seqlens, self.NT, C)
-            self.crossing = _crossing(self.offsets, self.NT, EDGE_EVERY)
+            self.chunks, self.offsets = packed_chunks(inputs.cu_seqlens, self.NT, C)
+            self.crossing = crossing_sequences(self.offsets, self.NT, EDGE_EVERY)
         self.taus, self.stages = _node_table(self.options.steps, self.options.ridge_ratio, q.device)
         per_part = part_length(inputs, self.options)
         self.parts = [(n, min(n + per_part, self.NT)) for n in range(0, max(self.NT, 1), per_part)]
