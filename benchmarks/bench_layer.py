@@ -5,8 +5,8 @@
 
 Forward, and forward + backward with the gradients of the input and of all parameters, of
 
-    gka (16, 16), gka (16, 8)   GatedKalmaNet, with the kernels that the extra `cuda` installs, if it is installed
-    the same, PyTorch           and without them: its short convolution and norm by PyTorch's functions
+    gka (16, 16), gka (16, 8)   GatedKalmaNet, with what the extra `cuda` installs: the gated norm's kernels
+    the same, without the extra its gated norm by PyTorch's functions
     Gated DeltaNet              the layer of flash-linear-attention, if it is installed and the device is a GPU
     SDPA                        causal softmax attention between projections of the same size, for scale
 
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
         layer = our_layer(options, steps)
         if extra:
             found[f"gka {steps}"] = layer, {"extra": True}
-        found[f"gka {steps}, PyTorch"] = layer, {"extra": False}
+        found[f"gka {steps}, without the extra"] = layer, {"extra": False}
     missing = fla_is_missing(options.device)
     if missing:
         print(f"{missing}: Gated DeltaNet and our layer with the extra are not measured")
@@ -111,8 +112,7 @@ def call(layer: nn.Module, x: Tensor, extra: bool, cotangent: Tensor | None) -> 
     leaves = [x, *layer.parameters()]
 
     def run() -> object:
-        fused.ENABLED = extra
-        with torch.set_grad_enabled(cotangent is not None):
+        with mock.patch.object(fused, "installed", lambda: extra), torch.set_grad_enabled(cotangent is not None):
             y = layer(x)
         return y if cotangent is None else torch.autograd.grad(y, leaves, cotangent)
 
@@ -127,13 +127,13 @@ def part_of(kernel: str, ours: set[str]) -> str:
 
 
 def our_kernels() -> set[str]:
-    """Names of everything in gka.kernels that can be launched, and of what it calls."""
+    """Names of everything for the op in gka.kernels that can be launched, and of what it calls."""
     import triton
 
     import gka.kernels
 
     kinds = (triton.JITFunction, triton.runtime.KernelInterface)
-    names = (module.name for module in pkgutil.iter_modules(gka.kernels.__path__))
+    names = (module.name for module in pkgutil.iter_modules(gka.kernels.__path__) if module.name != "conv")
     modules = [importlib.import_module(f"gka.kernels.{name}") for name in names]
     return {name for module in modules for name, value in vars(module).items() if isinstance(value, kinds)}
 
@@ -164,11 +164,10 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 row |= {"seconds": time, **first[name], **measured[name][1]}
                 if options.device.type == "cuda" and name.startswith("gka"):
                     row["shares"] = shares(calls[name])
-                print(f"B {B} T {T:6d} {what:17s} {name:22s} {time['median'] * 1e3:9.3f} ms", flush=True)
+                print(f"B {B} T {T:6d} {what:17s} {name:30s} {time['median'] * 1e3:9.3f} ms", flush=True)
                 for part, value in row.get("shares", {}).items():
                     print(f"{'':33s}{part:22s} {value * 1e3:9.3f} ms", flush=True)
                 yield row
-    fused.ENABLED = True
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -5,8 +5,8 @@
     python -m benchmarks.compile_kernels --check         # exit code 1 where worse than benchmarks/kernels.json
     python -m benchmarks.compile_kernels --write         # bring that file up to date
 
-The kernels are those that one forward and backward pass of the op launches, and a decode step, taken down instead
-of run. ptxas and cuobjdump come with Triton.
+The kernels are those of the op and of the short convolution, forward and backward, and of a decode step: launches
+are taken down instead of run. ptxas and cuobjdump come with Triton.
 """
 
 from __future__ import annotations
@@ -121,6 +121,19 @@ def step_launches(state: torch.dtype, D: int) -> list[Launch]:
     return distinct(found)
 
 
+def conv_launches(packed: bool) -> list[Launch]:
+    """Kernels of the short convolution's forward and backward pass."""
+    from gka.conv_kernels import short_conv
+
+    x = torch.zeros(1, 300, 2048, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(2048, 4, dtype=torch.bfloat16, requires_grad=True)
+    place = torch.arange(300, dtype=torch.int32) if packed else None
+    with taken_down() as found:
+        y = short_conv(x, weight, place)
+        y.backward(y)
+    return distinct(found)
+
+
 def distinct(found: list[Launch]) -> list[Launch]:
     """Launches of different code."""
     unique: dict[tuple[Any, ...], Launch] = {}
@@ -141,6 +154,16 @@ STEP_CASES = {
     "decode, bfloat16 states, D 128": (torch.bfloat16, 128),
     "decode, float32 states, D 64": (torch.float32, 64),
 }
+CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
+ALL_CASES = [*CASES, *STEP_CASES, *CONV_CASES]
+
+
+def launches_of(case: str, architecture: int) -> list[Launch]:
+    if case in STEP_CASES:
+        return step_launches(*STEP_CASES[case])
+    if case in CONV_CASES:
+        return conv_launches(CONV_CASES[case])
+    return launches(*CASES[case], architecture)
 
 
 def compile_all(architectures: list[int], cases: list[str], only: str | None = None) -> list[dict[str, Any]]:
@@ -149,8 +172,7 @@ def compile_all(architectures: list[int], cases: list[str], only: str | None = N
         if name in CASES and CASES[name][0] == torch.float32 and architecture != 90:
             continue  # tf32x3 is one code everywhere, and takes ptxas minutes
         seen: Counter[str] = Counter()
-        found = step_launches(*STEP_CASES[name]) if name in STEP_CASES else launches(*CASES[name], architecture)
-        for kernel, values, options in found:
+        for kernel, values, options in launches_of(name, architecture):
             seen[kernel.fn.__name__] += 1
             number = seen[kernel.fn.__name__]
             label = kernel.fn.__name__ if number == 1 else f"{kernel.fn.__name__} {number}"
@@ -190,13 +212,13 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="all if not given")
-    parser.add_argument("--case", action="append", choices=[*CASES, *STEP_CASES], help="all if not given")
+    parser.add_argument("--case", action="append", choices=ALL_CASES, help="all if not given")
     parser.add_argument("--only", help="kernels with this in their name")
     parser.add_argument("--check", action="store_true", help="compare with benchmarks/kernels.json")
     parser.add_argument("--write", action="store_true", help="write benchmarks/kernels.json")
     options = parser.parse_args()
     table = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
-    rows = compile_all(options.arch or list(ARCHITECTURES), options.case or [*CASES, *STEP_CASES], options.only)
+    rows = compile_all(options.arch or list(ARCHITECTURES), options.case or ALL_CASES, options.only)
     if options.check:
         if triton.__version__ not in table:
             sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; make them with --write")

@@ -4,7 +4,7 @@
 
 What lies before the first token is zero, or the last W - 1 inputs of an earlier call (its state). Packed sequences
 do not see each other: in PyTorch, the convolution runs over a row with W - 1 zeros in front of every sequence; the
-kernels of `fused.py`, where they are usable, take the sequences as they lie.
+kernels of `conv_kernels.py`, where they are usable, take the sequences as they lie.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fused
+from . import conv_kernels
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -94,25 +94,30 @@ def short_conv(conv: ShortConv, x: Tensor, state: Tensor | None = None) -> Tenso
     Returns:
         [B, T, C].
     """
-    if fused.usable(x):
-        return fused.short_conv(x, conv.weight[:, 0], state)
+    if conv_kernels.usable(x, conv.kernel_size[0]):
+        if state is None:
+            return conv_kernels.short_conv(x, conv.weight[:, 0])
+        row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
+        return conv_kernels.short_conv(row, conv.weight[:, 0])[:, state.shape[2] :]
     if state is None:
         state = x.new_zeros(x.shape[0], x.shape[2], conv.kernel_size[0] - 1)
     y: Tensor = conv(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2))
     return y.transpose(1, 2)
 
 
-def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | fused.Chunks:
-    """What `packed_short_conv` needs to know of packed sequences, for several x of one shape and dtype."""
-    if fused.usable(x, cu_seqlens.shape[0] - 1):
-        return fused.Chunks.of(cu_seqlens, x.shape[1])
-    return Gaps.of(cu_seqlens, x.shape[1], width)
+def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | Tensor:
+    """What `packed_short_conv` needs to know of packed sequences, for several x of one shape and dtype: where the
+    gaps are, or for the kernels the number of each token in its sequence, [T] of int32."""
+    if not conv_kernels.usable(x, width):
+        return Gaps.of(cu_seqlens, x.shape[1], width)
+    sequence = sequence_of_tokens(cu_seqlens, x.shape[1])
+    return (torch.arange(x.shape[1], device=x.device) - cu_seqlens.long()[sequence]).int()
 
 
-def packed_short_conv(conv: ShortConv, x: Tensor, packed: Gaps | fused.Chunks) -> Tensor:
+def packed_short_conv(conv: ShortConv, x: Tensor, packed: Gaps | Tensor) -> Tensor:
     """Convolve packed sequences: x [1, T, C] -> y [1, T, C]."""
-    if isinstance(packed, fused.Chunks):
-        return fused.short_conv(x, conv.weight[:, 0], chunks=packed)
+    if isinstance(packed, Tensor):
+        return conv_kernels.short_conv(x, conv.weight[:, 0], packed)
     row = x.new_zeros(x.shape[2], packed.length).index_copy(1, packed.slots, x[0].t())
     y = conv(row.unsqueeze(0))
     return y.index_select(2, packed.slots - (conv.kernel_size[0] - 1)).transpose(1, 2)

@@ -135,12 +135,12 @@ def test_bench_layer(tmp_path: Path) -> None:
     assert "Gated DeltaNet and our layer with the extra are not measured" in printed
     result = json.loads(output.read_text())
     assert [row["layer"] for row in result["rows"]] == 2 * [
-        "gka (16, 16), PyTorch",
-        "gka (16, 8), PyTorch",
+        "gka (16, 16), without the extra",
+        "gka (16, 8), without the extra",
         "SDPA",
     ]
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
-    assert "| B 2, T 33 | forward+backward | gka (16, 16), PyTorch |" in table.layer(result)
+    assert "| B 2, T 33 | forward+backward | gka (16, 16), without the extra |" in table.layer(result)
     for row in result["rows"]:
         row |= {"shares": {"op": 0.5, "rest": 0.25}, "note": "a note"}
     written = table.layer(result)
@@ -152,7 +152,7 @@ def test_parts_of_the_layer() -> None:
     names = {
         "solve_chunks": "op",
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "matrix products",
-        "causal_conv1d_bwd_kernel": "convolution",
+        "convolve_backward": "convolution",
         "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel_generic": "convolution",
         "layer_norm_gated_bwd_kernel": "norm",
         "void at::native::vectorized_elementwise_kernel<4>": "rest",

@@ -1,14 +1,13 @@
-"""The layer by flash-linear-attention's kernels: when they are taken, and that the layer stays what it is.
+"""The kernels around the op: when they are taken, what they give, and that the layer stays what it is.
 
-The kernels themselves run in tests/test_gpu.py. Here PyTorch stands in for them, with their signatures.
+Our convolution runs through Triton's interpreter. flash-linear-attention's norm runs in tests/test_gpu.py; here
+PyTorch stands in for it, with its signature.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,56 +19,8 @@ from hypothesis import strategies as st
 from model_helpers import ROWS, assert_near, layer_outcome, random_inputs, tiny_layer
 from torch import Tensor, nn
 
-from gka import fused
-from gka.short_conv import ShortConv, last_inputs, short_conv
-
-
-def conv_rows(a: dict[str, Any]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of every sequence: its tokens, its row [B, W - 1 + length, C] and SiLU's argument, in float64."""
-    x, weight, state = a["x"].double(), a["weight"].double(), a["initial_state"]
-    edges = [0, x.shape[1]] if a["cu_seqlens"] is None else a["cu_seqlens"].tolist()
-    W = weight.shape[1]
-    for first, last in itertools.pairwise(edges):
-        before = x.new_zeros(x.shape[0], W - 1, x.shape[2])
-        if state is not None:  # [B, C, W], of which the first column does not count
-            before = state[:, :, 1:].transpose(1, 2).double()
-        row = torch.cat([before, x[:, first:last]], dim=1)
-        taps = [row[:, j : j + last - first] * weight[:, j] for j in range(W)]
-        yield slice(first, last), row, torch.stack(taps).sum(0)
-
-
-def covered(cu_seqlens: Tensor, table: Tensor, chunk_size: int) -> list[int]:
-    """The tokens that the chunks of a table cover, in order."""
-    tokens = []
-    for number, chunk in table.tolist():
-        first, last = cu_seqlens[number : number + 2].tolist()
-        tokens += range(first + chunk * chunk_size, min(first + (chunk + 1) * chunk_size, last))
-    return tokens
-
-
-def conv(**a: Any) -> tuple[Tensor, None]:
-    assert a["bias"] is None and a["residual"] is None and a["activation"] == "silu"
-    if a["cu_seqlens"] is not None:
-        covering = covered(a["cu_seqlens"], a["chunk_indices"], a["chunk_size"])
-        assert covering == list(range(a["x"].shape[1]))
-    y = torch.cat([F.silu(z) for _, _, z in conv_rows(a)], dim=1)
-    return y.to(a["x"].dtype), None
-
-
-def conv_backward(**a: Any) -> tuple[Tensor | None, ...]:
-    weight, W = a["weight"].double(), a["weight"].shape[1]
-    dx, dweight = torch.zeros_like(a["x"], dtype=torch.float64), torch.zeros_like(weight)
-    dstate = None if a["initial_state"] is None else torch.zeros_like(a["initial_state"])
-    for tokens, row, z in conv_rows(a):
-        dz = a["dy"][:, tokens].double() * torch.sigmoid(z) * (1 + z * (1 - torch.sigmoid(z)))
-        drow = torch.zeros_like(row)
-        for j in range(W):
-            drow[:, j : j + z.shape[1]] += dz * weight[:, j]
-            dweight[:, j] += (dz * row[:, j : j + z.shape[1]]).sum((0, 1))
-        dx[:, tokens] = drow[:, W - 1 :]
-        if dstate is not None:
-            dstate[:, :, 1:] = drow[:, : W - 1].transpose(1, 2)
-    return dx.to(a["x"].dtype), dweight.to(a["weight"].dtype), None, None, dstate
+from gka import conv_kernels, fused
+from gka.short_conv import ShortConv, last_inputs, packed_short_conv, packing, short_conv
 
 
 def norm(**a: Any) -> tuple[Tensor, None, Tensor, Tensor]:
@@ -93,9 +44,13 @@ def norm_backward(**a: Any) -> tuple[Tensor | None, ...]:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The CPU in the place of a GPU, PyTorch in the place of the kernels."""
-    found = fused.Kernels(conv, conv_backward, norm, norm_backward)
+    """The CPU in the place of a GPU, PyTorch in the place of the norm's kernels, the interpreter for our own."""
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, test_gpu.py runs the kernels themselves")
+    found = fused.Kernels(norm, norm_backward)
     monkeypatch.setattr(fused, "DEVICE", "cpu")
+    monkeypatch.setattr(conv_kernels, "SPAN", 8)
     monkeypatch.setattr(fused, "LEAST_TOKENS", 2)
     monkeypatch.setattr(fused, "kernels", lambda: found)
     return monkeypatch
@@ -106,12 +61,12 @@ def test_taken_for_several_tokens_of_16_or_32_bits(stand_in: pytest.MonkeyPatch)
     assert all(fused.usable(x.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16))
     assert not fused.usable(x.double())
     assert not fused.usable(x[:, :1]) and not fused.usable(x[:0])
-    long = torch.zeros(1, 1).expand(1, 64 * 65535).unsqueeze(2)
-    assert fused.usable(long) and not fused.usable(long, sequences=1)
-    stand_in.setattr(fused, "LEAST_TOKENS", 64)
-    assert fused.usable(long[:, :64]) and not fused.usable(long[:, :63])
+    stand_in.setattr(fused, "LEAST_TOKENS", 3)
+    assert fused.usable(x) and not fused.usable(x[:, :2])
+    assert conv_kernels.usable(x[:, :2], 4) and not conv_kernels.usable(x[:, :1], 4)
+    assert conv_kernels.usable(x, 8) and not conv_kernels.usable(x, 9) and not conv_kernels.usable(x[:0], 4)
     stand_in.setattr(fused, "ENABLED", False)
-    assert not fused.usable(x)
+    assert not fused.usable(x) and not conv_kernels.usable(x, 4)
 
 
 def test_nothing_is_imported_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,27 +90,18 @@ def test_another_version_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fused.kernels.__wrapped__() is None
 
 
-@given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6))
-def test_chunks_of_packed_sequences(lengths: list[int]) -> None:
-    edges = torch.tensor([0, *lengths]).cumsum(0).int()
-    chunks = fused.Chunks.of(edges, sum(lengths))
-    assert covered(edges, chunks.table, fused.CHUNK) == list(range(sum(lengths)))
-    assert chunks.table.shape == (-(-sum(lengths) // fused.CHUNK) + len(lengths), 2)
-
-
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_layer_stays_the_same(rows: str, stand_in: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("short_conv", "gated_rms_norm"):
-        original = getattr(fused, name)
-        stand_in.setattr(fused, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
-    stand_in.setattr(fused, "DTYPES", (*fused.DTYPES, torch.float64))  # what stands in takes that, too
-    layer = tiny_layer(torch.float32 if rows == "autocast" else torch.float64)
+    for module, name in ((conv_kernels, "short_conv"), (fused, "gated_rms_norm")):
+        original = getattr(module, name)
+        stand_in.setattr(module, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
+    layer = tiny_layer(torch.float32)
     out = layer_outcome(layer, rows)
     assert calls.count("short_conv") == 3 * calls.count("gated_rms_norm") > 0
     calls.clear()
     stand_in.setattr(fused, "ENABLED", False)
-    assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 1e-6)
+    assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 2e-4)
     assert not calls
 
 
@@ -174,16 +120,59 @@ def test_compiles_as_one_graph(packed: bool, stand_in: pytest.MonkeyPatch) -> No
     assert_close(*results, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["plain", "state", "packed"])
-def test_operators_are_what_they_say(kind: str, stand_in: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_operators_are_what_they_say(packed: bool, stand_in: pytest.MonkeyPatch) -> None:
     x, weight = random_inputs(1, 9, 5).requires_grad_(), random_inputs(5, 4, seed=1).requires_grad_()
-    state = random_inputs(1, 5, 4, seed=2).requires_grad_() if kind == "state" else None
-    chunks = fused.Chunks.of(torch.tensor([0, 2, 9]), 9) if kind == "packed" else (None, None)
+    place = torch.tensor([0, 1, *range(7)], dtype=torch.int32) if packed else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(fused._short_conv, (x, weight, state, *chunks), test_utils=checks)
+    torch.library.opcheck(conv_kernels._short_conv, (x, weight, place), test_utils=checks)
     o, gate = (random_inputs(2, 3, 4, 5, seed=s).requires_grad_() for s in (3, 4))
     norm_weight = random_inputs(5, seed=5).requires_grad_()
     torch.library.opcheck(fused._gated_rms_norm, (o, gate, norm_weight, 1e-6), test_utils=checks)
+
+
+def convolved(conv: ShortConv, given: dict[str, Tensor], edges: list[int] | None) -> dict[str, Tensor]:
+    """y, and gradients of everything."""
+    leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+    if edges is None:
+        y = short_conv(conv, **leaves)
+    else:
+        packed = packing(leaves["x"], torch.tensor(edges), conv.kernel_size[0])
+        y = packed_short_conv(conv, leaves["x"], packed)
+    wanted = {**leaves, "weight": conv.weight}
+    grads = torch.autograd.grad(y, list(wanted.values()), random_inputs(*y.shape, seed=2).to(y.dtype))
+    return {"y": y, **dict(zip(wanted, grads, strict=True))}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width, channels, T", [(4, 37, 11), (1, 3, 5), (2, 40, 9), (8, 5, 21), (4, 300, 3)])
+@pytest.mark.parametrize("kind", ["rows", "state", "packed"])
+def test_convolution_equals_pytorch_in_float64(
+    kind: str, width: int, channels: int, T: int, dtype: torch.dtype, stand_in: pytest.MonkeyPatch
+) -> None:
+    """Sequences end and begin in every part of a span, some of them shorter than the width."""
+    torch.manual_seed(0)
+    conv = ShortConv(channels, width).to(dtype)
+    given = {"x": random_inputs(1 if kind == "packed" else 2, T, channels).to(dtype)}
+    if kind == "state":
+        given["state"] = random_inputs(2, channels, width - 1, seed=1).to(dtype)
+    edges = [0, 0, 1, T // 2, T // 2 + 1, T - 1, T, T] if kind == "packed" else None
+    assert conv_kernels.usable(given["x"], width)
+    out = convolved(conv, given, edges)
+    stand_in.setattr(fused, "ENABLED", False)
+    ref = convolved(conv.double(), {name: x.double() for name, x in given.items()}, edges)
+    assert_close(out, ref, 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_sequences_in_a_pack_do_not_see_each_other(stand_in: pytest.MonkeyPatch) -> None:
+    """To the bit, NaN in a neighbour included."""
+    conv = ShortConv(5, 4)
+    x = random_inputs(1, 12, 5).float()
+    alone = convolved(conv, {"x": x[:, 4:9]}, None)
+    x[:, :4] = x[:, 9:] = torch.nan
+    out = convolved(conv, {"x": x}, [0, 4, 9, 12])
+    assert torch.equal(out["y"][:, 4:9], alone["y"]) and out["x"][:, 4:9].isfinite().all()
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -197,17 +186,6 @@ def test_last_inputs(with_state: bool, T: int, width: int, data: st.DataObject) 
     lengths = data.draw(st.lists(st.integers(0, T), min_size=2, max_size=2))
     some = torch.stack([row[n, :, length : length + width - 1] for n, length in enumerate(lengths)])
     assert last_inputs(x, state, width, torch.tensor(lengths)).equal(some)
-
-
-def test_gradient_of_the_convolutions_state(stand_in: pytest.MonkeyPatch) -> None:
-    module = ShortConv(5, 4)
-    grads = []
-    for enabled in (True, False):
-        stand_in.setattr(fused, "ENABLED", enabled)
-        x, state = random_inputs(2, 7, 5).float(), random_inputs(2, 5, 3, seed=1).float().requires_grad_()
-        y = short_conv(module, x, state)
-        grads.append(torch.autograd.grad((y * random_inputs(2, 7, 5, seed=2)).sum(), state)[0])
-    assert_near(*grads, 1e-5)
 
 
 class Adapted(nn.Linear):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 import gka
-from gka import fused
+from gka import conv_kernels, fused
 from gka.layer import GatedRMSNorm
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
 from gka.short_conv import ShortConv, packed_short_conv, packing, short_conv
@@ -122,12 +122,12 @@ def test_without_a_solve(device: torch.device) -> None:
 
 @pytest.fixture
 def with_extra(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
-    """Whether flash-linear-attention's kernels are used: a parameter, True without one."""
+    """Whether flash-linear-attention's norm is used: a parameter, True without one."""
     wanted = bool(getattr(request, "param", True))
     if wanted and importlib.util.find_spec("fla") is None:
         pytest.skip("flash-linear-attention is not installed: pip install 'gated-kalmanet[cuda]'")
-    monkeypatch.setattr(fused, "ENABLED", wanted)
-    assert not wanted or fused.installed()
+    monkeypatch.setattr(fused, "installed", lambda: wanted)
+    assert not wanted or fused.kernels() is not None
     return wanted
 
 
@@ -167,6 +167,8 @@ def test_layer_equals_the_cpu_in_float64(
     exact = dtype == torch.float32 and rows != "autocast"
     for name in ref:
         bound = (1e-4 if exact else 3e-2) if name == "out" or "states" in name else (2e-3 if exact else 8e-2)
+        if name in ("A_log", "dt_bias", "a_proj.weight") and not exact:  # sums that nearly cancel at heads of 10
+            bound = 0.12
         assert_close({name: out[name]}, {name: ref[name]}, bound, f"{rows} {name}")
 
 
@@ -180,29 +182,31 @@ def differentiated(y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels, width, T", [(37, 4, 131), (256, 4, 64), (40, 3, 100)])
+@pytest.mark.parametrize(
+    "channels, width, T", [(37, 4, 131), (256, 4, 64), (40, 1, 100), (300, 8, 259), (5, 4, 2)]
+)
 @pytest.mark.parametrize("kind", ["plain", "state", "packed"])
-def test_short_convolution_with_the_extra(
-    kind: str, channels: int, width: int, T: int, dtype: torch.dtype, with_extra: bool, device: torch.device
+def test_short_convolution(
+    kind: str, channels: int, width: int, T: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     torch.manual_seed(0)
     conv = ShortConv(channels, width).to(dtype)
     given = {"x": torch.randn(1 if kind == "packed" else 2, T, channels).to(dtype)}
-    if kind == "state" and width > 1:
+    if kind == "state":
         given["state"] = torch.randn(2, channels, width - 1).to(dtype)
-    edges = torch.tensor([0, 1, 1, T - 1, T])
+    edges = torch.tensor([0, 1, 1, T // 2 + 1, T - 1, T] if T > 2 else [0, 1, 1, T])
     results = []
     for where, wide in ((device, dtype), (torch.device("cpu"), torch.float64)):
         module = copy.deepcopy(conv).to(where, wide)
         leaves = {name: x.to(where, wide).requires_grad_() for name, x in given.items()}
-        assert fused.usable(leaves["x"]) == (where == device)
+        assert conv_kernels.usable(leaves["x"], width) == (where == device)
         if kind == "packed":
             packed = packing(leaves["x"], edges.to(where), width)
             y = packed_short_conv(module, leaves["x"], packed)
         else:
             y = short_conv(module, **leaves)
         results.append(differentiated(y, leaves | {"weight": module.weight}))
-    assert_close(*results, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype])
+    assert_close(*results, {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -220,7 +224,7 @@ def test_gated_norm_with_the_extra(dim: int, dtype: torch.dtype, with_extra: boo
     assert_close(*results, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype])
 
 
-def test_more_than_2_to_the_31_elements_with_the_extra(with_extra: bool, device: torch.device) -> None:
+def test_more_than_2_to_the_31_elements_around_the_op(with_extra: bool, device: torch.device) -> None:
     """The last tokens of a long sequence, against a call on these alone."""
     if torch.cuda.mem_get_info()[0] < 60e9:
         pytest.skip("needs 60 GB of free memory")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import autograd, reference, step, triton_step
 from .solvers import RIDGE_RATIO, default_steps
-from .triton_config import supports, supports_step
+from .triton_config import runs_kernels, supports, supports_step
 from .types import State, state_dtype
 
 __all__ = ["State", "gated_kalmanet", "gated_kalmanet_step"]
@@ -217,15 +217,9 @@ def gated_kalmanet_step(
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _runs_kernels(device: int | None) -> bool:
-    """Whether a CUDA device is one that the kernels are made for: NVIDIA's from compute capability 8.0 on."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _suitable_backend(q: Tensor, chunk_size: int | None) -> str:
     """Kernels where there are some for a CUDA device, dtype, dim and chunk size, else PyTorch."""
-    if q.device.type == "cuda" and supports(q.dtype, q.shape[3], chunk_size) and _runs_kernels(q.device.index):
+    if q.device.type == "cuda" and supports(q.dtype, q.shape[3], chunk_size) and runs_kernels(q.device.index):
         return "triton"
     return "chunked"
 
@@ -233,7 +227,7 @@ def _suitable_backend(q: Tensor, chunk_size: int | None) -> str:
 def _step_backend(q: Tensor, differentiable: bool) -> Any:
     """The module of the kernel where it serves the tensors, else that of PyTorch."""
     if q.device.type == "cuda" and not differentiable and supports_step(q.dtype, q.shape[2]):
-        if _runs_kernels(q.device.index):
+        if runs_kernels(q.device.index):
             return triton_step
     return step
 

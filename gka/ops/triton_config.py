@@ -70,6 +70,12 @@ def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def runs_kernels(device: int | None) -> bool:
+    """Whether a CUDA device is one that the kernels are made for: NVIDIA's from compute capability 8.0 on."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; off a GPU, where kernels are interpreted or compiled ahead, that of Hopper."""
@@ -142,3 +148,9 @@ def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
         "G_KV": groups(BV), "LOG_KV": groups(BV).bit_length() - 1,
         "num_warps": num_warps, "num_stages": 1,
     }  # fmt: skip
+
+
+def conv_config(C: int, rows: int) -> dict[str, int]:
+    """Rows at a time, channels and warps of a program of the short convolution: 4 channels a thread."""
+    BC = max(32, min(256, 1 << (C - 1).bit_length()))
+    return {"R": rows, "BC": BC, "num_warps": max(1, BC // 128), "num_stages": 1}

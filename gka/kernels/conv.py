@@ -1,0 +1,154 @@
+"""Short causal convolution over time, channel by channel, and SiLU after it, forward and backward.
+
+    u_t = sum_{j=0}^{W-1} w_j x_{t-j}      y_t = u_t s_t                            s_t = 1 / (1 + e^{-u_t})
+    du_t = dy_t s_t (1 + u_t (1 - s_t))    dx_t = sum_j w_j du_{t+j}                dw_j = sum_t du_t x_{t-j}
+
+A program walks through SPAN tokens of a block of channels and holds the last W - 1 of x (backwards of du, too) in
+registers, so that every row comes from memory once; u is computed anew in the backward pass, and du of the W - 1
+tokens behind the span as well. Rows are loaded R at a time, before any of theirs is stored: between a load and a
+store that may be of the same address the compiler moves nothing. All arithmetic is float32.
+
+Rows of a batch do not see each other, nor do packed sequences: `place` says of each token its number in its
+sequence, and tap j is of a token only if that is at least j.
+
+Legend: T tokens of each of the batch's rows; C channels; W width; R rows at a time; BC block of channels.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import cast
+
+
+@triton.jit
+def _span_of(program, T, C, SPAN: tl.constexpr, BC: tl.constexpr):
+    """Of a program: its channels, the first and the last token + 1 of its row, its first token, its number."""
+    blocks = tl.cdiv(C, BC)
+    spans = tl.cdiv(T, SPAN)
+    number = program // blocks
+    start = (number // spans).to(tl.int64) * T
+    return (program % blocks) * BC + tl.arange(0, BC), start, start + T, start + (number % spans) * SPAN, number
+
+
+@triton.jit
+def _taps(weight_ptr, c, C, W: tl.constexpr):
+    """w_0 to w_{W-1}, [BC] float32 each, of weight [C, W] whose last column is w_0."""
+    taps = ()
+    for j in tl.static_range(W):
+        taps = taps + (tl.load(weight_ptr + c * W + (W - 1 - j), mask=c < C, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def _inside(c, C, t, start, end):
+    """Which channels there are of token t, [BC]; none outside of start to end - 1."""
+    return c < tl.where((t >= start) & (t < end), C, 0)
+
+
+@triton.jit
+def _rows(ptr, t, step: tl.constexpr, start, end, c, C, R: tl.constexpr):
+    """Tokens t, t + step, ..., R of them, [BC] float32 each; zero outside of start to end - 1."""
+    rows = ()
+    for r in tl.static_range(R):
+        inside = _inside(c, C, t + r * step, start, end)
+        rows = rows + (tl.load(ptr + (t + r * step) * C + c, mask=inside, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def _places(place_ptr, t, end, R: tl.constexpr, PACKED: tl.constexpr):
+    """The tokens' numbers in their sequences, R scalars; zero from end on. Not read unless PACKED."""
+    places = ()
+    for r in tl.static_range(R):
+        if PACKED:
+            places = places + (tl.load(place_ptr + t + r, mask=t + r < end, other=0),)
+        else:
+            places = places + (0,)
+    return places
+
+
+@triton.jit
+def _past(x_ptr, place_ptr, first, start, end, c, C, W: tl.constexpr, PACKED: tl.constexpr):
+    """The W - 1 rows before the first token of a span, the last first; zero outside of its row or sequence."""
+    if PACKED:
+        start = first - tl.load(place_ptr + first)
+    return _rows(x_ptr, first - 1, -1, start, end, c, C, W - 1)
+
+
+@triton.jit
+def _older(past, place, W: tl.constexpr, PACKED: tl.constexpr):
+    """The W - 1 rows before a token, the last first; zero where the token is the first of its sequence."""
+    older = ()
+    for j in tl.static_range(W - 1):
+        older = older + ((tl.where(place > 0, past[j], 0.0) if PACKED else past[j]),)
+    return older
+
+
+@triton.jit
+def _convolved(taps, x, older, W: tl.constexpr):
+    u = taps[0] * x
+    for j in tl.static_range(W - 1):
+        u += taps[j + 1] * older[j]
+    return u
+
+
+@triton.jit(do_not_specialize=["T"])
+def convolve(
+    x_ptr, weight_ptr, place_ptr, y_ptr,  # [B T, C], [C, W], [T] int32 if PACKED, out: [B T, C]
+    T, C,
+    W: tl.constexpr, PACKED: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    c, start, end, first, _ = _span_of(tl.program_id(0), T, C, SPAN, BC)
+    taps = _taps(weight_ptr, c, C, W)
+    past = _past(x_ptr, place_ptr, first, start, end, c, C, W, PACKED)
+    for done in range(0, SPAN, R):
+        rows = _rows(x_ptr, first + done, 1, start, end, c, C, R)
+        places = _places(place_ptr, first + done, end, R, PACKED)
+        for r in tl.static_range(R):
+            t = first + done + r
+            past = _older(past, places[r], W, PACKED)
+            u = _convolved(taps, rows[r], past, W)
+            y = cast(u * tl.sigmoid(u), y_ptr.dtype.element_ty)
+            tl.store(y_ptr + t * C + c, y, mask=_inside(c, C, t, start, end))
+            past = ((rows[r],) + past)[: W - 1]
+
+
+@triton.jit(do_not_specialize=["T"])
+def convolve_backward(
+    dy_ptr, x_ptr, weight_ptr, place_ptr,  # [B T, C] twice, [C, W], [T] int32 if PACKED
+    dx_ptr, parts_ptr,  # out: [B T, C], [B spans, C, W] float32, the gradient of the weight by spans
+    T, C,
+    W: tl.constexpr, PACKED: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """R is at least W - 1: the R tokens behind the span are walked through for the last of its dx."""
+    c, start, end, first, number = _span_of(tl.program_id(0), T, C, SPAN, BC)
+    taps = _taps(weight_ptr, c, C, W)
+    last = tl.minimum(first + SPAN, end)
+    past = _past(x_ptr, place_ptr, first, start, end, c, C, W, PACKED)
+    dtaps = ()
+    for _j in tl.static_range(W):
+        dtaps = dtaps + (tl.zeros([BC], tl.float32),)
+    sums = dtaps[: W - 1]  # dx so far of the W - 1 tokens before, the last first
+    for done in range(0, SPAN + R, R):
+        rows = _rows(x_ptr, first + done, 1, start, end, c, C, R)
+        dys = _rows(dy_ptr, first + done, 1, start, end, c, C, R)
+        places = _places(place_ptr, first + done, end, R, PACKED)
+        for r in tl.static_range(R):
+            t = first + done + r
+            past = _older(past, places[r], W, PACKED)
+            u = _convolved(taps, rows[r], past, W)
+            s = tl.sigmoid(u)
+            du = dys[r] * (s + u * (s - s * s))
+            own = tl.where(t < last, du, 0.0)
+            past = (rows[r],) + past
+            sums = (tl.zeros([BC], tl.float32),) + sums
+            new_dtaps, new_sums = (), ()
+            for j in tl.static_range(W):
+                new_dtaps = new_dtaps + (dtaps[j] + own * past[j],)
+                new_sums = new_sums + (sums[j] + taps[j] * (tl.where(places[r] >= j, du, 0.0) if PACKED else du),)
+            done_with = t - (W - 1)
+            dx = cast(new_sums[W - 1], dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + done_with * C + c, dx, mask=_inside(c, C, done_with, first, last))
+            dtaps, sums, past = new_dtaps, new_sums[: W - 1], past[: W - 1]
+    for j in tl.static_range(W):
+        tl.store(parts_ptr + (number.to(tl.int64) * C + c) * W + (W - 1 - j), dtaps[j], mask=c < C)
