@@ -5,8 +5,8 @@
     recall        share of the references that stand in the answer as whole words (RULER, arXiv 2404.06654, counts
                   parts of words, too)
 
-Normalised is lower case without articles, repeated spaces and the punctuation around words (SQuAD, arXiv 1606.05250,
-section 6.1, drops all punctuation; here names like os.path stay whole).
+Normalised is lower case without articles, repeated spaces and the punctuation around words (SQuAD, arXiv
+1606.05250, section 6.1, drops all punctuation; here names like os.path stay whole).
 """
 
 from __future__ import annotations
