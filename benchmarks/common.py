@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gka.machine import describe_machine, describe_versions
+from gka.machine import describe_commit, describe_machine, describe_versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -65,7 +63,7 @@ def write_result(name: str, rows: Iterable[dict[str, Any]], command: str, output
     content: dict[str, Any] = {
         "benchmark": name,
         "command": command,
-        "commit": commit(),
+        "commit": describe_commit(),
         "date": date,
         "machine": machine,
         "versions": describe_versions(),
@@ -77,19 +75,6 @@ def write_result(name: str, rows: Iterable[dict[str, Any]], command: str, output
         path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {path}")
     return path
-
-
-def commit() -> str:
-    """GKA_COMMIT if it is set, else what git says of the checkout."""
-    given = os.environ.get("GKA_COMMIT")
-    if given:
-        return given
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except FileNotFoundError:  # no git
-        return "not a git checkout"
-    return found.stdout.strip() or "not a git checkout"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

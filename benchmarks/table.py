@@ -84,45 +84,6 @@ def ops(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def numerics(result: Result) -> str:
-    """Errors of the solvers and of the gradients through them."""
-    rows = result["rows"]
-    table = []
-    for name in dict.fromkeys(row["solver"] for row in rows if "solver" in row):
-        for dtype in ("float32", "bfloat16"):
-            cells = [name, dtype]
-            for wanted in (
-                {"part": "iterations", "products": 10},
-                {"part": "iterations", "products": 30},
-                {"part": "gradients", "products": 30, "layers": 1},
-                {"part": "gradients", "products": 30, "layers": 5},
-            ):
-                line = {"solver": name, "dtype": dtype, **wanted}
-                cells.append(next(f"{row['error']:.1e}" for row in rows if line.items() <= row.items()))
-            table.append(cells)
-    header = [
-        "solver",
-        "products in",
-        "x, 10 products",
-        "x, 30 products",
-        "gradients, 1 layer, 30",
-        "gradients, 5 layers, 30",
-    ]
-    recursion = [row for row in rows if row["part"] == "recursion"]
-    last = max(row["token"] for row in recursion)
-    readout = [
-        [row["method"], "not finite" if row["error"] is None else f"{row['error']:.1e}"]
-        for row in recursion
-        if row["token"] == last
-    ]
-    picture = Path(result["file"]).with_suffix(".png").name
-    return (
-        f"Relative errors against the exact solve\n\n{markdown_table(header, table)}\n\n"
-        f"Error of the readout at token {last}\n\n{markdown_table(['method', 'error'], readout)}\n\n"
-        f"![errors of the solvers](results/{picture})"
-    )
-
-
 def decode(result: Result) -> str:
     """One decode step beside its floor, a line per batch and dtype of the states."""
     rows = result["rows"]
@@ -235,7 +196,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "decode": ("Decoding", decode),
     "length": ("The op against the number of tokens", length),
     "layer": ("The layer", layer),
-    "numerics": ("Numerics", numerics),
     "steps": ("Steps of the solve", steps),
 }
 DOCS = RESULTS.parent.parent / "docs"

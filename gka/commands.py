@@ -88,6 +88,14 @@ COMMANDS = {
         "gka.tasks.mqar_run:MQAROptions",
         "gka.tasks.mqar_run:main",
     ),
+    "evidence": Command(
+        "Measure what the layer is worth beside others, one experiment at a time.",
+        "  gka evidence numerics                            a small form, in a minute\n"
+        "  gka evidence numerics --size full                as on the page docs/evidence.md\n"
+        "  gka evidence page                                the page of all results so far",
+        "gka.evidence.command:EvidenceOptions",
+        "gka.evidence.command:main",
+    ),
 }
 
 

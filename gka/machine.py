@@ -51,6 +51,22 @@ def describe_versions() -> dict[str, str]:
     return versions
 
 
+def describe_commit() -> str:
+    """GKA_COMMIT if it is set, else what git says of the checkout that this file is in."""
+    given = os.environ.get("GKA_COMMIT")
+    if given:
+        return given
+    folder, name = os.path.split(os.path.abspath(__file__))
+    try:
+        # An installed package may lie in the checkout of something else, which does not keep this file.
+        kept = subprocess.run(["git", "ls-files", name], capture_output=True, text=True, cwd=folder).stdout.strip()
+        command = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip() if kept else ""
+    except FileNotFoundError:  # no git
+        return "not a git checkout"
+    return found or "not a git checkout"
+
+
 def describe_command() -> str:
     """The command line of this process, to paste into a shell."""
     program, *arguments = sys.argv

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import pictures
-from benchmarks.bench_numerics import systems, token_inputs
+from gka.evidence.numerics import systems, token_inputs
 from gka.ops.solvers import RIDGE_RATIO, node_steps
 
 ROOT = Path(__file__).parent.parent

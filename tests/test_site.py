@@ -61,7 +61,7 @@ def test_markdown_is_understood(site: Path) -> None:
 
 def test_files_outside_the_guides_are_part_of_the_site(site: Path) -> None:
     results = (site / "repository/benchmarks/RESULTS.html").read_text(encoding="utf-8")
-    (link,) = set(re.findall(r'href="(results/numerics[^"]+json)"', results))
+    (link,) = set(re.findall(r'href="(results/steps[^"]+json)"', results))
     copied = site / "repository/benchmarks" / link
     assert copied.read_bytes() == (ROOT / "benchmarks" / link).read_bytes()
     assert 'href="../../kernels.html' in results or 'href="../../tools.html' in results

@@ -17,7 +17,8 @@ from ..ops.solvers import RIDGE_RATIO
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
 
-MIXERS = ("gka", "gla")
+MIXERS = ("gka", "gla", "gdn", "mamba2", "attention")
+OURS = ("gka", "gla")  # those that are GatedKalmaNet
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 _COUNTS = (
@@ -45,6 +46,18 @@ _SWITCHES = (
     "use_cache",
     "tie_word_embeddings",
 )
+# What only a GKA layer has, beside steps.
+_OWN = (
+    "ridge_ratio",
+    "chunk_size",
+    "use_v_conv",
+    "use_alpha_connection",
+    "use_beta_gate",
+    "use_forget_gate",
+    "use_output_gate",
+    "kv_proj_rank",
+    "kv_learnable_residual",
+)
 
 
 class GKAConfig(PreTrainedConfig):
@@ -61,9 +74,11 @@ class GKAConfig(PreTrainedConfig):
         num_key_value_heads: key/value heads Hk, a divisor of H; None means H.
         head_dim: dim of queries, keys and values of a head; None means hidden_size // H.
         layer_types: one of "linear_attention" (a GKA layer), "full_attention" and
-            "sliding_attention" (softmax attention) for each block; None means GKA everywhere.
+            "sliding_attention" (softmax attention) for each block; None means GKA everywhere, with mixer
+            "attention" full_attention.
         mixer: what a "linear_attention" block is: "gka", or "gla", the same layer without the solve
-            (alpha = 0 and no S_kk).
+            (alpha = 0 and no S_kk); for comparisons "gdn" (Gated DeltaNet) or "mamba2", transformers' layers,
+            which take none of the fields that are a GKA layer's own; or "attention": no such block at all.
         ridge_ratio: a of the paper: lambda_t = a * ||S_kk_t||_F, greater than 0.
         steps: Chebyshev nodes of each stage of the solve, e.g. [31] (the paper's 30 iterations) or
             [16, 16] (two stages with one refinement); None means what suits the input's dtype.
@@ -101,8 +116,6 @@ class GKAConfig(PreTrainedConfig):
 
     model_type = "gka"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds lists to it)
-    # What the cache holds for a layer: convolution states 0, 1, 2 of q, k, v; recurrent states 0 S_kk and 1 S_kv.
-    number_of_conv_states = 3
     # TRL reads it of every model that is not in transformers: no code comes with our checkpoints.
     auto_map = dict[str, str]()  # noqa: RUF012
 
@@ -154,7 +167,8 @@ class GKAConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             self._check_counts("num_hidden_layers")
-            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+            kind = "full_attention" if self.mixer == "attention" else "linear_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
         if isinstance(self.steps, tuple):
             self.steps = list(self.steps)
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
@@ -199,14 +213,15 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("hidden_act", f"one of {sorted(ACT2FN)}")
         self._check_steps()
         self._check_layers()
+        self._check_peer()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             self._refuse("pad_token_id", f"None or a token id less than vocab_size, {self.vocab_size}")
 
     def _check_steps(self) -> None:
         if self.steps is None:
             return
-        if self.mixer == "gla":
-            self._refuse("steps", "None with mixer='gla', which solves nothing")
+        if self.mixer != "gka":
+            self._refuse("steps", f"None with mixer={self.mixer!r}, which solves nothing")
         whole = isinstance(self.steps, list) and all(_is_count(n) for n in self.steps)
         if not whole or not self.steps:
             self._refuse("steps", "None or a list of integers of at least 1, such as [31] or [16, 16]")
@@ -229,6 +244,28 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("head_dim", "an even number with softmax attention layers, for the rotary embedding")
         if "sliding_attention" in types and self.sliding_window is None:
             self._refuse("sliding_window", "a number of tokens, as a layer is sliding_attention")
+
+    def _check_peer(self) -> None:
+        """Refuse fields of a GKA layer, changed, with a layer that does not have them."""
+        if self.mixer == "attention" and "linear_attention" in self.layer_types:
+            self._refuse("layer_types", "no linear_attention with mixer='attention'")
+        if self.mixer in OURS:
+            return
+        for name in _OWN:
+            if getattr(self, name) != getattr(type(self), name):
+                self._refuse(name, f"{getattr(type(self), name)} with mixer={self.mixer!r}")
+        if self.mixer == "mamba2" and self.num_attention_heads * self.head_dim != self.hidden_size:
+            self._refuse("head_dim", "hidden_size / num_attention_heads with mixer='mamba2'")
+        if self.mixer != "attention" and self.num_key_value_heads != self.num_attention_heads:
+            self._refuse("num_key_value_heads", f"num_attention_heads with mixer={self.mixer!r}")
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Convolution states of a layer in the cache: 0, 1, 2 of q, k, v; of the other mixers one of them all.
+
+        Recurrent states are 0 S_kk and 1 S_kv.
+        """
+        return 3 if self.mixer in OURS else 1
 
     @property
     def has_attention(self) -> bool:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..layer import GatedKalmaNet
-from .config import GKAConfig
+from .config import OURS, GKAConfig
 from .model import GKAForCausalLM
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
@@ -169,6 +169,8 @@ def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any])
     for name in settings:
         if name not in allowed and not (name.startswith("use_") and name not in ("use_qk_norm", "use_cache")):
             raise ValueError(f"{name} is no setting of the new layers")
+    if (mixer := settings.get("mixer", "gka")) not in OURS:
+        raise ValueError(f"mixer is {mixer!r}; expected one of {OURS} to convert to")
     fields = source.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         fields.pop(name, None)

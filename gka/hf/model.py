@@ -1,8 +1,9 @@
 """Language models of Gated KalmaNet layers, alone or with softmax attention at chosen layers, for transformers.
 
-Each block is pre-norm: x + mix(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); mix is a GKA layer (`.gka`) or softmax
-attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`). All but the GKA layer
-is Qwen3's, with Qwen3's module names; the cache, the masks, generation and loading are transformers'.
+Each block is pre-norm: x + mix(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); mix is a GKA layer (`.gka`), softmax
+attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`), or for comparisons
+another recurrent layer (`.peer`). All but the GKA layer is Qwen3's, with its module names; the cache, the masks,
+generation and loading are transformers'.
 
 Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 """
@@ -34,8 +35,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repeated_heads
 from ..short_conv import ShortConv
+from . import peers
 from .checkpoint import is_published, load_published
-from .config import GKAConfig
+from .config import OURS, GKAConfig
 from .inputs import check_keywords, padding_mask, positions
 from .length import add_counter, count_tokens
 from .packing import Packing, find_packing
@@ -68,8 +70,10 @@ class GKABlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if self.layer_type == "linear_attention":
+        if self.layer_type == "linear_attention" and config.mixer in OURS:
             self.gka = GatedKalmaNet(config, layer_idx)
+        elif self.layer_type == "linear_attention":
+            self.peer = peers.Peer(config, layer_idx)
         else:
             self.self_attn = SoftmaxAttention(config, layer_idx)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -100,11 +104,13 @@ class GKABlock(GradientCheckpointingLayer):
                 past_key_values=past_key_values,
                 **(attention_arguments or {}),
             )
-        elif packing is None:
-            mixed = self.gka(x, attention_mask, past_key_values)
         else:
-            rows_joined = x.reshape(1, -1, x.shape[-1])
-            mixed = self.gka(rows_joined, attention_mask, past_key_values, packing.cu_seqlens).view_as(x)
+            mix = getattr(self, "gka", None) or self.peer
+            if packing is None:
+                mixed = mix(x, attention_mask, past_key_values)
+            else:
+                rows_joined = x.reshape(1, -1, x.shape[-1])
+                mixed = mix(rows_joined, attention_mask, past_key_values, packing.cu_seqlens).view_as(x)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -151,7 +157,7 @@ class GKAPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: steps do not fit, or no layer solves; the model stays as it was.
         """
-        if "linear_attention" not in self.config.layer_types:
+        if "linear_attention" not in self.config.layer_types or self.config.mixer not in OURS:
             raise ValueError("steps are of no use: no layer of the model is a GKA layer")
         config = copy.copy(self.config)
         config.steps = list(steps) if isinstance(steps, tuple) else steps  # type: ignore[assignment]
@@ -175,6 +181,8 @@ class GKAPreTrainedModel(PreTrainedModel):
             device = module.A_log.device
             init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
             init.copy_(module.dt_bias, fresh_dt_bias(module.num_heads, device))
+        if isinstance(module, peers.LAYERS):
+            peers.initialise(module)
 
 
 class GKAModel(GKAPreTrainedModel):

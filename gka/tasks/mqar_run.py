@@ -27,6 +27,7 @@ from ..options import flag, option
 
 RESULTS_FILE, PLOT_FILE = "mqar.json", "mqar.png"
 MIXERS = ("gka", "gla", "attention")
+ALL_MIXERS = (*MIXERS, "gdn", "mamba2")
 
 
 def _list(default: Sequence[Any], help: str, **settings: Any) -> Any:
@@ -63,7 +64,8 @@ class MQAROptions:
 
     mixers: list[str] = _list(  # noqa: RUF009
         MIXERS,
-        "what to compare: gka; gla, the same layer without the solve; attention (softmax)",
+        "what to compare: gka; gla, the same layer without the solve; attention (softmax); gdn (Gated DeltaNet); "
+        "mamba2",
         group=_MODEL,
         metavar="NAME",
     )
@@ -198,8 +200,8 @@ def check(options: MQAROptions) -> None:
         if len(set(values)) < len(values):
             raise UserError(f"{flag(name)}: {', '.join(map(str, values))} names one twice")
     for mixer in options.mixers:
-        if mixer not in MIXERS:
-            raise UserError(f"--mixers: {mixer!r} is none of {', '.join(MIXERS)}")
+        if mixer not in ALL_MIXERS:
+            raise UserError(f"--mixers: {mixer!r} is none of {', '.join(ALL_MIXERS)}")
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other")
     check_mqar(options.seq_len, options.num_pairs, options.vocab_size, options.power_a)

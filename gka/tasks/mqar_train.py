@@ -41,8 +41,6 @@ def model_config(options: MQAROptions, mixer: str, dim: int) -> GKAConfig:
         UserError: with the configuration's own message, for sizes that do not fit.
     """
     own: dict[str, Any] = {"mixer": mixer}
-    if mixer == "attention":
-        own = {"layer_types": ["full_attention"] * LAYERS}
     if options.head_dim is not None:
         own["head_dim"] = options.head_dim
     try:
@@ -62,12 +60,12 @@ def model_config(options: MQAROptions, mixer: str, dim: int) -> GKAConfig:
 
 
 def state_size(config: GKAConfig, seq_len: int) -> int:
-    """Numbers that one layer keeps of a sequence at its end: S_kk and S_kv, S_kv alone, or all keys and values."""
+    """Numbers that one layer keeps of a sequence at its end: its states, or all keys and values."""
     assert config.head_dim is not None
     width = config.num_attention_heads * config.head_dim
     if config.has_attention:
         return 2 * width * seq_len
-    return width * config.head_dim * (2 if config.mixer == "gka" else 1)
+    return width * config.head_dim * (2 if config.mixer in ("gka", "mamba2") else 1)
 
 
 def steps_of(options: MQAROptions) -> int:

@@ -1,0 +1,98 @@
+"""`gka evidence NAME`: measure what is missing of an experiment, or make the page of all results.
+
+An experiment is a module with
+
+    SUMMARY                           one sentence
+    cells(size) -> list[Cell]         what is measured; size is "small" (seconds to a minute on a laptop) or "full"
+    run(cell, folder, device) -> Any  measure one cell; the folder is its own, for checkpoints of long trainings
+    section(entries, picture) -> str  markdown from what was measured; draws the picture
+
+and is listed in EXPERIMENTS. A run that is cut off is gone on with by the same command.
+"""
+
+# ruff: noqa: RUF009  (option() makes a dataclass field)
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..options import nearest, option
+
+EXPERIMENTS = {"numerics": "gka.evidence.numerics"}
+PAGE = "page"
+
+
+@dataclass
+class EvidenceOptions:
+    """Options of `gka evidence`."""
+
+    name: str | None = option(
+        None, f"one of {', '.join(EXPERIMENTS)}; or {PAGE}, the page of all results", positional=True
+    )
+    size: Literal["small", "full"] = option("small", "small takes a minute on a laptop, full wants a GPU")
+    output: str = option("runs/evidence", "folder of the results, one JSON file per experiment", metavar="DIR")
+    only: list[str] | None = option(
+        None, "measure only cells with these values, e.g. mixer=gka seed=0", metavar="KEY=VALUE"
+    )
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one")
+
+
+def main(options: EvidenceOptions) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: an unknown experiment, a filter that no cell fits, or a results file that cannot be used.
+    """
+    known = [*EXPERIMENTS, PAGE]
+    if options.name not in known:
+        hint = nearest(options.name or "", known) or f"; there are {', '.join(known)}"
+        raise UserError(f"no experiment {options.name!r}{hint}" if options.name else f"NAME is missing{hint}")
+    folder = Path(options.output).expanduser()
+    if options.name == PAGE:
+        from .page import write_page
+
+        print(f"written: {write_page(folder)}")
+        return
+    measure(options.name, options.size, folder, options.only or [], options.device)
+
+
+def measure(name: str, size: str, folder: Path, only: list[str], device: str = "auto") -> None:
+    """Measure the cells of an experiment that have no result yet, and write each as it comes."""
+    from ..loading import choose_device
+    from ..quiet import quiet
+    from .record import Record
+
+    quiet()
+    experiment: Any = importlib.import_module(EXPERIMENTS[name])
+    cells = [cell for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
+    if not cells:
+        raise UserError(f"--only {' '.join(only)}: no cell of {name} fits")
+    record = Record(folder / f"{name}.json", name)
+    missing = record.missing(cells)
+    print(f"{name}: {len(cells)} cells, {len(missing)} to measure", file=sys.stderr)
+    for number, cell in enumerate(missing, 1):
+        start = time.perf_counter()
+        scratch = folder / name / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
+        result = experiment.run(cell, scratch, choose_device(device))
+        seconds = time.perf_counter() - start
+        record.add(cell, result, seconds)
+        shutil.rmtree(scratch, ignore_errors=True)
+        what = " ".join(f"{key}={value}" for key, value in cell.items())
+        print(f"{number}/{len(missing)} {what}: {seconds:.1f} s", file=sys.stderr)
+    print(f"results: {record.path}")
+
+
+def _fits(cell: dict[str, Any], text: str) -> bool:
+    """Whether the cell has the value of "key=value"."""
+    key, found, value = text.partition("=")
+    if not found:
+        raise UserError(f"--only {text}: expected KEY=VALUE")
+    return key in cell and str(cell[key]) == value

@@ -1,0 +1,164 @@
+"""What the page says and shows of the experiment `numerics`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .table import spread, table
+
+Entries = list[dict[str, Any]]
+_COLOURS = ("#9c9c9c", "#b8860b", "#2a9d8f", "#7aa6c2", "#1d3557", "#c8553d")
+_STYLES = {"float32": "-", "bfloat16": "--"}
+
+
+def values(entries: Entries, at: int | None, of: str = "error", **wanted: Any) -> list[float | None]:
+    """What every seed measured in the cells with these values: after `at` products or tokens, or the last."""
+    found = []
+    for entry in entries:
+        if wanted.items() <= entry["cell"].items():
+            result = entry["result"]
+            steps = list(result.get("products") or result["tokens"])
+            found.append(result[of][len(steps) - 1 if at is None else steps.index(at)])
+    return found
+
+
+def text_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str]) -> str:
+    """Tables, and what they say."""
+
+    def line(solver: str, dtype: str) -> list[str]:
+        wanted = {"solver": solver, "dtype": dtype}
+        cells = [spread(values(entries, n, of, part="iterations", **wanted)) for n, of in _COLUMNS]
+        return [
+            solver,
+            dtype,
+            *cells,
+            *(spread(values(entries, 30, part="gradients", layers=n, **wanted)) for n in (1, 5)),
+        ]
+
+    errors = [line(solver, dtype) for solver in solvers for dtype in _STYLES]
+    strengths = sorted({e["cell"]["ridge_ratio"] for e in entries if e["cell"]["part"] == "strengths"})
+    by_ridge = [
+        [
+            f"{a:g}",
+            dtype,
+            *(spread(values(entries, n, part="strengths", ridge_ratio=a, dtype=dtype)) for n in (10, 20, 30)),
+        ]
+        for a in strengths
+        for dtype in _STYLES
+    ]
+    readout = [[method, spread(values(entries, None, part="recursion", method=method))] for method in methods]
+    tokens = max(e["cell"]["tokens"] for e in entries)
+    head = ["solver", "products in", *(f"{_NAMES[of]}, {n} products" for n, of in _COLUMNS)]
+    return "\n\n".join(
+        (
+            "Relative residual ||Ax - q|| / ||q||, error of x and error of all gradients against the exact solve "
+            "(float64); a is 0.02, D is 128; median of the seeds, and least to largest.",
+            table([*head, "gradients, 1 layer, 30", "gradients, 5 layers, 30"], errors),
+            "Error of x with Chebyshev nodes and other ridges:",
+            table(["a", "products in", "10 products", "20 products", "30 products"], by_ridge),
+            f"Error of the readout in the last {_WINDOW} of {tokens} tokens, nothing forgotten:",
+            table(["method", "error"], readout),
+            _findings(entries),
+        )
+    )
+
+
+_NAMES = {"residual": "residual", "error": "error of x"}
+_COLUMNS = ((30, "residual"), (10, "error"), (30, "error"))
+_WINDOW = 16
+
+
+def _findings(entries: Entries) -> str:
+    """A paragraph beside the paper's figures, of what was measured."""
+
+    def middle(at: int | None, **wanted: Any) -> str:
+        return f"{statistics.median(math.nan if x is None else x for x in values(entries, at, **wanted)):.1e}"
+
+    def gradients(solver: str, dtype: str) -> str:
+        one, five = (middle(30, part="gradients", layers=n, solver=solver, dtype=dtype) for n in (1, 5))
+        return f"{one} and {five}"
+
+    cg, refined = "conjugate gradient", "Chebyshev, nodes, refined"
+    three_term, nodes, by_cg, by_refined = (
+        middle(30, part="iterations", solver=name, dtype="bfloat16")
+        for name in ("Chebyshev, three-term", "Chebyshev, nodes", cg, refined)
+    )
+    kalman = values(entries, None, part="recursion", method="Kalman recursion in bfloat16")
+    return (
+        "Beside the paper's figure 1: with bfloat16 products the error of x after 30 products is "
+        f"{three_term} (three-term), {nodes} (nodes) and {by_cg} (conjugate gradient), and {by_refined} with one "
+        "refinement in float32. Errors of the gradients in one layer and in five, by conjugate gradient: "
+        f"float32 {gradients(cg, 'float32')}, bfloat16 {gradients(cg, 'bfloat16')}; by refined nodes: "
+        f"float32 {gradients(refined, 'float32')}, bfloat16 {gradients(refined, 'bfloat16')}. In the paper's "
+        "figure conjugate gradient fails in training, also where it solves well. Here its gradients are those of "
+        "the exact solve, with the adjoint system solved by the same solver, and the blocks are small and "
+        f"untrained, with {_gradient_tokens(entries)} tokens: float32 shows no such failure, products in bfloat16 "
+        f"do. The classical Kalman recursion in bfloat16 ends at {spread(kalman)}. What the strengths of figure 8 "
+        "do to a language model's loss is no matter of this experiment."
+    )
+
+
+def _gradient_tokens(entries: Entries) -> int:
+    return int(next(e["cell"]["tokens"] for e in entries if e["cell"]["part"] == "gradients"))
+
+
+def picture_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str], path: Path) -> None:
+    """Six panels: residual, error, strengths, the recursion, gradients of one layer and of five."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 8.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(2, 3).flat)
+    by_solver = {name: {"solver": name} for name in solvers}
+    ridges = sorted({e["cell"]["ridge_ratio"] for e in entries if e["cell"]["part"] == "strengths"})
+    by_ridge = {f"a = {a:g}": {"ridge_ratio": a} for a in ridges}
+    for axes, title, of, lines, wanted in (
+        (panels[0], "Residual", "residual", by_solver, {"part": "iterations"}),
+        (panels[1], "Error of the solution x", "error", by_solver, {"part": "iterations"}),
+        (panels[2], "Error of x with Chebyshev nodes", "error", by_ridge, {"part": "strengths"}),
+        (panels[4], "Error of the gradients, one layer", "error", by_solver, {"part": "gradients", "layers": 1}),
+        (panels[5], "Error of the gradients, five layers", "error", by_solver, {"part": "gradients", "layers": 5}),
+    ):
+        for (name, line), colour in zip(lines.items(), _COLOURS, strict=False):
+            for dtype, style in _STYLES.items():
+                _band(axes, entries, of, {**wanted, **line, "dtype": dtype}, style, colour, name)
+        axes.set_ylim(1e-7, 3)
+        axes.set_xlabel("products with S (solid: float32, dashed: bfloat16)")
+        axes.set_title(title, loc="left", fontsize=11)
+    for method, colour in zip(methods, ("#7aa6c2", "#8b1e3f", "#1d3557", "#c8553d"), strict=True):
+        _band(panels[3], entries, "error", {"part": "recursion", "method": method}, "-", colour, method)
+    panels[3].set_xlabel("token")
+    panels[3].set_title("Error of the readout along the sequence", loc="left", fontsize=11)
+    for axes in panels:
+        axes.set_yscale("log")
+        axes.set_ylabel("relative error" if axes is not panels[0] else "||Ax - q|| / ||q||")
+        axes.grid(color="#e5e5e5", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (panels[0], panels[2], panels[3]):
+        axes.legend(fontsize=8, loc="best", framealpha=0.9, edgecolor="none")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _band(
+    axes: Any, entries: Entries, of: str, wanted: dict[str, Any], style: str, colour: str, name: str
+) -> None:
+    """The median of the seeds, and a band from the least to the largest."""
+    found = [entry["result"] for entry in entries if wanted.items() <= entry["cell"].items()]
+    if not found:
+        return
+    x = found[0].get("products") or found[0]["tokens"]
+    columns = [
+        [math.nan if result[of][n] is None else max(result[of][n], 1e-16) for result in found]
+        for n in range(len(x))
+    ]
+    label = name if style == "-" else None
+    axes.plot(
+        x, [statistics.median(column) for column in columns], style, color=colour, label=label, linewidth=1.6
+    )
+    axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0)

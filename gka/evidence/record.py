@@ -1,0 +1,109 @@
+"""What an experiment measured: one JSON file, whole at every moment, in which nothing is measured twice.
+
+    {"experiment": "numerics",
+     "runs":    [{"command", "commit", "date", "machine", "versions", "seconds"}, ...],
+     "cells":   [{"cell": {...}, "run": 0, "seconds": 1.5, "result": ...}, ...]}
+
+A cell is one measurement or training, described by a dict of numbers, strings and lists: two cells are the same if
+their dicts are. `run` is the place in `runs` of the process that measured it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, reason
+from ..machine import describe_command, describe_commit, describe_machine, describe_versions
+
+Cell = dict[str, Any]
+
+
+class Record:
+    """The results file of an experiment.
+
+    Args:
+        path: the file, made with the first result.
+        experiment: its name.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+
+    def __init__(self, path: Path, experiment: str) -> None:
+        self.path, self.experiment = path, experiment
+        self.content: dict[str, Any] = {"experiment": experiment, "runs": [], "cells": []}
+        if path.exists():
+            self.content = self._read()
+        self._run: dict[str, Any] | None = None
+        self._start = time.perf_counter()
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """All that was measured: cell, result, seconds, run."""
+        entries: list[dict[str, Any]] = self.content["cells"]
+        return entries
+
+    def missing(self, cells: list[Cell]) -> list[Cell]:
+        """Those of the cells that have no result, each once, in their order."""
+        done = {_key(entry["cell"]) for entry in self.entries}
+        wanted = {_key(cell): cell for cell in cells}
+        return [cell for key, cell in wanted.items() if key not in done]
+
+    def add(self, cell: Cell, result: Any, seconds: float) -> None:
+        """Write a result.
+
+        Raises:
+            ValueError: the cell has one already, or the result holds NaN or infinity, which JSON has no word for.
+        """
+        if not self.missing([cell]):
+            raise ValueError(f"{cell} is measured already")
+        json.dumps(result, allow_nan=False)
+        if self._run is None:
+            self._run = {
+                "command": describe_command(),
+                "commit": describe_commit(),
+                "date": datetime.date.today().isoformat(),
+                "machine": describe_machine(),
+                "versions": describe_versions(),
+            }
+            self.content["runs"].append(self._run)
+        self._run["seconds"] = round(time.perf_counter() - self._start, 1)
+        number = len(self.content["runs"]) - 1
+        self.entries.append({"cell": cell, "run": number, "seconds": round(seconds, 2), "result": result})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(self._text(), encoding="utf-8")
+        partial.replace(self.path)
+
+    def _text(self) -> str:
+        """A line per run and per cell, so that a difference of two files can be read."""
+        parts = [f' "experiment": {json.dumps(self.experiment)}']
+        for name in ("runs", "cells"):
+            lines = ",\n  ".join(json.dumps(item, allow_nan=False) for item in self.content[name])
+            parts.append(f' "{name}": [\n  {lines}\n ]')
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            held = content["experiment"]
+            for entry in content["cells"]:
+                _key(entry["cell"]), entry["result"], content["runs"][entry["run"]]
+        except OSError as error:
+            raise UserError(f"{self.path}: {reason(error)}") from None
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(
+                f"{self.path} holds no results of gka evidence; move it, or choose another folder"
+            ) from None
+        if held != self.experiment:
+            raise UserError(f"{self.path} holds results of {held!r}, not of {self.experiment!r}")
+        return content
+
+
+def _key(cell: Mapping[str, Any]) -> str:
+    return json.dumps(cell, sort_keys=True)

@@ -1,0 +1,25 @@
+"""Tables of the page, and numbers with their spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def spread(values: Sequence[float | None], form: str = ".1e") -> str:
+    """The median, and for several values the least and the largest; None and NaN are not finite."""
+    if not values:
+        return ""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < len(values):
+        lost = len(values) - len(finite)
+        return "not finite" if not finite else f"not finite in {lost} of {len(values)}"
+    middle = f"{statistics.median(finite):{form}}"
+    return middle if len(finite) == 1 else f"{middle} ({min(finite):{form}} to {max(finite):{form}})"

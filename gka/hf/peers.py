@@ -1,0 +1,130 @@
+"""Other recurrent layers in the place of GKA layers, for comparisons in one and the same model.
+
+    gdn      Gated DeltaNet (arXiv 2412.06464), Qwen3-Next's layer of transformers: its kernels are those of
+             flash-linear-attention where that is installed, else PyTorch
+    mamba2   Mamba-2 (arXiv 2405.21060), transformers' layer: kernels of mamba_ssm where installed, else PyTorch
+
+Gated DeltaNet has H heads with keys and values of head_dim D, as a GKA layer has. Mamba-2 has its usual expansion
+of 2, so 2 H heads of D where H D is the hidden size, and D numbers of state per channel, with B and C that all
+heads share: 2 H D^2 numbers of state, as many as S_kk and S_kv together.
+
+For Gated DeltaNet, decays and time steps start as those of a GKA layer (`fresh_A_log`, `fresh_dt_bias`, which are
+its own authors' too); for Mamba-2 as in its paper. Convolutions start as a GKA layer's.
+
+Legend: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Mamba2Config, Qwen3NextConfig
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from ..layer import fresh_A_log, fresh_dt_bias
+
+LAYERS = (Qwen3NextGatedDeltaNet, Mamba2Mixer)
+
+if TYPE_CHECKING:
+    from .config import GKAConfig
+
+MAMBA_CHUNK = 64  # tokens; shorter than transformers' 256, for scores of [T, chunk, heads] in float32
+
+
+class Peer(nn.Module):
+    """A layer of another kind, called as a GKA layer is.
+
+    Args:
+        config: of the model; its mixer says which.
+        layer_idx: the layer's place in `past_key_values`.
+    """
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer = config.mixer
+        self.inner: nn.Module = (_gated_delta_net if config.mixer == "gdn" else _mamba2)(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, hidden_size] -> the same.
+
+        Args:
+            hidden_states: [B, T, hidden_size], any float dtype.
+            attention_mask: [B, T], 0 for a pad; pads must stand on the left, where they write nothing.
+            past_key_values: the model's cache, brought up to date in place.
+            cu_seqlens: None.
+
+        Raises:
+            ValueError: packed sequences, which these layers' PyTorch forms cannot keep apart.
+        """
+        if cu_seqlens is not None:
+            raise ValueError(
+                f'a batch is packed, and mixer "{self.mixer}" cannot keep packed sequences apart; '
+                "pass the sequences as rows, padded, with an attention_mask"
+            )
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(hidden_states.dtype)
+        out: Tensor = self.inner(hidden_states, cache_params=past_key_values, attention_mask=attention_mask)
+        return out
+
+
+@torch.no_grad()
+def initialise(layer: Any) -> None:
+    """Set what is no matrix of a layer of these kinds to its start."""
+    init.kaiming_uniform_(layer.conv1d.weight, a=math.sqrt(5.0))
+    if isinstance(layer, Mamba2Mixer):
+        layer.init_mamba2_weights()
+    else:
+        heads, device = layer.A_log.shape[0], layer.A_log.device
+        init.copy_(layer.A_log, fresh_A_log(heads, device))
+        init.copy_(layer.dt_bias, fresh_dt_bias(heads, device))
+
+
+def _gated_delta_net(config: GKAConfig, layer_idx: int) -> nn.Module:
+    heads, dim = config.num_attention_heads, config.head_dim
+    return Qwen3NextGatedDeltaNet(
+        Qwen3NextConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            linear_num_key_heads=heads,
+            linear_num_value_heads=heads,
+            linear_key_head_dim=dim,
+            linear_value_head_dim=dim,
+            linear_conv_kernel_dim=config.conv_size,
+            hidden_act="silu",
+            rms_norm_eps=config.rms_norm_eps,
+            layer_types=["linear_attention"] * config.num_hidden_layers,
+        ),
+        layer_idx,
+    )
+
+
+def _mamba2(config: GKAConfig, layer_idx: int) -> nn.Module:
+    dim = config.head_dim
+    inner = Mamba2Config(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        expand=2,
+        num_heads=2 * config.hidden_size // dim,
+        head_dim=dim,
+        state_size=dim,
+        n_groups=1,
+        conv_kernel=config.conv_size,
+        use_conv_bias=False,
+        use_bias=False,
+        hidden_act="silu",
+        layer_norm_epsilon=config.rms_norm_eps,
+        chunk_size=MAMBA_CHUNK,
+    )
+    return Mamba2Mixer(inner, layer_idx)

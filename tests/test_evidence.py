@@ -1,0 +1,174 @@
+"""`gka evidence`: results are whole, nothing is measured twice, the page says what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gka import cli
+from gka.errors import UserError
+from gka.evidence import command, numerics
+from gka.evidence.record import Record
+from gka.evidence.table import spread
+
+
+def test_a_record_keeps_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "it.json"
+    cells: list[dict[str, Any]] = [{"a": 1, "b": [2, 3]}, {"a": 2, "b": []}]
+    record = Record(path, "it")
+    assert record.missing(cells) == cells and not path.exists()
+    record.add({"b": [2, 3], "a": 1}, {"x": 0.5}, 1.234)
+    again = Record(path, "it")
+    assert again.missing(cells) == [cells[1]]
+    again.add(cells[1], [None, "y"], 2.0)
+    content = json.loads(path.read_text())
+    assert [(e["cell"]["a"], e["run"], e["seconds"], e["result"]) for e in content["cells"]] == [
+        (1, 0, 1.23, {"x": 0.5}),
+        (2, 1, 2.0, [None, "y"]),
+    ]
+    assert all(run.keys() >= {"command", "commit", "date", "machine", "versions"} for run in content["runs"])
+    assert [path.name for path in path.parent.iterdir()] == ["it.json"]
+
+
+def test_a_record_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    path = tmp_path / "it.json"
+    record = Record(path, "it")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.add({"a": 1}, math.nan, 1.0)
+    assert not path.exists() and record.missing([{"a": 1}])
+    record.add({"a": 1}, 1, 1.0)
+    with pytest.raises(ValueError, match="measured already"):
+        record.add({"a": 1}, 2, 1.0)
+    with pytest.raises(UserError, match="holds results of 'it', not of 'other'"):
+        Record(path, "other")
+    for text in ("{", "[]", '{"experiment": "it", "runs": [], "cells": [{"cell": {}, "run": 0, "result": 1}]}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="holds no results of gka evidence"):
+            Record(path, "it")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """An experiment in the place of numerics, whose cells are counted when they are measured."""
+    calls: list[dict[str, Any]] = []
+
+    def run(cell: dict[str, Any], folder: Path, device: Any) -> int:
+        calls.append(cell)
+        if cell["seed"] == 2 and len(calls) == 3:
+            (folder / "checkpoint").mkdir(parents=True)
+            raise KeyboardInterrupt
+        return 10 * cell["seed"]
+
+    monkeypatch.setattr(numerics, "cells", lambda size: [{"size": size, "seed": seed} for seed in range(4)])
+    monkeypatch.setattr(numerics, "run", run)
+    return calls
+
+
+def test_a_run_that_is_cut_off_goes_on(counted: list[dict[str, Any]], tmp_path: Path) -> None:
+    """With what it has, and with the folder of the cell that was cut."""
+    arguments = ["evidence", "numerics", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    assert len(list(tmp_path.glob("numerics/*/checkpoint"))) == 1
+    assert cli.main(arguments) == 0
+    assert [cell["seed"] for cell in counted] == [0, 1, 2, 2, 3]
+    assert cli.main(arguments) == 0 and len(counted) == 5
+    entries = Record(tmp_path / "numerics.json", "numerics").entries
+    assert [entry["result"] for entry in entries] == [0, 10, 20, 30]
+    assert not list(tmp_path.glob("numerics/*"))
+
+
+def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
+    arguments = ["evidence", "numerics", "--output", str(tmp_path), "--only"]
+    assert cli.main([*arguments, "seed=1", "size=small"]) == 0
+    assert [cell["seed"] for cell in counted] == [1]
+    assert cli.main([*arguments, "seed=9"]) == cli.main([*arguments, "seed"]) == 2
+    assert len(counted) == 1
+
+
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["evidence"]) == cli.main(["evidence", "numerix"]) == 2
+    error = capsys.readouterr().err
+    assert "NAME is missing; there are numerics, page" in error and "no experiment 'numerix'" in error
+    assert cli.main(["evidence", "page", "--output", str(tmp_path)]) == 2
+    assert "holds no results; `gka evidence NAME" in capsys.readouterr().err
+
+
+def test_numbers_with_their_spread() -> None:
+    assert spread([2.0, 1.0, 4.0]) == "2.0e+00 (1.0e+00 to 4.0e+00)"
+    assert spread([0.25], ".2f") == "0.25" and spread([]) == ""
+    assert spread([1.0, None, math.nan]) == "not finite in 2 of 3" and spread([None]) == "not finite"
+
+
+# The experiment numerics
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, Any]]:
+    """Some cells of the small form."""
+    wanted = [
+        cell
+        for cell in numerics.cells("small")
+        if (cell["part"] == "iterations" and "Cheb" in cell["solver"])
+        or (cell["part"] == "recursion" and "bfloat16" in cell["method"])
+        or (cell["part"] == "strengths" and cell["dtype"] == "float32")
+        or (cell["part"] == "gradients" and cell["layers"] == 1 and "nodes" in cell["solver"])
+    ]
+    return [{"cell": cell, "result": numerics.run(cell, Path(), None)} for cell in wanted]  # type: ignore[arg-type]
+
+
+def result(entries: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    (found,) = [entry["result"] for entry in entries if wanted.items() <= entry["cell"].items()]
+    return found
+
+
+def test_refinement_goes_below_what_bfloat16_products_allow(measured: list[dict[str, Any]]) -> None:
+    for part in ("iterations", "gradients"):
+        plain, refined = (
+            result(measured, part=part, solver=solver, dtype="bfloat16")["error"]
+            for solver in ("Chebyshev, nodes", "Chebyshev, nodes, refined")
+        )
+        assert refined[-1] < plain[-1] / 5
+    exact = result(measured, part="iterations", solver="Chebyshev, nodes", dtype="float32")
+    assert exact["error"][-1] < 1e-6 and exact["residual"][-1] < 1e-6
+    assert exact["products"] == numerics.PRODUCTS
+
+
+def test_a_stronger_ridge_converges_sooner(measured: list[dict[str, Any]]) -> None:
+    errors = [result(measured, part="strengths", ridge_ratio=a)["error"] for a in numerics.STRENGTHS]
+    at = numerics.PRODUCTS.index(20)
+    assert all(later[at] < earlier[at] / 2 for earlier, later in itertools.pairwise(errors))
+
+
+def test_the_layers_solve_is_more_exact_than_the_recursion(measured: list[dict[str, Any]]) -> None:
+    recursion, refined = (
+        result(measured, part="recursion", method=method)["error"][-1]
+        for method in ("Kalman recursion in bfloat16", "Chebyshev (16, 16), bfloat16 products")
+    )
+    assert refined < recursion / 3
+
+
+def test_all_of_the_full_form_is_other_seeds_and_more_tokens() -> None:
+    small, full = numerics.cells("small"), numerics.cells("full")
+    assert len(full) == 3 * len(small) and {cell["seed"] for cell in full} == {0, 1, 2}
+    parts = [{k: v for k, v in cell.items() if k not in ("tokens", "seed")} for cell in small]
+    assert parts == [{k: v for k, v in cell.items() if k not in ("tokens", "seed")} for cell in full[: len(small)]]
+
+
+def test_measured_anew_it_is_the_same(measured: list[dict[str, Any]]) -> None:
+    again = numerics.run(measured[0]["cell"], Path(), None)  # type: ignore[arg-type]
+    assert again == measured[0]["result"]
+
+
+def test_experiments_have_all_that_is_needed() -> None:
+    for name, module in command.EXPERIMENTS.items():
+        experiment: Any = importlib.import_module(module)
+        assert experiment.SUMMARY and callable(experiment.run) and callable(experiment.section), name
+        for size in ("small", "full"):
+            cells = experiment.cells(size)
+            assert cells and len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
