@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -300,6 +301,17 @@ def test_nats_are_those_of_the_models_own_logits(model: Any) -> None:
         logits = model(tokens[None, :-1]).logits[0]
     np.testing.assert_allclose(found, F.cross_entropy(logits, tokens[1:], reduction="none").numpy(), rtol=1e-5)
     assert found.dtype == np.float32
+
+
+def test_the_logarithm_of_a_bfloat16_model_is_taken_in_float32(model: Any) -> None:
+    window, model = draw_windows(30)[0], copy.deepcopy(model).bfloat16()
+    (found,) = token_nats(model, [window], batch_size=1)
+    tokens = torch.from_numpy(window)
+    with torch.no_grad():
+        logits = model(tokens[None, :-1]).logits[0]
+    assert logits.dtype == torch.bfloat16
+    right = F.cross_entropy(logits.float(), tokens[1:], reduction="none").numpy()
+    np.testing.assert_allclose(found, right, rtol=1e-5)
 
 
 @pytest.mark.parametrize("slice_tokens", [1, 5, 64, 4096])
