@@ -64,7 +64,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
-        clean_up_tokenization_spaces=False,  # it would move spaces before punctuation
+        clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
         split_special_tokens=True,  # text that spells the end token is text
     )
 
