@@ -155,6 +155,27 @@ def split_names(names: Sequence[str], fraction: float) -> set[str]:
     return set(held_out or ordered[:1]) - (set(ordered[-1:]) if len(held_out) == len(ordered) else set())
 
 
+def read_parts(
+    sources: Sequence[Source], skipped: Skipped, fraction: float
+) -> Iterator[tuple[Source, bytes, bool]]:
+    """Read the texts and say of each whether it is held out; one file alone is cut in two.
+
+    Args:
+        sources, skipped: as find_files gives them; skipped is added to, as read_texts does.
+        fraction: share of the files that is held out, see split_names; or of the one file's bytes.
+
+    Raises:
+        UserError: as read_texts.
+    """
+    held_out = split_names([source.name for source in sources], fraction)
+    for source, text in read_texts(sources, skipped):
+        if len(sources) > 1:
+            yield source, text, source.name in held_out
+            continue
+        for piece, is_held_out in zip(_cut(text, fraction), (False, True), strict=True):
+            yield source, piece, is_held_out
+
+
 def _cut(text: bytes, fraction: float) -> tuple[bytes, bytes]:
     """Cut one text into training and validation part, between two characters, at a line end if near."""
     at = len(text) - max(1, round(len(text) * fraction))
@@ -259,28 +280,23 @@ def write_tokens(folder: Path, arguments: Sequence[str] | None, tokenizer: Any, 
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
     manifest = Manifest(dtype, Part(), Part(), [], "")
     end = np.asarray([document_token(tokenizer)], dtype)
-    held_out = split_names([source.name for source in sources], fraction)
     try:
         with (
             (building / "train.bin").open("wb") as train,
             (building / "validation.bin").open("wb") as validation,
             (building / "validation.raw").open("wb") as raw,
         ):
-            for source, text in read_texts(sources, skipped):
-                pieces = [(text, source.name in held_out)]
-                if len(sources) == 1:
-                    pieces = list(zip(_cut(text, fraction), (False, True), strict=True))
-                for piece, is_held_out in pieces:
-                    part, file = (manifest.validation, validation) if is_held_out else (manifest.train, train)
-                    ids = encode(tokenizer, piece)
-                    ids.astype(dtype).tofile(file)
-                    end.tofile(file)
-                    part.files += 1
-                    part.tokens += len(ids) + 1
-                    part.bytes += len(piece)
-                    if is_held_out:
-                        raw.write(piece)
-                        manifest.validation_documents.append((source.name, len(piece)))
+            for source, text, is_held_out in read_parts(sources, skipped, fraction):
+                part, file = (manifest.validation, validation) if is_held_out else (manifest.train, train)
+                ids = encode(tokenizer, text)
+                ids.astype(dtype).tofile(file)
+                end.tofile(file)
+                part.files += 1
+                part.tokens += len(ids) + 1
+                part.bytes += len(text)
+                if is_held_out:
+                    raw.write(text)
+                    manifest.validation_documents.append((source.name, len(text)))
         manifest.skipped = str(skipped)
         _check_parts(manifest, arguments)
         (building / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +53,29 @@ class Score:
         return {**asdict(self), "bits_per_byte": self.bits_per_byte, "loss_per_token": self.loss}
 
 
+def side_by_side(
+    rows: Sequence[np.ndarray], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Batches of token rows, those of similar length together, the longest first; each is padded at its end.
+
+    Args:
+        rows: token ids, [T_i] each. batch_size: rows of a batch, B.
+
+    Yields:
+        which rows, B' <= B indices; their tokens [B', T] int64, T of the longest; and which of these are no
+        padding, [B', T] bool.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        lengths = torch.tensor([len(rows[i]) for i in batch])
+        counted = torch.arange(len(rows[batch[0]])) < lengths[:, None]
+        tokens = torch.zeros(counted.shape, dtype=torch.long)
+        for row, i in enumerate(batch):
+            tokens[row, : len(rows[i])] = torch.from_numpy(rows[i].astype(np.int64))
+        yield batch, tokens, counted
+
+
 @torch.inference_mode()
 def document_nats(
     model: Any,
@@ -77,15 +100,9 @@ def document_nats(
         on_tokens: is told the number of tokens read after every forward pass.
     """
     nats = [0.0] * len(documents)
-    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        longest = len(documents[batch[0]])
-        tokens = torch.full((len(batch), longest + 1), start, dtype=torch.long)
-        lengths = torch.tensor([len(documents[i]) for i in batch])
-        for row, i in enumerate(batch):
-            tokens[row, 1 : len(documents[i]) + 1] = torch.from_numpy(documents[i].astype(np.int64))
-        counted = torch.arange(longest) < lengths[:, None]
+    for batch, tokens, counted in side_by_side(documents, batch_size):
+        longest = tokens.shape[1]
+        tokens = torch.cat([torch.full((len(batch), 1), start), tokens], 1)
         cache = None
         for begin in range(0, longest, window):
             end = min(begin + window, longest)

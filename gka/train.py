@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
@@ -228,6 +229,7 @@ def _make_trainer(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks are of one length; padding needs a pad token
         callbacks=[ScheduleCallback(schedule), ProgressCallback(schedule, batch * options.seq_len)],
     )
     trainer.remove_callback(PrinterCallback)
