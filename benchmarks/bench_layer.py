@@ -1,6 +1,6 @@
 """Time and memory of the layer beside its peers.
 
-    python -m benchmarks.bench_layer --device cuda      # about 5 minutes on one H200
+    python -m benchmarks.bench_layer --device cuda      # about 8 minutes on one H200, half of it autotuning
     python -m benchmarks.bench_layer --shapes 1,256 --hidden 64 --heads 2 --head-dim 32 --dtype float32
 
 Forward, and forward + backward with the gradients of the input and of all parameters, of
@@ -89,7 +89,7 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     torch.manual_seed(0)
     size = (options.hidden, options.heads, options.head_dim)
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    extra = options.device.type == "cuda" and fused.installed()
+    extra = options.device.type == "cuda" and fused.ENABLED and fused.installed()
     for steps in ((16, 16), (16, 8)):
         layer = our_layer(options, steps)
         if extra:

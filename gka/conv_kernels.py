@@ -2,9 +2,10 @@
 
     y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t-j} )
 
-They run for tensors on an NVIDIA GPU, packed or in rows; everywhere else `short_conv.py` does the same in PyTorch.
-As custom operators they are opaque to torch.compile, which traces shapes only. Sums are made in one order, so that
-equal calls give equal bits.
+They run for tensors on an NVIDIA GPU of compute capability 8.0 or later, packed or in rows, up to W = 8;
+everywhere else `short_conv.py` does the same in PyTorch. As custom operators they are opaque to torch.compile,
+which only traces shapes. Sums are made in one order, so that equal calls give equal bits. There are first
+derivatives backwards and no others.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import fused
 from .ops.triton_config import INTERPRETED, conv_config, runs_kernels
 
-MOST_TAPS = 8  # wider ones would take too many registers
+MOST_TAPS = 8  # there, backwards, a thread has no register left
 SPAN = 128  # tokens of a program
 
 
@@ -40,7 +41,14 @@ def short_conv(x: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor
 
     Returns:
         [B, T, C] in x's dtype; sums are float32.
+
+    Raises:
+        ValueError: x and weight are not on one device.
     """
+    if (
+        weight.device != x.device
+    ):  # without the check, a weight on "meta" would make this a call that computes nothing
+        raise ValueError(f"the convolution's weight is on {weight.device}; expected {x.device}, as x")
     y: Tensor = _short_conv(x, weight, place)
     return y
 

@@ -64,7 +64,8 @@ def enabled(x: Tensor) -> bool:
 
 def usable(x: Tensor) -> bool:
     """Whether x, [B, T, ...], is for the norm's kernels: enabled, not too few tokens, the package installed."""
-    return enabled(x) and x.numel() > 0 and x.shape[1] >= LEAST_TOKENS and installed()
+    # What is not installed must not make a graph depend on the number of tokens.
+    return enabled(x) and x.numel() > 0 and installed() and x.shape[1] >= LEAST_TOKENS
 
 
 def gated_rms_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

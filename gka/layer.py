@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from . import fused
-from .ops import State, gated_kalmanet, gated_kalmanet_step
+from .ops import State, check_cu_seqlens, gated_kalmanet, gated_kalmanet_step
 from .padding import RealFirst
-from .short_conv import ShortConv, last_inputs, packed_short_conv, packing, short_conv
+from .short_conv import ShortConv, last_inputs, packing
 
 if TYPE_CHECKING:
     from .hf.config import GKAConfig
@@ -256,11 +256,11 @@ class GatedKalmaNet(nn.Module):
             y = projection(x)
             if conv is not None and cu_seqlens is not None:
                 packed = packing(y, cu_seqlens, self.conv_size) if packed is None else packed
-                y = packed_short_conv(conv, y, packed)
+                y = conv(y, packed=packed)
             elif conv is not None:
                 state = None if past is None else past.conv[number]
                 inputs.append((y, state))
-                y = short_conv(conv, y, state)
+                y = conv(y, state)
             outputs.append(y.unflatten(2, (-1, self.head_dim)))
         q, k, v = outputs
         if self.proj_k is not None and self.proj_v is not None:
@@ -360,8 +360,6 @@ class GatedKalmaNet(nn.Module):
             raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {self.hidden_size}]")
         if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
-        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
-            raise TypeError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a torch.Tensor of integers")
         if cu_seqlens is not None and mask is not None:
             raise ValueError("cu_seqlens and attention_mask are both given; leave the pads out of a packed batch")
         if cu_seqlens is not None and cache is not None:
@@ -371,6 +369,8 @@ class GatedKalmaNet(nn.Module):
             )
         if cu_seqlens is not None and x.shape[0] != 1:
             raise ValueError(f"hidden_states has {x.shape[0]} rows; expected 1 with cu_seqlens: concatenate them")
+        if cu_seqlens is not None:  # the op does so, too, but the convolutions come first
+            check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
         if cache is None:
             return
         if not isinstance(cache, Cache):

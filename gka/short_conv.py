@@ -52,6 +52,8 @@ class Gaps(NamedTuple):
 class ShortConv(nn.Conv1d):
     """The convolution and SiLU; weight [C, 1, W], no bias.
 
+    Whatever computes it, it is called as a module, for those who watch or move modules by hooks on `forward`.
+
     Args:
         channels: C.
         width: W.
@@ -60,7 +62,33 @@ class ShortConv(nn.Conv1d):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(channels, channels, width, groups=channels, bias=False)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, state: Tensor | None = None, packed: Gaps | Tensor | None = None
+    ) -> Tensor:
+        """Convolve rows of tokens, or packed sequences.
+
+        Args:
+            x: [B, T, C], T at least 1; B is 1 with `packed`.
+            state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros. Not with `packed`.
+            packed: what `packing` gives.
+
+        Returns:
+            [B, T, C].
+        """
+        if isinstance(packed, Gaps):
+            row = x.new_zeros(x.shape[2], packed.length).index_copy(1, packed.slots, x[0].t())
+            y = self._in_pytorch(row.unsqueeze(0))
+            return y.index_select(2, packed.slots - (self.kernel_size[0] - 1)).transpose(1, 2)
+        if packed is not None or conv_kernels.usable(x, self.kernel_size[0]):
+            if state is None:
+                return conv_kernels.short_conv(x, self.weight[:, 0], packed)
+            row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
+            return conv_kernels.short_conv(row, self.weight[:, 0])[:, state.shape[2] :]
+        if state is None:
+            state = x.new_zeros(x.shape[0], x.shape[2], self.kernel_size[0] - 1)
+        return self._in_pytorch(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)).transpose(1, 2)
+
+    def _in_pytorch(self, inputs: Tensor) -> Tensor:
         """[B, C, W - 1 + T] -> [B, C, T]: what lies before the first token stands in front."""
         if inputs.shape[2] == self.kernel_size[0]:  # one token: a dot product costs less than a convolution's call
             return F.silu((inputs * self.weight[:, 0]).sum(dim=2, keepdim=True).to(inputs.dtype))
@@ -83,51 +111,23 @@ class ShortConv(nn.Conv1d):
         return reduce(torch.add, parts).to(inputs.dtype)
 
 
-def short_conv(conv: ShortConv, x: Tensor, state: Tensor | None = None) -> Tensor:
-    """Convolve rows of tokens.
-
-    Args:
-        conv: with C channels and width W.
-        x: [B, T, C], T at least 1.
-        state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
-
-    Returns:
-        [B, T, C].
-    """
-    if conv_kernels.usable(x, conv.kernel_size[0]):
-        if state is None:
-            return conv_kernels.short_conv(x, conv.weight[:, 0])
-        row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-        return conv_kernels.short_conv(row, conv.weight[:, 0])[:, state.shape[2] :]
-    if state is None:
-        state = x.new_zeros(x.shape[0], x.shape[2], conv.kernel_size[0] - 1)
-    y: Tensor = conv(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2))
-    return y.transpose(1, 2)
-
-
 def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | Tensor:
-    """What `packed_short_conv` needs to know of packed sequences, for several x of one shape and dtype: where the
-    gaps are, or for the kernels the number of each token in its sequence, [T] of int32."""
+    """What convolutions of width `width` need to know of packed sequences, for several x of one shape and dtype.
+
+    Where the gaps are, or for the kernels the number of each token in its sequence, [T] of int32.
+    """
     if not conv_kernels.usable(x, width):
         return Gaps.of(cu_seqlens, x.shape[1], width)
     sequence = sequence_of_tokens(cu_seqlens, x.shape[1])
-    return (torch.arange(x.shape[1], device=x.device) - cu_seqlens.long()[sequence]).int()
-
-
-def packed_short_conv(conv: ShortConv, x: Tensor, packed: Gaps | Tensor) -> Tensor:
-    """Convolve packed sequences: x [1, T, C] -> y [1, T, C]."""
-    if isinstance(packed, Tensor):
-        return conv_kernels.short_conv(x, conv.weight[:, 0], packed)
-    row = x.new_zeros(x.shape[2], packed.length).index_copy(1, packed.slots, x[0].t())
-    y = conv(row.unsqueeze(0))
-    return y.index_select(2, packed.slots - (conv.kernel_size[0] - 1)).transpose(1, 2)
+    starts = cu_seqlens.long()[sequence].clamp(min=0)  # the op refuses others, after the convolutions
+    return (torch.arange(x.shape[1], device=x.device) - starts).int()
 
 
 def last_inputs(x: Tensor, state: Tensor | None, width: int, lengths: Tensor | None = None) -> Tensor:
-    """The state after a call of `short_conv`: the last W - 1 inputs of every row.
+    """The state after a call of the convolution: the last W - 1 inputs of every row.
 
     Args:
-        x: [B, T, C], as `short_conv` took it.
+        x: [B, T, C], as the convolution took it.
         state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
         width: W.
         lengths: [B] of int64, how many of the T inputs of each row count; None means all.

@@ -6,16 +6,21 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gka import cli
 from gka.errors import UserError
-from gka.evidence import command, numerics
+from gka.evidence import command, mqar, numerics
+from gka.evidence.page import write_page
 from gka.evidence.record import Record
 from gka.evidence.table import spread
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_record_keeps_what_was_measured(tmp_path: Path) -> None:
@@ -94,7 +99,7 @@ def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["evidence"]) == cli.main(["evidence", "numerix"]) == 2
     error = capsys.readouterr().err
-    assert "NAME is missing; there are numerics, page" in error and "no experiment 'numerix'" in error
+    assert "NAME is missing; there are numerics, mqar, page" in error and "no experiment 'numerix'" in error
     assert cli.main(["evidence", "page", "--output", str(tmp_path)]) == 2
     assert "holds no results; `gka evidence NAME" in capsys.readouterr().err
 
@@ -103,6 +108,17 @@ def test_numbers_with_their_spread() -> None:
     assert spread([2.0, 1.0, 4.0]) == "2.0e+00 (1.0e+00 to 4.0e+00)"
     assert spread([0.25], ".2f") == "0.25" and spread([]) == ""
     assert spread([1.0, None, math.nan]) == "not finite in 2 of 3" and spread([None]) == "not finite"
+
+
+def test_the_page_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command makes it of the committed JSON."""
+    shutil.copytree(ROOT / "docs/evidence", tmp_path / "docs/evidence", ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.chdir(tmp_path)
+    page = write_page(Path("docs/evidence"))
+    assert page == Path("docs/evidence.md")
+    assert page.read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8")
+    made = {path.name for path in Path("docs/evidence").glob("*.png")}
+    assert made == {path.name for path in (ROOT / "docs/evidence").glob("*.png")}
 
 
 # The experiment numerics
@@ -163,6 +179,56 @@ def test_all_of_the_full_form_is_other_seeds_and_more_tokens() -> None:
 def test_measured_anew_it_is_the_same(measured: list[dict[str, Any]]) -> None:
     again = numerics.run(measured[0]["cell"], Path(), None)  # type: ignore[arg-type]
     assert again == measured[0]["result"]
+
+
+# The experiment mqar
+
+
+def test_every_mixer_gets_the_same_grid() -> None:
+    """The same data, learning rates and seeds, and a quarter as many pairs as tokens."""
+    cells = mqar.cells("full")
+    grids = {
+        mixer: [{name: value for name, value in cell.items() if name != "mixer"} for cell in group]
+        for mixer in ("gka", "gla", "gdn", "mamba2", "attention")
+        for group in [[cell for cell in cells if cell["mixer"] == mixer]]
+    }
+    assert len(cells) == 5 * len(grids["gka"]) and all(grid == grids["gka"] for grid in grids.values())
+    assert all(cell["num_pairs"] == cell["seq_len"] // 4 for cell in cells)
+    assert {cell["dim"] for cell in cells} == {32, 64, 128, 256}
+    assert any(cell["num_pairs"] > cell["dim"] for cell in cells)
+    assert {cell["seed"] for cell in cells[: len(cells) // 3]} == {0}
+
+
+@pytest.mark.parametrize("mixer", ["gka", "mamba2"])
+def test_a_training_is_one_of_gka_mqar(mixer: str) -> None:
+    """Only with parameters made equal."""
+    (cell,) = [cell for cell in mqar.cells("small") if cell["mixer"] == mixer]
+    cell |= {"examples": 128, "epochs": 1, "tests": 20}
+    found = mqar.run(cell, Path(), torch.device("cpu"))
+    assert found["steps"] == 2 and 0 <= found["accuracy"] <= 1
+    ours = mqar.run({**cell, "mixer": "gka"}, Path(), torch.device("cpu"))
+    assert found["parameters"] == pytest.approx(ours["parameters"], rel=0.02)
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_best_learning_rate_is_that_of_the_mean(tmp_path: Path) -> None:
+    def entry(mixer: str, rate: float, seed: int, accuracy: float) -> dict[str, Any]:
+        cell = {"mixer": mixer, "dim": 32, "seq_len": 16, "num_pairs": 4, "learning_rate": rate, "seed": seed}
+        return {"cell": cell, "result": {"accuracy": accuracy}}
+
+    entries = [entry("gka", 0.1, 0, 1.0), entry("gka", 0.1, 1, 0.2), entry("gka", 0.01, 0, 0.7)]
+    entries += [entry("gka", 0.01, 1, 0.8), entry("gdn", 0.1, 0, 0.9), entry("gdn", 0.1, 1, 0.8)]
+    ours, gdn = mqar.best(entries)
+    assert (ours["mixer"], ours["learning_rate"], ours["accuracies"], ours["rates"]) == (
+        "gka",
+        0.01,
+        [0.7, 0.8],
+        2,
+    )
+    assert gdn["accuracies"] == [0.9, 0.8]
+    text = mqar.section(entries, tmp_path / "picture.png")
+    assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0), 0.01 | 85.0 (80.0 to 90.0), 0.1 |" in text
+    assert "Gated DeltaNet in 0 of 1 places" in text and (tmp_path / "picture.png").stat().st_size > 5000
 
 
 def test_experiments_have_all_that_is_needed() -> None:

@@ -10,17 +10,19 @@ import importlib.util
 import sys
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from model_helpers import ROWS, assert_near, layer_outcome, random_inputs, tiny_layer
+from model_helpers import ROWS, assert_near, layer_outcome, random_inputs, random_tokens, tiny_layer, tiny_model
 from torch import Tensor, nn
 
 from gka import conv_kernels, fused
-from gka.short_conv import ShortConv, last_inputs, packed_short_conv, packing, short_conv
+from gka.ops import triton_config
+from gka.short_conv import ShortConv, last_inputs, packing
 
 
 def norm(**a: Any) -> tuple[Tensor, None, Tensor, Tensor]:
@@ -122,7 +124,7 @@ def test_compiles_as_one_graph(packed: bool, stand_in: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_operators_are_what_they_say(packed: bool, stand_in: pytest.MonkeyPatch) -> None:
-    x, weight = random_inputs(1, 9, 5).requires_grad_(), random_inputs(5, 4, seed=1).requires_grad_()
+    x, weight = (random_inputs(*shape).float().requires_grad_() for shape in ((1, 9, 5), (5, 4)))
     place = torch.tensor([0, 1, *range(7)], dtype=torch.int32) if packed else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(conv_kernels._short_conv, (x, weight, place), test_utils=checks)
@@ -135,10 +137,10 @@ def convolved(conv: ShortConv, given: dict[str, Tensor], edges: list[int] | None
     """y, and gradients of everything."""
     leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
     if edges is None:
-        y = short_conv(conv, **leaves)
+        y = conv(**leaves)
     else:
         packed = packing(leaves["x"], torch.tensor(edges), conv.kernel_size[0])
-        y = packed_short_conv(conv, leaves["x"], packed)
+        y = conv(leaves["x"], packed=packed)
     wanted = {**leaves, "weight": conv.weight}
     grads = torch.autograd.grad(y, list(wanted.values()), random_inputs(*y.shape, seed=2).to(y.dtype))
     return {"y": y, **dict(zip(wanted, grads, strict=True))}
@@ -154,9 +156,9 @@ def test_convolution_equals_pytorch_in_float64(
     """Sequences end and begin in every part of a span, some of them shorter than the width."""
     torch.manual_seed(0)
     conv = ShortConv(channels, width).to(dtype)
-    given = {"x": random_inputs(1 if kind == "packed" else 2, T, channels).to(dtype)}
-    if kind == "state":
-        given["state"] = random_inputs(2, channels, width - 1, seed=1).to(dtype)
+    given = {"x": random_inputs(channels, 1 if kind == "packed" else 2, T).to(dtype).permute(1, 2, 0)}
+    if kind == "state":  # in float32, as a cache may hold it
+        given["state"] = random_inputs(2, channels, width - 1, seed=1).float()
     edges = [0, 0, 1, T // 2, T // 2 + 1, T - 1, T, T] if kind == "packed" else None
     assert conv_kernels.usable(given["x"], width)
     out = convolved(conv, given, edges)
@@ -186,6 +188,47 @@ def test_last_inputs(with_state: bool, T: int, width: int, data: st.DataObject) 
     lengths = data.draw(st.lists(st.integers(0, T), min_size=2, max_size=2))
     some = torch.stack([row[n, :, length : length + width - 1] for n, length in enumerate(lengths)])
     assert last_inputs(x, state, width, torch.tensor(lengths)).equal(some)
+
+
+def test_offloaded_and_watched_convolutions(stand_in: pytest.MonkeyPatch) -> None:
+    """Modules are called, so hooks run, and weights come from where they are kept."""
+    model, tokens = tiny_model(dtype=torch.float32), random_tokens(1, 9)
+    with torch.no_grad():
+        ref = model(tokens).logits
+        seen: list[Tensor] = []
+        model.model.layers[0].gka.q_conv1d.register_forward_hook(lambda module, args, out: seen.append(out))
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        assert model.model.layers[0].gka.k_conv1d.weight.device.type == "meta"
+        assert_near(model(tokens).logits, ref, 1e-4)
+        assert len(seen) == 1
+    with pytest.raises(ValueError, match="weight is on meta; expected cpu"):
+        conv_kernels.short_conv(torch.zeros(1, 2, 3), torch.zeros(3, 4, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"), [([], r"shape \(0,\); expected"), ([[0, 9]], r"\(1, 2\)"), ([-5, 9], "rise from 0")]
+)
+def test_wrong_sequences_are_refused_before_the_convolutions(
+    edges: list[int], message: str, stand_in: pytest.MonkeyPatch
+) -> None:
+    stand_in.setattr(conv_kernels, "short_conv", None)
+    with pytest.raises(ValueError, match=message):
+        tiny_layer(torch.float32)(
+            random_inputs(1, 9, 36).float(), cu_seqlens=torch.tensor(edges, dtype=torch.int64)
+        )
+
+
+def test_not_for_gpus_without_the_kernels(stand_in: pytest.MonkeyPatch) -> None:
+    stand_in.setattr(conv_kernels, "INTERPRETED", False)
+    x = torch.zeros(1, 3, 4)
+    for runs in (True, False):
+        stand_in.setattr(conv_kernels, "runs_kernels", lambda device, runs=runs: runs)
+        assert conv_kernels.usable(x, 4) == runs
+    stand_in.setattr(torch.version, "cuda", "12.8")
+    stand_in.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert triton_config.runs_kernels(0)
+    stand_in.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not triton_config.runs_kernels(0)
 
 
 class Adapted(nn.Linear):

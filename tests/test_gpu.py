@@ -19,7 +19,7 @@ import gka
 from gka import conv_kernels, fused
 from gka.layer import GatedRMSNorm
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
-from gka.short_conv import ShortConv, packed_short_conv, packing, short_conv
+from gka.short_conv import ShortConv, packing
 
 if torch.cuda.is_available():
     from gka.ops import triton_step
@@ -167,8 +167,8 @@ def test_layer_equals_the_cpu_in_float64(
     exact = dtype == torch.float32 and rows != "autocast"
     for name in ref:
         bound = (1e-4 if exact else 3e-2) if name == "out" or "states" in name else (2e-3 if exact else 8e-2)
-        if name in ("A_log", "dt_bias", "a_proj.weight") and not exact:  # sums that nearly cancel at heads of 10
-            bound = 0.12
+        if name in ("A_log", "dt_bias", "a_proj.weight") and not exact:
+            bound = 0.1  # sums of dg that nearly cancel at heads of 10: 4.9e-2 to 8.4e-2; on the CPU to 4.4e-2
         assert_close({name: out[name]}, {name: ref[name]}, bound, f"{rows} {name}")
 
 
@@ -202,9 +202,9 @@ def test_short_convolution(
         assert conv_kernels.usable(leaves["x"], width) == (where == device)
         if kind == "packed":
             packed = packing(leaves["x"], edges.to(where), width)
-            y = packed_short_conv(module, leaves["x"], packed)
+            y = module(leaves["x"], packed=packed)
         else:
-            y = short_conv(module, **leaves)
+            y = module(**leaves)
         results.append(differentiated(y, leaves | {"weight": module.weight}))
     assert_close(*results, {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])
 
@@ -224,26 +224,36 @@ def test_gated_norm_with_the_extra(dim: int, dtype: torch.dtype, with_extra: boo
     assert_close(*results, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype])
 
 
-def test_more_than_2_to_the_31_elements_around_the_op(with_extra: bool, device: torch.device) -> None:
-    """The last tokens of a long sequence, against a call on these alone."""
+LONG, WIDE, TAIL = 1_100_000, 2048, 1000  # more than 2^31 elements
+
+
+@pytest.fixture
+def long_sequence(device: torch.device) -> Tensor:
     if torch.cuda.mem_get_info()[0] < 60e9:
         pytest.skip("needs 60 GB of free memory")
-    T, C, tail = 1_100_000, 2048, 1000
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(1, T, C, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
-    conv, norm = ShortConv(C, 4).to(device, torch.bfloat16), GatedRMSNorm(128, 1e-6).to(device, torch.bfloat16)
-    y = short_conv(conv, x)
+    x = torch.randn(1, LONG, WIDE, generator=generator, device=device, dtype=torch.bfloat16)
+    return x.requires_grad_()
+
+
+def test_short_convolution_of_more_than_2_to_the_31_elements(long_sequence: Tensor) -> None:
+    """The last tokens of a long sequence, against a call on these alone."""
+    x, conv = long_sequence, ShortConv(WIDE, 4).to(long_sequence.device, torch.bfloat16)
+    y = conv(x)
     (dx,) = torch.autograd.grad(y, x, y)
-    last = x.detach()[:, -tail:].clone().requires_grad_()
-    ref = short_conv(conv, last, x.detach()[:, -tail - 3 : -tail].transpose(1, 2))
+    last = x.detach()[:, -TAIL:].clone().requires_grad_()
+    ref = conv(last, x.detach()[:, -TAIL - 3 : -TAIL].transpose(1, 2))
     (dlast,) = torch.autograd.grad(ref, last, ref)
-    assert relative_error(y[:, -tail:], ref) < 1e-6 and relative_error(dx[:, -tail:], dlast) < 1e-6
-    del y, dx, ref, dlast
-    heads, few = x.detach().view(1, T, 16, 128).requires_grad_(), last.detach().view(1, tail, 16, 128)
-    few.requires_grad_()
+    assert relative_error(y[:, -TAIL:], ref) < 1e-6 and relative_error(dx[:, -TAIL:], dlast) < 1e-6
+
+
+def test_gated_norm_of_more_than_2_to_the_31_elements(with_extra: bool, long_sequence: Tensor) -> None:
+    norm = GatedRMSNorm(128, 1e-6).to(long_sequence.device, torch.bfloat16)
+    heads = long_sequence.detach().view(1, LONG, 16, 128).requires_grad_()
+    few = heads.detach()[:, -TAIL:].clone().requires_grad_()
     y, ref = norm(heads, heads.detach()), norm(few, few.detach())
     (dx,), (dlast,) = torch.autograd.grad(y, heads, y), torch.autograd.grad(ref, few, ref)
-    assert relative_error(y[:, -tail:], ref) < 1e-6 and relative_error(dx[:, -tail:], dlast) < 1e-6
+    assert relative_error(y[:, -TAIL:], ref) < 1e-6 and relative_error(dx[:, -TAIL:], dlast) < 1e-6
 
 
 def test_step_equals_whole(device: torch.device) -> None:

@@ -177,11 +177,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
 
 
 def test_results_hold_every_cell_and_what_made_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = tiny(epochs=1, dims=[8, 16], output=str(tmp_path / "new" / "folder"))
+    options = tiny(epochs=1, dims=[8, 16], mixers=list(ALL_MIXERS), output=str(tmp_path / "new" / "folder"))
     assert main(options) == 0
     results = json.loads((tmp_path / "new" / "folder" / "mqar.json").read_text())
     assert [_axes(entry) for entry in results["cells"]] == [dataclasses.astuple(cell) for cell in cells(options)]
-    assert len(results["cells"]) == 6 == len(results["table"])
+    assert len(results["cells"]) == 10 == len(results["table"])
     (run,) = results["runs"]
     assert run["options"] == dataclasses.asdict(options)
     assert run["versions"]["torch"] and run["machine"]["processor"] and run["command"]
@@ -189,7 +189,7 @@ def test_results_hold_every_cell_and_what_made_them(tmp_path: Path, capsys: pyte
     assert (tmp_path / "new" / "folder" / "mqar.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["mqar.json", "mqar.png"]
     printed = capsys.readouterr().out
-    for mixer in MIXERS:
+    for mixer in ALL_MIXERS:
         assert printed.count(f"\n{mixer} ") == 2
     assert "2 pairs in 8 tokens, vocabulary 16" in printed
 

@@ -139,8 +139,9 @@ def picture_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str],
         axes.set_ylabel("relative error" if axes is not panels[0] else "||Ax - q|| / ||q||")
         axes.grid(color="#e5e5e5", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (panels[0], panels[2], panels[3]):
-        axes.legend(fontsize=8, loc="best", framealpha=0.9, edgecolor="none")
+    panels[2].legend(fontsize=8, frameon=False, loc="upper right")
+    panels[3].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0.02, 0.32))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

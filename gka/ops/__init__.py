@@ -104,7 +104,7 @@ def gated_kalmanet(
     _check_shapes({name: (x, (B, T, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
     N = B
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, B, T)
+        check_cu_seqlens(cu_seqlens, B, T)
         N = cu_seqlens.shape[0] - 1
     stages = _checked_steps(steps, q.dtype)
     _check_numbers(ridge_ratio=ridge_ratio)
@@ -347,7 +347,7 @@ def _check_decay(g: Tensor) -> None:
             raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a torch.Tensor of integers")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,8 +73,10 @@ def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def runs_kernels(device: int | None) -> bool:
-    """Whether a CUDA device is one that the kernels are made for: NVIDIA's from compute capability 8.0 on."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether there is Triton, and a CUDA device that the kernels are for: NVIDIA's from capability 8.0 on."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache

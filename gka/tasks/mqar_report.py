@@ -10,13 +10,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .mqar_run import MIXERS, MQAROptions
+from .mqar_run import ALL_MIXERS, MQAROptions
 
 _INK = "#333333"
-_STYLE = {
+STYLE = {
     "gka": ("GKA", "#c8553d", "o"),
     "gla": ("GLA (no solve)", "#3d7ea6", "s"),
     "attention": ("softmax attention", "#8a8a8a", "^"),
+    "gdn": ("Gated DeltaNet", "#2a9d8f", "D"),
+    "mamba2": ("Mamba-2", "#b8860b", "v"),
 }
 
 
@@ -35,7 +37,7 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for cell in cells:
         groups[cell["mixer"], cell["dim"]][cell["learning_rate"]].append(cell)
     rows = []
-    for (mixer, dim), rates in sorted(groups.items(), key=lambda item: (MIXERS.index(item[0][0]), item[0][1])):
+    for (mixer, dim), rates in sorted(groups.items(), key=lambda item: (ALL_MIXERS.index(item[0][0]), item[0][1])):
         rate, runs = max(rates.items(), key=lambda item: (_mean(item[1], "accuracy"), -item[0]))
         accuracies = [run["accuracy"] for run in runs]
         rows.append(
@@ -135,7 +137,7 @@ def _draw_dims(axes: Any, rows: list[dict[str, Any]]) -> None:
     dims = sorted({row["dim"] for row in rows})
     for mixer, group in itertools.groupby(rows, key=lambda row: row["mixer"]):
         points = list(group)
-        name, color, marker = _STYLE[mixer]
+        name, color, marker = STYLE[mixer]
         mean = [row["accuracy"] for row in points]
         below = [row["accuracy"] - row["lowest"] for row in points]
         above = [row["highest"] - row["accuracy"] for row in points]
@@ -161,7 +163,7 @@ def _draw_steps(axes: Any, results: dict[str, Any], dim: int) -> None:
         mixer = cell["mixer"]
         if cell["dim"] != dim or cell["learning_rate"] != best[mixer]:
             continue
-        _, color, marker = _STYLE[mixer]
+        _, color, marker = STYLE[mixer]
         steps, accuracy, _ = zip(*cell["history"], strict=True)
         axes.plot((0, *steps), (0.0, *accuracy), color=color, linewidth=1.6, alpha=0.85)
         axes.plot(steps[-1], accuracy[-1], color=color, marker=marker, markersize=6)
