@@ -28,10 +28,8 @@ from .names import Names
 
 CHAINS, HOPS = 3, 4  # vt; a chain has one variable more than hops
 COMMON = 10  # C of cwe
-REPEATS, FEW_REPEATS = (
-    (30, 3),
-    (6, 1),
-)  # (a, b) of cwe; the latter in texts that the former fill by half
+REPEATS = (30, 3)  # a and b of cwe
+FEW_REPEATS = (6, 1)  # instead, where the common words would else fill more than half of the text
 MOST_LISTED = 100_000  # different words of cwe, of about 170,000 that a split has
 FREQUENT = 3  # wanted of fwe
 LEAST_DRAWN = 100  # N of fwe: the counts of ranks 2 to 5 differ from here on

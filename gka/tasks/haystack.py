@@ -167,6 +167,9 @@ class Sentences:
     Args:
         sentences: in the order of the text; spaces are made single, empty ones are dropped.
 
+    Attributes:
+        lowered: all of the text in lower case.
+
     Raises:
         UserError: fewer than MIN_SENTENCES different sentences.
     """
@@ -182,7 +185,7 @@ class Sentences:
             raise UserError(
                 f"filler has {different} different sentences, natural text needs at least {MIN_SENTENCES}"
             )
-        self.lower = " ".join(self._joined).lower()
+        self.lowered = " ".join(self._joined).lower()
 
     def __len__(self) -> int:
         return len(self._joined)

@@ -71,7 +71,7 @@ def _needles(
     """Needles in a haystack; the unit is a sentence of noise, a word of natural text, or a needle."""
     numbers = setting.stream("needles")
     natural = setting.filler if haystack == "natural" else None
-    names = Names(numbers, setting.split, natural.lower if natural else " ".join(NOISE).lower())
+    names = Names(numbers, setting.split, natural.lowered if natural else " ".join(NOISE).lower())
     called = _CALLED[value]
     values_of = {names.draw(key): [names.draw(value) for _ in range(values)] for _ in range(keys)}
     queries = numbers.sample(list(values_of), asked)
@@ -181,9 +181,12 @@ def make_needles(
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(get_args(Split))}")
     if count < 0:
         raise UserError(f"count must be at least 0, got {count}")
-    before, found_text, rest = template.partition("{text}")
-    middle, found_start, after = rest.partition("{start}")
-    if not found_text or not found_start or "{text}" in rest or "{start}" in after:
+    before, _, rest = template.partition("{text}")
+    middle, _, after = rest.partition("{start}")
+    if (
+        before + "{text}" + middle + "{start}" + after != template
+        or template.count("{text}") + template.count("{start}") > 2
+    ):
         raise UserError(f"template must hold {{text}} and after it {{start}}, each once, got {template!r}")
     if filler is not None:
         sentences: Sentences | None = Sentences(filler)
@@ -199,11 +202,11 @@ def make_needles(
         whole = example(text)
         return num_tokens(whole.prompt + completion(whole))
 
-    drafts = []
-    for i in range(count):
-        name = f"{task} {split} {seed} {i}"
-        drafts.append(TASKS[task].draft(Setting(name, split, sentences, length, num_tokens)))
-    least = max((size(draft.build(draft.least)) for draft in drafts), default=0)
+    def draft(i: int) -> Draft:
+        return TASKS[task].draft(Setting(f"{task} {split} {seed} {i}", split, sentences, length, num_tokens))
+
+    # Drafts are made again below, alike: kept, each would hold all names of its prompt.
+    least = max((size(each.build(each.least)) for each in map(draft, range(count))), default=0)
     if least > length:
         raise UserError(f"length {length} is too small for {task}: these examples need at least {least} tokens")
-    return [example(grow(draft, size, length)) for draft in drafts]
+    return [example(grow(draft(i), size, length)) for i in range(count)]
