@@ -136,8 +136,9 @@ def candidates(document: Document) -> Iterator[Candidate]:
             yield from _of_function(document, node, "")
             yield from _file_of(document, node)
         elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value and _literal(node.value):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if isinstance(target, ast.Name) and _public(target.id):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            target = targets[0]
+            if len(targets) == 1 and isinstance(target, ast.Name) and _public(target.id):
                 question = f"In {document.name}, what is the value of the constant {target.id}?"
                 yield from _candidate(document, "constant", target.id, "", question, node, node.value)
 
