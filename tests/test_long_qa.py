@@ -200,6 +200,8 @@ def test_what_another_file_gives_away_is_no_fact(tmp_path: Path, name: str, text
         ("    X = 4", {"a.py: X"}),
         ("# as in C(B)", {"a.py: C"}),
         ("x = X == 3; z = f(x == 3) or f.x", set()),
+        ("    def f(x=4): pass", set()),  # other functions of the same name
+        ("    class C(B): pass", set()),
     ],
 )
 def test_what_another_passage_of_the_file_gives_away_is_no_fact(
@@ -409,8 +411,8 @@ def shares_a_word(text: str, fact: Fact) -> bool:
     """Whether a passage has a definition, of the kind that is asked for, with a word of the question."""
     patterns = {
         "default": r"\b(\w+)\s*(?::[^,=()]*)?=",
-        "returns": r"\bdef (\w+)\(",
-        "base": r"^class (\w+) ?\(",
+        "returns": r"\bdef (\w+)",
+        "base": r"\bclass (\w+) ?\(",
         "constant": r"^(\w+)\b *(?::.*)?=",
         "file": r"^(?:async def|def|class) (\w+)",
     }
@@ -421,6 +423,51 @@ def shares_a_word(text: str, fact: Fact) -> bool:
 
 def test_parts_of_names() -> None:
     assert parts_of("HTTPServer_of2JSONFiles") == ("files", "http", "json", "server")
+
+
+def test_near_passages_are_those_that_share_a_word_in_a_definition_of_the_same_kind(tmp_path: Path) -> None:
+    files = {
+        "asked.py": "LOG_LEVEL = 7\ndef read_log(size=3): return 4\nclass LogFile(Base): pass\n",
+        "default.py": "def other(a, size: int = None): pass\n",
+        "function.py": "class A:\n    def readBytes(self): pass\n",
+        "class.py": "class FileError(Exception): pass\n",
+        "constant.py": "MAX_LEVEL = f()\n",
+        "call.py": "x = print(read, file, level, size)\nif size == 3: pass\n",
+    }
+    collection = read(tmp_path, files, test_fraction=1e-9)
+    part = collection.part("train")._replace(passages=collection.passages)
+    near, found = Near(part), {}
+    for fact in collection.facts:
+        if collection.passages[fact.passage].file == "asked.py" and fact.kind != "file":
+            found[fact.kind] = {collection.passages[number].file for number in near.passages(fact)}
+    assert found == {
+        "default": {"default.py"},
+        "returns": {"function.py"},
+        "base": {"class.py"},
+        "constant": {"constant.py"},
+    }
+
+
+def test_no_passage_comes_twice_however_much_of_the_part_is_wanted(tmp_path: Path) -> None:
+    files = {
+        f"m{n}.py": f"def f{n}(size={n + 10}): pass\n" + "".join(f"# {n} {k}\n" for k in range(60))
+        for n in range(12)
+    }
+    collection = read(tmp_path, files, test_fraction=0.5)
+    total = sum(in_bytes(passage.text) for passage in collection.part("test").passages)
+    made = 0
+    for task in ("long_qa", "rag"):
+        for share in (0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2):
+            try:
+                examples = make(collection, task, length=int(share * total) + 300, count=6)
+            except UserError as error:
+                assert "too little" in str(error) and share > 0.95
+                continue
+            made += 1
+            for example in examples:
+                lines = re.findall(r"^# \d+ \d+$", example.prompt, re.MULTILINE)
+                assert len(lines) == len(set(lines)) > 100
+    assert 4 <= made < 14
 
 
 @pytest.mark.parametrize("num_tokens", [in_bytes, in_words])

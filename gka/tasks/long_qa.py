@@ -8,8 +8,9 @@ Both ask for a fact that stands in exactly one passage of a collection (gka/task
     rag         passages [1] [2] ... in random order, the gold one among distractors. Every fourth distractor is
                 a near one, as long as there are any; a distractor, the last one drawn, is cut to meet the length
 
-A passage is near to a fact if it holds a fact of the same kind that shares a word with the question: for defaults
-the argument's name, else a part of the name that is asked about. rag asks for no fact without a near passage.
+A passage is near to a fact if it shares a word with the question where it matters. For defaults it gives a value
+to an argument of the same name, in a definition or a call; else it defines a function, class or name, of the sort
+that is asked about, that has a part of its name in common. rag asks for no fact without a near passage.
 
 No fact is asked twice before all were asked once. Kinds take turns as long as they last, and within a kind the
 answers do; of facts with the same kind and answer at most SAME_ANSWER are asked, so that no guess is often right.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Literal, get_args
@@ -33,13 +35,20 @@ from typing import Literal, get_args
 from ..errors import UserError
 from .collection import Collection, Part, Split
 from .examples import Example, normalised
-from .facts import KINDS, Fact
+from .facts import KINDS, Fact, parts_of
 from .passages import Passage
 
 Task = Literal["long_qa", "rag"]
 ANSWER_TOKENS = 64  # an answer has at most 60 bytes, and no tokenizer needs more tokens than bytes
 NEAR_EVERY = 4
 SAME_ANSWER = 5
+_DEFINED = {  # a name that a passage defines, by the kind of facts that ask for such
+    "default": re.compile(r"(?<=[(,\s])(\w+)(?:\s*:[^,=()\n]*)?=(?=[^=\n]*[,)])"),
+    "returns": re.compile(r"\bdef (\w+)"),
+    "base": re.compile(r"\bclass (\w+) ?\("),
+    "constant": re.compile(r"^(\w+)\b *(?::[^=\n]*)?=(?!=)", re.MULTILINE),
+    "file": re.compile(r"^(?:async def|def|class) (\w+)", re.MULTILINE),
+}
 _INSTRUCTIONS: dict[str, str] = {
     "long_qa": "Here is a document made of files. Answer the question that follows it in a few words, "
     "exactly as they stand in the document.",
@@ -99,13 +108,15 @@ def make_long_qa(
 
 
 class Near:
-    """Which passages of a part are near to a fact."""
+    """Which passages of a part are near to a fact: its index is of the words of what each passage defines."""
 
     def __init__(self, part: Part) -> None:
         self._passages: dict[tuple[str, str], set[int]] = {}
-        for fact in part.facts:
-            for word in fact.words:
-                self._passages.setdefault((fact.kind, word), set()).add(fact.passage)
+        for number, passage in enumerate(part.passages):
+            for kind, pattern in _DEFINED.items():
+                for name in set(pattern.findall(passage.body)):
+                    for word in (name,) if kind == "default" else parts_of(name):
+                        self._passages.setdefault((kind, word), set()).add(number)
 
     def passages(self, fact: Fact) -> list[int]:
         """Numbers of the passages near to a fact, in order, without its own."""
