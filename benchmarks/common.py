@@ -6,30 +6,16 @@ import datetime
 import json
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gka.evidence.timing import seconds
 from gka.machine import describe_commit, describe_machine, describe_versions
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, on a GPU by CUDA events."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 def medians(

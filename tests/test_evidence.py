@@ -15,7 +15,7 @@ import torch
 
 from gka import cli
 from gka.errors import UserError
-from gka.evidence import command, mqar, numerics
+from gka.evidence import command, cost, mqar, numerics
 from gka.evidence.page import write_page
 from gka.evidence.record import Record
 from gka.evidence.table import spread
@@ -99,7 +99,7 @@ def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["evidence"]) == cli.main(["evidence", "numerix"]) == 2
     error = capsys.readouterr().err
-    assert "NAME is missing; there are numerics, mqar, page" in error and "no experiment 'numerix'" in error
+    assert "NAME is missing; there are numerics, mqar, cost, page" in error and "no experiment 'numerix'" in error
     assert cli.main(["evidence", "page", "--output", str(tmp_path)]) == 2
     assert "holds no results; `gka evidence NAME" in capsys.readouterr().err
 
@@ -229,6 +229,42 @@ def test_the_best_learning_rate_is_that_of_the_mean(tmp_path: Path) -> None:
     text = mqar.section(entries, tmp_path / "picture.png")
     assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0), 0.01 | 85.0 (80.0 to 90.0), 0.1 |" in text
     assert "Gated DeltaNet in 0 of 1 places" in text and (tmp_path / "picture.png").stat().st_size > 5000
+
+
+# The experiment cost
+
+
+@pytest.mark.parametrize("mixer", ["gka", "attention", "gdn", "mamba2"])
+def test_the_cache_grows_with_attention_alone(mixer: str) -> None:
+    def measure(T: int, what: str = "decode step") -> dict[str, Any]:
+        sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 2}
+        cell = {"mixer": mixer, "what": what, "tokens": T, **sizes}
+        return cost.run(cell, Path(), torch.device("cpu"))  # type: ignore[no-any-return]
+
+    small, large = measure(10), measure(30)
+    if mixer == "attention":
+        assert small["cache bytes"] == 10 * 2 * 32 * 4 and large["cache bytes"] == 3 * small["cache bytes"]
+    else:
+        assert small["cache bytes"] == large["cache bytes"] > 0
+    both = measure(20, "forward+backward")
+    assert 0 < both["seconds"][1] <= both["seconds"][0] <= both["seconds"][2]
+    assert both["by"] == {"gka": "gka", "attention": "PyTorch's scaled_dot_product_attention"}.get(
+        mixer, "transformers' PyTorch code"
+    )
+
+
+def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    cells = [cell for cell in cost.cells("small") if cell["mixer"] in ("gka", "attention")]
+    result = {"seconds": [0.25, 0.2, 0.3], "peak bytes": 5_000_000, "cache bytes": 18, "by": "gka"}
+    entries = [{"cell": cell, "result": {**result}} for cell in cells]
+    monkeypatch.setattr(cost, "_measure", measure)
+    entries[-1]["result"] = cost.run(cells[-1], Path(), torch.device("cpu"))
+    text = cost.section(entries, tmp_path / "picture.png")
+    assert "| forward | 256 | 250 | 250 |" in text and "| decode step | 512 | 250 | out of memory |" in text
+    assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
 def test_experiments_have_all_that_is_needed() -> None:

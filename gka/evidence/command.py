@@ -26,7 +26,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..options import nearest, option
 
-EXPERIMENTS = {"numerics": "gka.evidence.numerics", "mqar": "gka.evidence.mqar"}
+EXPERIMENTS = {name: f"gka.evidence.{name}" for name in ("numerics", "mqar", "cost")}
 PAGE = "page"
 
 
