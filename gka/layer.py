@@ -42,8 +42,11 @@ UNDECAYED = ("A_log", "dt_bias")
 
 
 def decayed(names: list[str]) -> list[str]:
-    """The names of parameters without those that weight decay leaves alone; by name, for FSDP2 drops marks."""
-    return [name for name in names if name.rsplit(".", 1)[-1] not in UNDECAYED]
+    """The names of parameters without those that weight decay leaves alone; by name, for FSDP2 drops marks.
+
+    D is Mamba-2's, whose authors leave it alone, too.
+    """
+    return [name for name in names if name.rsplit(".", 1)[-1] not in (*UNDECAYED, "D")]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

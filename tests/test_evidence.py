@@ -16,7 +16,7 @@ import torch
 from gka import cli
 from gka.errors import UserError
 from gka.evidence import command, cost, mqar, numerics
-from gka.evidence.page import write_page
+from gka.evidence.page import shown, write_page
 from gka.evidence.record import Record
 from gka.evidence.table import spread
 
@@ -70,7 +70,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise KeyboardInterrupt
         return 10 * cell["seed"]
 
-    monkeypatch.setattr(numerics, "cells", lambda size: [{"size": size, "seed": seed} for seed in range(4)])
+    monkeypatch.setattr(numerics, "cells", lambda size: [{"seed": seed} for seed in range(4)])
     monkeypatch.setattr(numerics, "run", run)
     return calls
 
@@ -88,9 +88,59 @@ def test_a_run_that_is_cut_off_goes_on(counted: list[dict[str, Any]], tmp_path: 
     assert not list(tmp_path.glob("numerics/*"))
 
 
+def test_two_processes_may_measure_into_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "it.json"
+    first, second = Record(path, "it"), Record(path, "it")
+    first.add({"a": 1}, 1, 1.0)
+    second.add({"a": 2}, 2, 1.0)
+    first.add({"a": 3}, 3, 1.0)
+    with pytest.raises(ValueError, match="measured already"):
+        second.add({"a": 3}, 3, 1.0)
+    record = Record(path, "it")
+    assert [(entry["cell"]["a"], entry["run"]) for entry in record.entries] == [(1, 0), (2, 1), (3, 0)]
+    assert len(record.content["runs"]) == 2
+
+
+def test_a_cell_that_fails_does_not_keep_others_from_being_measured(
+    counted: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(cell: dict[str, Any], folder: Path, device: Any) -> int:
+        if cell["seed"] == 1:
+            raise RuntimeError("no kernel")
+        return 0
+
+    monkeypatch.setattr(numerics, "run", run)
+    assert cli.main(["evidence", "numerics", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "seed=1: RuntimeError: no kernel" in error and "1 of 4 cells failed" in error
+    seeds = [entry["cell"]["seed"] for entry in Record(tmp_path / "numerics.json", "numerics").entries]
+    assert seeds == [0, 2, 3]
+
+
+def test_sizes_and_machines_are_not_mixed(tmp_path: Path) -> None:
+    cells = [{"size": "small"}, {"size": "full", "machine": "A"}, {"size": "full", "machine": "B"}]
+    entries = [{"cell": {**cell, "n": n}} for n, cell in enumerate([*cells, {"size": "small"}])]
+    assert [entry["cell"]["n"] for entry in shown(entries)] == [2]
+    assert [entry["cell"]["n"] for entry in shown([entries[0], entries[3]])] == [0, 3]
+    assert command.measure("cost", "small", tmp_path, ["mixer=gla", "tokens=256", "what=forward"], "cpu") is None
+    (entry,) = Record(tmp_path / "cost.json", "cost").entries
+    assert entry["cell"]["size"] == "small" and entry["cell"]["machine"]
+
+
+def test_a_page_of_what_there_is_so_far(tmp_path: Path) -> None:
+    folder = tmp_path / "evidence"
+    command.measure("numerics", "small", folder, ["part=strengths"], "cpu")
+    command.measure("cost", "small", folder, ["mixer=gla", "tokens=256"], "cpu")
+    text = write_page(folder).read_text(encoding="utf-8")
+    assert "Beside the paper" not in text and "GKA block" not in text and "## cost" in text
+
+
 def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
     arguments = ["evidence", "numerics", "--output", str(tmp_path), "--only"]
-    assert cli.main([*arguments, "seed=1", "size=small"]) == 0
+    assert cli.main([*arguments, "seed=1"]) == 0
     assert [cell["seed"] for cell in counted] == [1]
     assert cli.main([*arguments, "seed=9"]) == cli.main([*arguments, "seed"]) == 2
     assert len(counted) == 1
@@ -218,6 +268,8 @@ def test_the_best_learning_rate_is_that_of_the_mean(tmp_path: Path) -> None:
 
     entries = [entry("gka", 0.1, 0, 1.0), entry("gka", 0.1, 1, 0.2), entry("gka", 0.01, 0, 0.7)]
     entries += [entry("gka", 0.01, 1, 0.8), entry("gdn", 0.1, 0, 0.9), entry("gdn", 0.1, 1, 0.8)]
+    entries += [entry("gdn", 0.01, seed, 0.1) for seed in (0, 1)]
+    entries += [entry("gka", 0.001, 0, 1.0)]  # not of all mixers
     ours, gdn = mqar.best(entries)
     assert (ours["mixer"], ours["learning_rate"], ours["accuracies"], ours["rates"]) == (
         "gka",
@@ -228,7 +280,10 @@ def test_the_best_learning_rate_is_that_of_the_mean(tmp_path: Path) -> None:
     assert gdn["accuracies"] == [0.9, 0.8]
     text = mqar.section(entries, tmp_path / "picture.png")
     assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0), 0.01 | 85.0 (80.0 to 90.0), 0.1 |" in text
-    assert "Gated DeltaNet in 0 of 1 places" in text and (tmp_path / "picture.png").stat().st_size > 5000
+    assert (
+        "Gated DeltaNet: above in 0, level in 0, below in 1" in text
+        and (tmp_path / "picture.png").stat().st_size > 5000
+    )
 
 
 # The experiment cost

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import relative_error
 from model_helpers import random_tokens
+from transformers import TrainingArguments
 
 import gka
 from gka.hf.config import MIXERS
+from gka.tasks.mqar_train import RecallTrainer
 
 PEERS = ("gdn", "mamba2")
 
@@ -55,6 +57,14 @@ def test_pads_on_the_left_change_nothing(mixer: str) -> None:
     mask = torch.tensor([[0] * 4 + [1] * 7])
     with torch.no_grad():
         assert relative_error(made(padded, attention_mask=mask).logits[:, 4:], made(tokens).logits) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", PEERS)
+def test_other_pads_are_refused(mixer: str) -> None:
+    """Behind a token they would change the state."""
+    for mask in ([1, 1, 0, 1], [1, 1, 1, 0]):
+        with pytest.raises(ValueError, match=f'mixer "{mixer}" would let it change the state'):
+            model(mixer)(random_tokens(1, 4), attention_mask=torch.tensor([mask]))
 
 
 @pytest.mark.parametrize("mixer", PEERS)
@@ -121,6 +131,17 @@ def test_states_have_the_same_size() -> None:
 def test_fields_of_a_gka_layer_are_refused(mixer: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(mixer, **changes)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_weight_decay_is_of_matrices_alone(mixer: str, tmp_path: Path) -> None:
+    """Every mixer's gates, decays, biases and skips are left alone, and every matrix is not."""
+    made = model(mixer)
+    trainer = RecallTrainer(
+        model=made, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    )
+    names = set(trainer.get_decay_parameter_names(made))
+    assert names == {name for name, x in made.named_parameters() if x.ndim > 1}
 
 
 def test_steps_cannot_be_set() -> None:

@@ -3,11 +3,13 @@
 An experiment is a module with
 
     SUMMARY                           one sentence
+    BY_MACHINE                        whether a result is one of the machine, as times are
     cells(size) -> list[Cell]         what is measured; size is "small" (seconds to a minute on a laptop) or "full"
     run(cell, folder, device) -> Any  measure one cell; the folder is its own, for checkpoints of long trainings
     section(entries, picture) -> str  markdown from what was measured; draws the picture
 
-and is listed in EXPERIMENTS. A run that is cut off is gone on with by the same command.
+and is listed in EXPERIMENTS. Cells get their size, and where it matters the machine, as parts of what they are. A
+run that is cut off is gone on with by the same command; so is one of which cells failed, after all others.
 """
 
 # ruff: noqa: RUF009  (option() makes a dataclass field)
@@ -72,22 +74,41 @@ def measure(name: str, size: str, folder: Path, only: list[str], device: str = "
 
     quiet()
     experiment: Any = importlib.import_module(EXPERIMENTS[name])
-    cells = [cell for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
+    place = choose_device(device)
+    more = {"size": size, **({"machine": _machine(place)} if experiment.BY_MACHINE else {})}
+    cells = [cell | more for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
     if not cells:
         raise UserError(f"--only {' '.join(only)}: no cell of {name} fits")
     record = Record(folder / f"{name}.json", name)
     missing = record.missing(cells)
     print(f"{name}: {len(cells)} cells, {len(missing)} to measure", file=sys.stderr)
+    failed = []
     for number, cell in enumerate(missing, 1):
+        what = " ".join(f"{key}={value}" for key, value in cell.items() if key not in more)
         start = time.perf_counter()
         scratch = folder / name / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
-        result = experiment.run(cell, scratch, choose_device(device))
+        try:
+            result = experiment.run(cell, scratch, place)
+        except Exception as error:  # whatever one cell meets, the others are measured
+            failed.append(what)
+            print(f"{number}/{len(missing)} {what}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
         seconds = time.perf_counter() - start
         record.add(cell, result, seconds)
         shutil.rmtree(scratch, ignore_errors=True)
-        what = " ".join(f"{key}={value}" for key, value in cell.items())
         print(f"{number}/{len(missing)} {what}: {seconds:.1f} s", file=sys.stderr)
     print(f"results: {record.path}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(missing)} cells failed, see above; the first: {failed[0]}")
+
+
+def _machine(device: Any) -> str:
+    """The name of the GPU, or of the processor."""
+    from ..machine import describe_machine
+
+    machine = describe_machine()
+    name: str = machine["gpu"] if device.type == "cuda" else machine["processor"]
+    return name
 
 
 def _fits(cell: dict[str, Any], text: str) -> bool:

@@ -32,6 +32,7 @@ from .numerics_page import picture_of, text_of
 from .record import Cell
 
 SUMMARY = "errors of the solvers, and of gradients through them"
+BY_MACHINE = False
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRODUCTS = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 60)
 GRADIENT_PRODUCTS = (5, 10, 15, 20, 30)

@@ -35,15 +35,25 @@ def write_page(folder: Path) -> Path:
             )
     if not sections:
         raise UserError(f"--output {folder}: holds no results; `gka evidence NAME --output {folder}` makes some")
-    page = folder.with_name(folder.name + ".md")
+    named = folder if folder.name else folder.resolve()  # "." has no name of its own
+    page = named.with_name(named.name + ".md")
     page.write_text(
         "\n\n".join([_HEAD.format(folder=folder.as_posix()).strip(), *sections]) + "\n", encoding="utf-8"
     )
     return page
 
 
+def shown(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that may stand in one table: of the full form if there are any, of the machine measured on last."""
+    wanted = "full" if any(entry["cell"]["size"] == "full" for entry in entries) else "small"
+    entries = [entry for entry in entries if entry["cell"]["size"] == wanted]
+    last = entries[-1]["cell"].get("machine") if entries else None
+    return [entry for entry in entries if entry["cell"].get("machine") == last]
+
+
 def _section(record: Record, experiment: Any, picture: Path) -> str:
-    runs = record.content["runs"]
+    entries = shown(record.entries)
+    runs = [record.content["runs"][number] for number in sorted({entry["run"] for entry in entries})]
     sources = "\n".join(
         f"* `{run['command']}`, {run['date']}, commit {run['commit']}, "
         f"{run['machine']['gpu'] or run['machine']['processor']}, {run['seconds']:.0f} s, "
@@ -51,7 +61,7 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
         for run in runs
     )
     return (
-        f"## {record.experiment}: {experiment.SUMMARY}\n\n{experiment.section(record.entries, picture)}\n\n"
+        f"## {record.experiment}: {experiment.SUMMARY}\n\n{experiment.section(entries, picture)}\n\n"
         f"![{experiment.SUMMARY}]({picture.parent.name}/{picture.name})\n\n"
         f"Made by ([JSON]({picture.parent.name}/{record.path.name})):\n\n{sources}"
     )

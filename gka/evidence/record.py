@@ -1,19 +1,24 @@
 """What an experiment measured: one JSON file, whole at every moment, in which nothing is measured twice.
 
     {"experiment": "numerics",
-     "runs":    [{"command", "commit", "date", "machine", "versions", "seconds"}, ...],
+     "runs":    [{"command", "commit", "date", "process", "machine", "versions", "seconds"}, ...],
      "cells":   [{"cell": {...}, "run": 0, "seconds": 1.5, "result": ...}, ...]}
 
 A cell is one measurement or training, described by a dict of numbers, strings and lists: two cells are the same if
-their dicts are. `run` is the place in `runs` of the process that measured it.
+their dicts are. Several processes may measure into one file. `run` is the place in `runs` of the process that
+measured it.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +44,8 @@ class Record:
         self.content: dict[str, Any] = {"experiment": experiment, "runs": [], "cells": []}
         if path.exists():
             self.content = self._read()
-        self._run: dict[str, Any] | None = None
         self._start = time.perf_counter()
+        self._process = uuid.uuid4().hex  # tells the runs of a file apart
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -60,25 +65,36 @@ class Record:
         Raises:
             ValueError: the cell has one already, or the result holds NaN or infinity, which JSON has no word for.
         """
+        json.dumps(result, allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path):
+            self._add(cell, result, seconds)
+
+    def _add(self, cell: Cell, result: Any, seconds: float) -> None:
+        """With what another process has written since."""
+        if self.path.exists():
+            self.content = self._read()
         if not self.missing([cell]):
             raise ValueError(f"{cell} is measured already")
-        json.dumps(result, allow_nan=False)
-        if self._run is None:
-            self._run = {
-                "command": describe_command(),
-                "commit": describe_commit(),
-                "date": datetime.date.today().isoformat(),
-                "machine": describe_machine(),
-                "versions": describe_versions(),
-            }
-            self.content["runs"].append(self._run)
-        self._run["seconds"] = round(time.perf_counter() - self._start, 1)
-        number = len(self.content["runs"]) - 1
+        runs = self.content["runs"]
+        number = next((n for n, run in enumerate(runs) if run["process"] == self._process), len(runs))
+        if number == len(runs):
+            runs.append(self._describe())
+        runs[number]["seconds"] = round(time.perf_counter() - self._start, 1)
         self.entries.append({"cell": cell, "run": number, "seconds": round(seconds, 2), "result": result})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(self._text(), encoding="utf-8")
         partial.replace(self.path)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "command": describe_command(),
+            "commit": describe_commit(),
+            "date": datetime.date.today().isoformat(),
+            "process": self._process,
+            "machine": describe_machine(),
+            "versions": describe_versions(),
+        }
 
     def _text(self) -> str:
         """A line per run and per cell, so that a difference of two files can be read."""
@@ -103,6 +119,20 @@ class Record:
         if held != self.experiment:
             raise UserError(f"{self.path} holds results of {held!r}, not of {self.experiment!r}")
         return content
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time for a file, where the system can lock files."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"gka-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _key(cell: Mapping[str, Any]) -> str:

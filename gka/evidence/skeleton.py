@@ -55,5 +55,6 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
 
 
 def _nearest(width: float, missing: float) -> int:
-    """A multiple of _STEP, at least one, where anything is missing or too much."""
-    return round(width) if abs(missing) < 1 else max(_STEP, _STEP * round(width / _STEP))
+    """A multiple of _STEP, at least one, where half of one or more is missing or too much."""
+    given = round(width - missing)
+    return given if abs(missing) < _STEP / 2 else max(_STEP, _STEP * round(width / _STEP))

@@ -66,7 +66,8 @@ class Peer(nn.Module):
             cu_seqlens: None.
 
         Raises:
-            ValueError: packed sequences, which these layers' PyTorch forms cannot keep apart.
+            ValueError: packed sequences, which these layers' PyTorch forms cannot keep apart, or a pad that is not
+                on the left.
         """
         if cu_seqlens is not None:
             raise ValueError(
@@ -74,6 +75,11 @@ class Peer(nn.Module):
                 "pass the sequences as rows, padded, with an attention_mask"
             )
         if attention_mask is not None:
+            if not torch.compiler.is_compiling() and (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+                raise ValueError(
+                    f'a pad stands behind a token, and mixer "{self.mixer}" would let it change the state; '
+                    "pad on the left"
+                )
             attention_mask = attention_mask.to(hidden_states.dtype)
         out: Tensor = self.inner(hidden_states, cache_params=past_key_values, attention_mask=attention_mask)
         return out

@@ -93,7 +93,7 @@ class MQAROptions:
         maximum=0.9,
     )
     weight_decay: float = option(
-        0.1, "of matrices only: not of norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
+        0.1, "of matrices only: not of norms, biases, A_log, dt_bias and D", group=_TRAINING, minimum=0
     )
     adam_beta2: float = option(
         0.95,
