@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from model_helpers import assert_near
@@ -217,7 +218,10 @@ def test_keys_of_before_and_of_today(tmp_path: Path) -> None:
     assert GKAConfig.from_dict(least).to_dict() == GKAConfig.from_dict(published_config("GKA")).to_dict()
 
 
-def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_OFFLINE", True
+    )  # else it asks for what may be there, too
     place = tmp_path / "models--someone--hybrid"
     commit = "0123456789" * 4
     config = published_config(PATTERN)
