@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import markdown_table, write_result
+from benchmarks.common import write_result
+from gka.evidence.table import markdown_table
 from gka.quiet import quiet
 
 TESTS = str(Path(__file__).parent.parent / "tests")

@@ -61,8 +61,3 @@ def write_result(name: str, rows: Iterable[dict[str, Any]], command: str, output
         path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {path}")
     return path
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

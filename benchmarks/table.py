@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
-from benchmarks.common import RESULTS, markdown_table
+from benchmarks.common import RESULTS
+from gka.evidence.table import markdown_table
 
 Result = dict[str, Any]
 PAGE = RESULTS.parent / "RESULTS.md"

@@ -26,9 +26,10 @@ from transformers import DynamicCache
 from ..hf.config import MIXERS
 from ..hf.model import GKAModel
 from ..tasks.mqar_report import STYLE
+from .picture import new_panels, save
 from .record import Cell
 from .skeleton import skeleton
-from .table import table
+from .table import markdown_table
 from .timing import seconds
 
 SUMMARY = "time and memory against length"
@@ -160,9 +161,9 @@ def section(entries: Entries, picture: Path) -> str:
             f"By: {'; '.join(f'{mixer}, {by}' for mixer, by in ways.items())}.",
             "Milliseconds, median of five calls. A step of softmax attention is one on transformers' "
             "DynamicCache, which copies keys and values to append to them:",
-            table(head, times),
+            markdown_table(head, times),
             "Megabytes: peak above parameters and input where it was measured; for decoding the cache.",
-            table(head, memory),
+            markdown_table(head, memory),
             _findings(entries),
         )
     )
@@ -182,12 +183,8 @@ def _memory(result: dict[str, Any] | None) -> str:
 def _findings(entries: Entries) -> str:
     """How time and cache of GKA and of attention grow from the middle of the lengths to the last."""
     parts = []
-    for mixer, what in (("gka", "forward"), ("attention", "forward")):
-        points = sorted(
-            (e["cell"]["tokens"], e["result"]["seconds"][0])
-            for e in entries
-            if (e["cell"]["mixer"], e["cell"]["what"]) == (mixer, what) and e["result"]["seconds"]
-        )
+    for mixer in ("gka", "attention"):
+        points = _points(entries, mixer, "forward")
         if len(points) > 1:
             (T, before), (last, after) = points[(len(points) - 1) // 2], points[-1]
             parts.append(
@@ -195,41 +192,40 @@ def _findings(entries: Entries) -> str:
             )
     if not parts:
         return ""
-    caches = sorted({e["result"]["cache bytes"] for e in entries if _is_decoding(e, "gka")})
+    caches = sorted(
+        {
+            e["result"]["cache bytes"]
+            for e in entries
+            if e["cell"]["mixer"] == "gka" and "cache bytes" in e["result"]
+        }
+    )
     return (
         f"{'; '.join(parts)}. The cache of a GKA block has {' or '.join(f'{size:,}' for size in caches)} bytes at "
         "every length measured. The paper shows throughput of whole models on other hardware; this is one block."
     )
 
 
-def _is_decoding(entry: dict[str, Any], mixer: str) -> bool:
-    return entry["cell"]["mixer"] == mixer and "cache bytes" in entry["result"]
+def _points(entries: Entries, mixer: str, what: str) -> list[tuple[int, float]]:
+    """Tokens and median seconds, where the memory sufficed."""
+    return sorted(
+        (e["cell"]["tokens"], e["result"]["seconds"][0])
+        for e in entries
+        if (e["cell"]["mixer"], e["cell"]["what"]) == (mixer, what) and e["result"]["seconds"]
+    )
 
 
 def _draw(entries: Entries, mixers: list[str], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(WHAT))
+    figure, panels = new_panels(1, len(WHAT), (13, 4.2), 120)
     for axes, what in zip(panels, WHAT, strict=True):
         for mixer in mixers:
             name, colour, marker = STYLE[mixer]
-            points = sorted(
-                (e["cell"]["tokens"], 1e3 * e["result"]["seconds"][0])
-                for e in entries
-                if (e["cell"]["mixer"], e["cell"]["what"]) == (mixer, what) and e["result"]["seconds"]
-            )
+            points = [(T, 1e3 * time) for T, time in _points(entries, mixer, what)]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("tokens" if what != "decode step" else "tokens before it")
         axes.set_title(what, loc="left", fontsize=11)
-        axes.grid(color="#e5e5e5", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("milliseconds")
     panels[0].legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)

@@ -19,9 +19,10 @@ import torch
 
 from ..tasks import mqar_run, mqar_train
 from ..tasks.mqar_report import STYLE
+from .picture import new_panels, save
 from .record import Cell
 from .skeleton import skeleton
-from .table import table
+from .table import markdown_table
 
 SUMMARY = "accuracy on multi-query associative recall against model dim"
 BY_MACHINE = False
@@ -124,7 +125,7 @@ def section(entries: Entries, picture: Path) -> str:
             "Accuracy in percent on sequences never trained on: mean over the seeds, least and largest in "
             f"brackets, and the learning rate that was best. Seeds: {_range(seeds)}; learning rates tried with "
             f"every mixer: {_range(rates)}.",
-            table(["tokens", "pairs", "dim", *(STYLE[mixer][0] for mixer in mixers)], rows),
+            markdown_table(["tokens", "pairs", "dim", *(STYLE[mixer][0] for mixer in mixers)], rows),
             _findings(found),
         )
     )
@@ -166,12 +167,7 @@ def _range(counts: list[int]) -> str:
 
 
 def _draw(found: list[dict[str, Any]], tasks: list[tuple[int, int]], mixers: list[str], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(5.0, 3.6 * len(tasks)), 4.0), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    figure, panels = new_panels(1, len(tasks), (max(5.0, 3.6 * len(tasks)), 4.0), 130, sharey=True)
     for axes, (T, pairs) in zip(panels, tasks, strict=True):
         for mixer in mixers:
             name, colour, marker = STYLE[mixer]
@@ -191,9 +187,6 @@ def _draw(found: list[dict[str, Any]], tasks: list[tuple[int, int]], mixers: lis
         axes.set_xlabel("model dim")
         axes.set_ylim(-0.03, 1.04)
         axes.set_title(f"{T} tokens, {pairs} pairs", loc="left", fontsize=10)
-        axes.grid(color="#e5e5e5", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy")
     panels[0].legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .table import spread, table
+from .picture import new_panels, save
+from .table import markdown_table, spread
 
 Entries = list[dict[str, Any]]
 _COLOURS = ("#9c9c9c", "#b8860b", "#2a9d8f", "#7aa6c2", "#1d3557", "#c8553d")
@@ -57,11 +58,11 @@ def text_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str]) ->
         (
             "Relative residual ||Ax - q|| / ||q||, error of x and error of all gradients against the exact solve "
             "(float64); a is 0.02; D is 128, for the gradients 32; median of the seeds, least to largest.",
-            table([*head, "gradients, 1 layer, 30", "gradients, 5 layers, 30"], errors),
+            markdown_table([*head, "gradients, 1 layer, 30", "gradients, 5 layers, 30"], errors),
             "Error of x with Chebyshev nodes and other ridges:",
-            table(["a", "products in", "10 products", "20 products", "30 products"], by_ridge),
+            markdown_table(["a", "products in", "10 products", "20 products", "30 products"], by_ridge),
             f"Error of the readout in the last {_WINDOW} of {tokens} tokens, nothing forgotten:",
-            table(["method", "error"], readout),
+            markdown_table(["method", "error"], readout),
             "The Kalman recursion runs in its dtype as a whole, with a ridge of 0.25; of the layer's solve only "
             "the products are rounded, its ridge is a ||S||. D is 64, each has its own exact answer beside it.",
             _findings(entries),
@@ -115,12 +116,7 @@ def _gradient_tokens(entries: Entries) -> int:
 
 def picture_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str], path: Path) -> None:
     """Six panels: residual, error, strengths, the recursion, gradients of one layer and of five."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 8.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(2, 3).flat)
+    figure, panels = new_panels(2, 3, (15, 8.5), 110)
     by_solver = {name: {"solver": name} for name in solvers}
     ridges = sorted({e["cell"]["ridge_ratio"] for e in entries if e["cell"]["part"] == "strengths"})
     by_ridge = {f"a = {a:g}": {"ridge_ratio": a} for a in ridges}
@@ -144,13 +140,10 @@ def picture_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str],
     for axes in panels:
         axes.set_yscale("log")
         axes.set_ylabel("relative error" if axes is not panels[0] else "||Ax - q|| / ||q||")
-        axes.grid(color="#e5e5e5", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[2].legend(fontsize=8, frameon=False, loc="upper right")
     panels[3].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0.02, 0.32))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _band(

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import UserError, reason
 from ..machine import describe_command, describe_commit, describe_machine, describe_versions
+from ..run_folder import write_whole
 
 Cell = dict[str, Any]
 
@@ -82,9 +83,7 @@ class Record:
             runs.append(self._describe())
         runs[number]["seconds"] = round(time.perf_counter() - self._start, 1)
         self.entries.append({"cell": cell, "run": number, "seconds": round(seconds, 2), "result": result})
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(self._text(), encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, self._text())
 
     def _describe(self) -> dict[str, Any]:
         return {
