@@ -103,6 +103,18 @@ class Chunks:
         return gather_outer(self.K, self.Mb[..., -1, :], right)
 
 
+def squared_norm(chunks: Chunks, S_0: Tensor, KS: Tensor) -> Tensor:
+    """||S_c||_F^2, [b, R, C], up to rounding; KS [b, R, C, D] = K S_0."""
+    K, Mb, zeta = chunks.K, chunks.Mb, chunks.zeta
+    quadratic = (KS * K.unsqueeze(1)).sum(-1)
+    gram_squared = torch.bmm(K, K.transpose(1, 2)).square_()
+    return (
+        zeta.square() * S_0.square().sum((-1, -2)).unsqueeze(-1)
+        + 2.0 * zeta * (Mb @ quadratic.unsqueeze(-1)).squeeze(-1)
+        + (mix(Mb, gram_squared) * Mb).sum(-1)
+    )
+
+
 @dataclass
 class Systems:
     """The ridge systems of a block's tokens, divided by their norms.
@@ -128,21 +140,13 @@ class Systems:
         steps: tuple[int, ...],
         product_dtype: torch.dtype,
     ) -> Systems:
-        K, Mb, zeta = chunks.K, chunks.Mb, chunks.zeta
-        KS = torch.matmul(K.unsqueeze(1), S_0)
-        quadratic = (KS * K.unsqueeze(1)).sum(-1)
-        gram_squared = torch.bmm(K, K.transpose(1, 2)).square_()
-        norm_squared = (
-            zeta.square() * S_0.square().sum((-1, -2)).unsqueeze(-1)
-            + 2.0 * zeta * (Mb @ quadratic.unsqueeze(-1)).squeeze(-1)
-            + (mix(Mb, gram_squared) * Mb).sum(-1)
-        )
-        norm = norm_squared.clamp_min_(0.0).sqrt_()
+        KS = torch.matmul(chunks.K.unsqueeze(1), S_0)
+        norm = squared_norm(chunks, S_0, KS).clamp_min_(0.0).sqrt_()
         inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
         return cls(chunks, S_0, KS, norm, inverse_norm, ridge_ratio, steps, product_dtype)
 
-    def _matvec(self, dtype: torch.dtype) -> Matvec:
-        """X -> X S_hat, with products in `dtype`."""
+    def matvec(self, dtype: torch.dtype) -> Matvec:
+        """X [b, R, C, D] -> X S_hat, with products in `dtype`, which is that of the result."""
         K, S_0 = self.chunks.K.to(dtype), self.S_0.to(dtype)
         mask = (self.chunks.Mb * self.inverse_norm.unsqueeze(-1)).to(dtype)
         zeta = (self.chunks.zeta * self.inverse_norm).unsqueeze(-1).to(dtype)
@@ -158,14 +162,14 @@ class Systems:
 
     def solve(self, Q: Tensor) -> Tensor:
         """X [b, R, C, D] with X_c = (S_c + lambda_c I)^{-1} Q_c; 0 where S_c = 0."""
-        exact = self._matvec(Q.dtype)
-        rough = exact if self.product_dtype == Q.dtype else self._matvec(self.product_dtype)
+        exact = self.matvec(Q.dtype)
+        rough = exact if self.product_dtype == Q.dtype else self.matvec(self.product_dtype)
         rhs = Q * self.inverse_norm.unsqueeze(-1)
         return chebyshev(rough, rhs, self.ridge_ratio, self.steps, residual_matvec=exact)
 
     def energy(self, Z: Tensor, X: Tensor) -> Tensor:
         """z_c^T (S_c + lambda_c I) x_c, [b, R, C]."""
-        product = self._matvec(X.dtype)(X) + self.ridge_ratio * X
+        product = self.matvec(X.dtype)(X) + self.ridge_ratio * X
         return (Z * product).sum(-1) * self.norm
 
 

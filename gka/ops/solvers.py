@@ -129,6 +129,26 @@ def chebyshev(
     return x
 
 
+def conjugate_gradient(matvec: Matvec, rhs: Tensor, ridge_ratio: float, num_steps: int) -> Tensor:
+    """Conjugate gradient from x = 0; matvec, rhs, ridge_ratio and the result as in `chebyshev`.
+
+    Args:
+        num_steps: products with S_hat.
+    """
+    x, residual = torch.zeros_like(rhs), rhs
+    direction, energy = rhs, rhs.square().sum(-1, keepdim=True)
+    tiny = torch.finfo(rhs.dtype).tiny
+    for _ in range(num_steps):
+        product = matvec(direction) + ridge_ratio * direction
+        step = energy / (direction * product).sum(-1, keepdim=True).clamp_min(tiny)
+        x = x + step * direction
+        residual = residual - step * product
+        new_energy = residual.square().sum(-1, keepdim=True)
+        direction = residual + (new_energy / energy.clamp_min(tiny)) * direction
+        energy = new_energy
+    return x
+
+
 # ------------------------------------------------------------------------- solvers of dense systems
 
 
@@ -251,19 +271,7 @@ class ConjugateGradient:
     product_dtype: torch.dtype | None = None
 
     def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
-        matvec = _dense_matvec(S_hat, self.product_dtype)
-        x, residual = torch.zeros_like(rhs), rhs
-        direction, energy = rhs, rhs.square().sum(-1, keepdim=True)
-        tiny = torch.finfo(rhs.dtype).tiny
-        for _ in range(self.num_steps):
-            product = matvec(direction) + ridge_ratio * direction
-            step = energy / (direction * product).sum(-1, keepdim=True).clamp_min(tiny)
-            x = x + step * direction
-            residual = residual - step * product
-            new_energy = residual.square().sum(-1, keepdim=True)
-            direction = residual + (new_energy / energy.clamp_min(tiny)) * direction
-            energy = new_energy
-        return x
+        return conjugate_gradient(_dense_matvec(S_hat, self.product_dtype), rhs, ridge_ratio, self.num_steps)
 
     def error_bound(self, ridge_ratio: float) -> float:
         """Bound in the norm of A; in the Euclidean norm it is sqrt(kappa) times that."""
