@@ -267,8 +267,12 @@ class Manifest:
         return cls(**values)
 
 
-def write_tokens(folder: Path, arguments: Sequence[str] | None, tokenizer: Any, fraction: float) -> Manifest:
+def write_tokens(
+    folder: Path, arguments: Sequence[str] | None, tokenizer: Any, fraction: float, *, unique: bool = False
+) -> Manifest:
     """Tokenise the text files of `--data` into `folder`, which appears complete or not at all.
+
+    With `unique`, of files with equal content the first alone, in the order of find_files.
 
     Raises:
         UserError: as find_files and read_texts; or there is no text in the files.
@@ -280,6 +284,7 @@ def write_tokens(folder: Path, arguments: Sequence[str] | None, tokenizer: Any, 
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
     manifest = Manifest(dtype, Part(), Part(), [], "")
     end = np.asarray([document_token(tokenizer)], dtype)
+    seen = set[bytes]()
     try:
         with (
             (building / "train.bin").open("wb") as train,
@@ -287,6 +292,11 @@ def write_tokens(folder: Path, arguments: Sequence[str] | None, tokenizer: Any, 
             (building / "validation.raw").open("wb") as raw,
         ):
             for source, text, is_held_out in read_parts(sources, skipped, fraction):
+                if unique:
+                    content = hashlib.sha256(text).digest()
+                    if content in seen:
+                        continue
+                    seen.add(content)
                 part, file = (manifest.validation, validation) if is_held_out else (manifest.train, train)
                 ids = encode(tokenizer, text)
                 ids.astype(dtype).tofile(file)

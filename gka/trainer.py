@@ -28,6 +28,10 @@ from .schedule import Schedule
 SCHEDULE_FILE = "schedule.json"
 
 
+class Diverged(UserError):
+    """A training whose loss is not finite."""
+
+
 class GKATrainer(Trainer):
     """A Trainer for causal language models.
 
@@ -72,7 +76,7 @@ class GKATrainer(Trainer):
         """The Trainer's forward and backward pass; a loss that is not a number ends the run at once.
 
         Raises:
-            UserError: before the optimiser could spoil the weights, so the checkpoints stay good.
+            Diverged: before the optimiser could spoil the weights, so the checkpoints stay good.
         """
         where = f"the training has diverged at step {self.state.global_step + 1}"
         cure = "lower --learning-rate, or raise --warmup; the checkpoints before it are good"
@@ -82,9 +86,9 @@ class GKATrainer(Trainer):
             if self.state.global_step == 0:
                 raise
             # All steps have the same shapes: what only a later one meets are bad values.
-            raise UserError(f"{where} ({error}): {cure}") from error
+            raise Diverged(f"{where} ({error}): {cure}") from error
         if not math.isfinite(loss.item()):
-            raise UserError(f"{where} (its loss is {loss.item()}): {cure}")
+            raise Diverged(f"{where} (its loss is {loss.item()}): {cure}")
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

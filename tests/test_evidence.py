@@ -149,7 +149,8 @@ def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["evidence"]) == cli.main(["evidence", "numerix"]) == 2
     error = capsys.readouterr().err
-    assert "NAME is missing; there are numerics, mqar, cost, page" in error and "no experiment 'numerix'" in error
+    known = ", ".join([*command.EXPERIMENTS, "page"])
+    assert f"NAME is missing; there are {known}" in error and "no experiment 'numerix'" in error
     assert cli.main(["evidence", "page", "--output", str(tmp_path)]) == 2
     assert "holds no results; `gka evidence NAME" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ An experiment is a module with
 
     SUMMARY                           one sentence
     BY_MACHINE                        whether a result is one of the machine, as times are
+    prepare(output, size, data)       only where cells share something, as text: make it; adds to the cells
     cells(size) -> list[Cell]         what is measured; size is "small" (seconds to a minute on a laptop) or "full"
     run(cell, folder, device) -> Any  measure one cell; the folder is its own, for checkpoints of long trainings
     section(entries, picture) -> str  markdown from what was measured; draws the picture
@@ -28,7 +29,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..options import nearest, option
 
-EXPERIMENTS = {name: f"gka.evidence.{name}" for name in ("numerics", "mqar", "cost")}
+EXPERIMENTS = {name: f"gka.evidence.{name}" for name in ("numerics", "mqar", "lm", "cost")}
 PAGE = "page"
 
 
@@ -43,6 +44,9 @@ class EvidenceOptions:
     output: str = option("runs/evidence", "folder of the results, one JSON file per experiment", metavar="DIR")
     only: list[str] | None = option(
         None, "measure only cells with these values, e.g. mixer=gka seed=0", metavar="KEY=VALUE"
+    )
+    data: list[str] | None = option(
+        None, "text files or folders that language models read; default: Python's standard library", metavar="PATH"
     )
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one")
 
@@ -63,10 +67,12 @@ def main(options: EvidenceOptions) -> None:
 
         print(f"written: {write_page(folder)}")
         return
-    measure(options.name, options.size, folder, options.only or [], options.device)
+    measure(options.name, options.size, folder, options.only or [], options.device, options.data)
 
 
-def measure(name: str, size: str, folder: Path, only: list[str], device: str = "auto") -> None:
+def measure(
+    name: str, size: str, folder: Path, only: list[str], device: str = "auto", data: list[str] | None = None
+) -> None:
     """Measure the cells of an experiment that have no result yet, and write each as it comes."""
     from ..loading import choose_device
     from ..quiet import quiet
@@ -75,10 +81,15 @@ def measure(name: str, size: str, folder: Path, only: list[str], device: str = "
     quiet()
     experiment: Any = importlib.import_module(EXPERIMENTS[name])
     place = choose_device(device)
-    more = {"size": size, **({"machine": _machine(place)} if experiment.BY_MACHINE else {})}
-    cells = [cell | more for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
+    cells = [cell for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
     if not cells:
         raise UserError(f"--only {' '.join(only)}: no cell of {name} fits")
+    more = {"size": size, **({"machine": _machine(place)} if experiment.BY_MACHINE else {})}
+    if hasattr(experiment, "prepare"):
+        more |= experiment.prepare(folder, size, data)
+    elif data is not None:
+        raise UserError(f"--data: {name} reads no text")
+    cells = [cell | more for cell in cells]
     record = Record(folder / f"{name}.json", name)
     missing = record.missing(cells)
     print(f"{name}: {len(cells)} cells, {len(missing)} to measure", file=sys.stderr)

@@ -28,7 +28,7 @@ SUMMARY = "accuracy on multi-query associative recall against model dim"
 BY_MACHINE = False
 HEADS = 2
 Entries = list[dict[str, Any]]
-_FULL: dict[str, Any] = dict(vocab_size=8192, examples=100_000, epochs=32, batch_size=256, tests=3000)
+_FULL: dict[str, Any] = dict(vocab_size=8192, examples=65_536, epochs=8, batch_size=256, tests=2048)
 _SMALL: dict[str, Any] = dict(vocab_size=256, examples=2_000, epochs=4, batch_size=64, tests=200)
 
 

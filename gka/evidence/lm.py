@@ -1,0 +1,345 @@
+"""Language models of one skeleton with all mixers, trained on the same text.
+
+Eight blocks of 384, six heads of 64, 8192 tokens with tied embeddings, about 18 million parameters, equal within
+2% (skeleton.py); "hybrid" is GKA with softmax attention in every sixth block. All see the same tokens in the same
+order, in bfloat16. Every mixer is tried with the same four learning rates on a tenth of the tokens; the one with
+the lowest held-out loss trains the model that is compared, from the start, on all of them. That model is kept in
+OUTPUT/lm-models/SIZE/MIXER for what follows, as the experiment `long`.
+
+Held-out files are read in windows of the training's length: loss and bits per byte, by position, and of recall
+tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from ..errors import UserError
+from ..folders import begin_folder, end_folder
+from ..hf import GKAConfig, GKAForCausalLM
+from ..hf.config import MIXERS
+from ..tasks.mqar_report import STYLE as MIXER_STYLE
+from . import corpus as text
+from .picture import new_panels, save
+from .record import Cell, Record
+from .skeleton import skeleton
+from .table import markdown_table
+from .training import train
+
+SUMMARY = "language models of equal size on the same text"
+BY_MACHINE = False
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+ALL = (*MIXERS, "hybrid")
+STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
+Entries = list[dict[str, Any]]
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
+    "full": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6),
+}
+_TRAINING: dict[str, dict[str, Any]] = {
+    "small": dict(seq_len=64, batch_size=2, tokens=768, search_tokens=256, eval_bytes=4_000, dtype="float32"),
+    "full": dict(
+        seq_len=2048, batch_size=16, tokens=50_000_000, search_tokens=5_000_000, eval_bytes=2_000_000,
+        dtype="bfloat16",
+    ),
+}  # fmt: skip
+
+prepare = text.prepare
+
+
+def cells(size: str) -> list[Cell]:
+    """First the rates of every mixer, then its model; small: two rates."""
+    training = dict(_TRAINING[size])
+    tokens, search_tokens = training.pop("tokens"), training.pop("search_tokens")
+    rates = RATES if size == "full" else RATES[1:3]
+    rest = {**_SIZES[size], **training, "seed": 0}
+    found: list[Cell] = []
+    for mixer in ALL:
+        search = [
+            {"mixer": mixer, "part": "rate", "learning_rate": rate, "tokens": search_tokens, **rest}
+            for rate in rates
+        ]
+        found += [*search, {"mixer": mixer, "part": "model", "rates": list(rates), "tokens": tokens, **rest}]
+    return found
+
+
+def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
+    """The configuration of a mixer's model, or of "hybrid", for a vocabulary with that end token."""
+    shape = dict(_SIZES[size])
+    fields: dict[str, Any] = dict(
+        **shape,
+        vocab_size=vocab_size,
+        max_position_embeddings=_TRAINING[size]["seq_len"],
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        bos_token_id=end,
+    )
+    if mixer != "hybrid":
+        return skeleton(mixer, **fields)
+    kinds = ["linear_attention"] * shape["num_hidden_layers"]
+    every = min(6, len(kinds))
+    kinds[every - 1 :: every] = ["full_attention"] * len(kinds[every - 1 :: every])
+    return skeleton("gka", **fields, layer_types=kinds)
+
+
+def model_folder(output: Path, size: str, mixer: str) -> Path:
+    """Where the trained model of a mixer is kept."""
+    return output / "lm-models" / size / mixer
+
+
+def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """Train a model and read the held-out text with it."""
+    output, size = folder.parents[1], cell["size"]
+    data = text.Corpus.load(output, size)
+    rate = cell["learning_rate"] if cell["part"] == "rate" else _best_rate(output, cell)
+    set_seed(cell["seed"])
+    config = language_model(cell["mixer"], size, len(data.tokenizer), data.tokenizer.eos_token_id)
+    model = GKAForCausalLM(config)
+    per_step = cell["seq_len"] * cell["batch_size"]
+    trained = train(
+        model,  # type: ignore[arg-type]
+        data.train_blocks(cell["seq_len"], cell["tokens"]),
+        folder,
+        learning_rate=rate,
+        steps=cell["tokens"] // per_step,
+        batch_size=cell["batch_size"],
+        seed=cell["seed"],
+        device=device,
+        dtype=cell["dtype"],
+        log_every=10 if size == "full" else 1,
+    )
+    found = {
+        "learning_rate": rate,
+        "parameters": model.num_parameters(),
+        "intermediate_size": config.intermediate_size,
+        "train loss": trained.loss,
+        "gradient norms": trained.grad_norms,
+        "seconds": trained.seconds,
+        "tokens per second": trained.tokens_per_second,
+        "peak bytes": trained.peak_bytes,
+        "diverged": trained.diverged,
+        "held out": None,
+    }
+    if trained.diverged is None:
+        held_out = text.evaluate(
+            model,
+            data,
+            context=cell["seq_len"],
+            max_bytes=cell["eval_bytes"] if cell["part"] == "model" else cell["eval_bytes"] // 4,
+            batch_size=cell["batch_size"],
+            autocast=cell["dtype"] == "bfloat16",
+        )
+        found["held out"] = held_out.as_dict()
+        if cell["part"] == "model":
+            found["corpus"] = data.describe()
+            _keep(model, data.tokenizer, model_folder(output, size, cell["mixer"]))
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def _best_rate(output: Path, cell: Cell) -> float:
+    """The rate whose short training has the lowest held-out loss. UserError if one has not been tried."""
+    same = {name: cell[name] for name in ("mixer", "size", "corpus", "seed")}
+    losses = {
+        entry["cell"]["learning_rate"]: _loss(entry)
+        for entry in Record(output / "lm.json", "lm").entries
+        if entry["cell"]["part"] == "rate" and same.items() <= entry["cell"].items()
+    }
+    if missing := [rate for rate in cell["rates"] if rate not in losses]:
+        raise UserError(f"the learning rates {missing} have not been tried with {cell['mixer']}")
+    return float(min(cell["rates"], key=losses.__getitem__))
+
+
+def _loss(entry: dict[str, Any]) -> float:
+    held_out = entry["result"]["held out"]
+    return float("inf") if held_out is None else float(held_out["loss"])
+
+
+def _keep(model: GKAForCausalLM, tokenizer: Any, folder: Path) -> None:
+    partial = begin_folder(folder, overwrite=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    end_folder(partial, folder)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+# The page
+
+
+def section(entries: Entries, picture: Path) -> str:
+    """A table of the models, one of the rates, one of recall by distance; pictures of training and of recall."""
+    models = {entry["cell"]["mixer"]: entry for entry in entries if entry["cell"]["part"] == "model"}
+    order = [mixer for mixer in ALL if mixer in models]
+    _draw(models, order, picture)
+    parts = [_rates(entries)]
+    if order:
+        some = models[order[0]]
+        counts = some["result"].get("corpus")
+        parts = [
+            _described(some["cell"], counts),
+            markdown_table(_HEAD, [_row(models[mixer]) for mixer in order]),
+            _findings(models),
+            "Held-out loss of recall tokens in nats, by the distance to where their bigram stands last:",
+            markdown_table(*_distances(models, order)),
+            "Held-out loss by position in the window:",
+            markdown_table(*_positions(models, order)),
+            *parts,
+        ]
+    return "\n\n".join(parts)
+
+
+_HEAD = [
+    "mixer", "million parameters", "learning rate", "held-out loss", "bits per byte", "recall tokens",
+    "other tokens", "tokens/s", "peak GB", "largest gradient norm",
+]  # fmt: skip
+
+
+def _described(cell: Cell, counts: dict[str, Any] | None) -> str:
+    read = ""
+    if counts:
+        train, held = counts["train"], counts["validation"]
+        read = (
+            f" The text: {train['files']:,} files, {train['bytes'] / 1e6:.1f} MB and "
+            f"{train['tokens'] / 1e6:.1f} million tokens to train on; {held['files']:,} files held out, of which "
+            f"{cell['eval_bytes'] / 1e6:g} MB are read."
+        )
+    return (
+        f"{cell['num_hidden_layers']} blocks of {cell['hidden_size']}, {cell['num_attention_heads']} heads, "
+        f"{cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, {cell['dtype']}.{read} Losses "
+        "are in nats per token. Tokens per second and memory are those of this training, whose time depends on by "
+        "what a mixer runs: Gated DeltaNet by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm "
+        "where they are installed, else by transformers' PyTorch code."
+    )
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    result = entry["result"]
+    name, held_out = STYLE[entry["cell"]["mixer"]][0], result["held out"]
+    head = [name, f"{result['parameters'] / 1e6:.2f}", f"{result['learning_rate']:g}"]
+    if held_out is None:
+        return [*head, f"diverged at step {result['diverged']}", *[""] * (len(_HEAD) - 4)]
+    speed, peak = result["tokens per second"], result["peak bytes"]
+    return [
+        *head,
+        f"{held_out['loss']:.4f}",
+        f"{held_out['bits_per_byte']:.4f}",
+        _nats(held_out["recall_loss"]),
+        _nats(held_out["other_loss"]),
+        "" if speed is None else f"{speed:,}",
+        "" if peak is None else f"{peak / 1e9:.1f}",
+        f"{max(norm for _, norm in result['gradient norms']):.2f}",
+    ]
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _rates(entries: Entries) -> str:
+    """The held-out loss of the short trainings."""
+    short = {
+        (e["cell"]["mixer"], e["cell"]["learning_rate"]): _loss(e) for e in entries if e["cell"]["part"] == "rate"
+    }
+    if not short:
+        return ""
+    rates = sorted({rate for _, rate in short})
+    rows = [
+        [STYLE[mixer][0], *(_shown(short.get((mixer, rate))) for rate in rates)]
+        for mixer in ALL
+        if any(name == mixer for name, _ in short)
+    ]
+    table = markdown_table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
+    return f"Held-out loss of the short trainings that chose the learning rate:\n\n{table}"
+
+
+def _shown(loss: float | None) -> str:
+    return "" if loss is None else "diverged" if loss == float("inf") else f"{loss:.3f}"
+
+
+def _finite(models: dict[str, dict[str, Any]], order: list[str]) -> list[str]:
+    return [mixer for mixer in order if models[mixer]["result"]["held out"] is not None]
+
+
+def _bins(models: dict[str, dict[str, Any]], order: list[str], kind: str) -> Iterator[tuple[str, list[str]]]:
+    """Rows of bins: their range and the loss of each mixer."""
+    order = _finite(models, order)
+    by_first: dict[int, dict[str, dict[str, Any]]] = {}
+    for mixer in order:
+        for part in models[mixer]["result"]["held out"][kind]:
+            by_first.setdefault(part["first"], {})[mixer] = part
+    for first, parts in sorted(by_first.items()):
+        last = next(iter(parts.values()))["last"]
+        yield f"{first} to {last}", [_nats(parts[m]["loss"]) if m in parts else "" for m in order]
+
+
+def _distances(models: dict[str, dict[str, Any]], order: list[str]) -> tuple[list[str], list[list[str]]]:
+    head = ["distance", *(STYLE[mixer][0] for mixer in _finite(models, order))]
+    return head, [[name, *values] for name, values in _bins(models, order, "recall")]
+
+
+def _positions(models: dict[str, dict[str, Any]], order: list[str]) -> tuple[list[str], list[list[str]]]:
+    head = ["position", *(STYLE[mixer][0] for mixer in _finite(models, order))]
+    return head, [[name, *values] for name, values in _bins(models, order, "positions")]
+
+
+def _findings(models: dict[str, dict[str, Any]]) -> str:
+    """GKA's held-out loss beside each other's, and whether its gradient norm had spikes."""
+    losses = {mixer: models[mixer]["result"]["held out"] for mixer in _finite(models, list(models))}
+    if "gka" not in losses:
+        return ""
+    apart = [
+        f"{losses[mixer]['loss'] - losses['gka']['loss']:+.4f} for {STYLE[mixer][0]}"
+        for mixer in ALL
+        if mixer in losses and mixer != "gka"
+    ]
+    beside = f"Loss beside GKA's, in nats per token: {', '.join(apart)}. " if apart else ""
+    return (
+        f"{beside}One training each: differences between two seeds are not measured here, and small ones decide "
+        "nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains at a "
+        "hundredth of the size, on source code."
+    )
+
+
+def _draw(models: dict[str, dict[str, Any]], order: list[str], path: Path) -> None:
+    figure, panels = new_panels(1, 3, (14, 4.2), 120)
+    curve, norms, recall = panels
+    for mixer in order:
+        name, colour, marker = STYLE[mixer]
+        entry, result = models[mixer]["cell"], models[mixer]["result"]
+        per_step = entry["seq_len"] * entry["batch_size"] / 1e6
+        curve.plot(*_smooth(result["train loss"], per_step), color=colour, label=name, linewidth=1.2)
+        norms.plot(*_smooth(result["gradient norms"], per_step), color=colour, linewidth=1.0)
+        if result["held out"] is not None:
+            points = [(part["first"], part["loss"]) for part in result["held out"]["recall"] if part["tokens"]]
+            recall.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
+    curve.set_title("training loss, nats", loc="left", fontsize=11)
+    norms.set_title("gradient norm", loc="left", fontsize=11)
+    norms.set_yscale("log")
+    for axes in (curve, norms):
+        axes.set_xlabel("million tokens")
+    recall.set_title("held-out loss of recall tokens", loc="left", fontsize=11)
+    recall.set_xscale("log", base=2)
+    recall.set_xlabel("tokens since their bigram")
+    if order:
+        curve.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def _smooth(points: list[list[float]], per_step: float) -> tuple[list[float], list[float]]:
+    """Means of up to five neighbours, over millions of tokens, without the first steps, far above the rest."""
+    points = points[len(points) // 20 :]
+    chunks = [points[i : i + 5] for i in range(0, len(points), 5)]
+    return (
+        [chunk[-1][0] * per_step for chunk in chunks],
+        [sum(value for _, value in chunk) / len(chunk) for chunk in chunks],
+    )
