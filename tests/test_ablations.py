@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from helpers import Case, assert_close, gradients, make_inputs, relative_error
 from torch import Tensor
 from transformers import DynamicCache
 
+from gka.evidence import ablations, command
+from gka.evidence.record import Record
 from gka.evidence.variants import Variant, changed_kalmanet, with_variant
 from gka.hf import GKAConfig, GKAForCausalLM
 from gka.ops import gated_kalmanet, reference
@@ -229,3 +232,96 @@ def test_what_a_changed_model_cannot_do_is_said() -> None:
     model = with_variant(small_model(), CONJUGATE)
     with pytest.raises(ValueError, match="neither a cache nor packed sequences"):
         model(IDS, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+
+# The experiment
+
+
+def test_the_first_seed_of_all_comes_first_and_nothing_else_differs() -> None:
+    full = ablations.cells("full")
+    names = list(ablations.TRIALS)
+    assert [cell["variant"] for cell in full] == 3 * names and names[0] == ablations.BASE
+    assert [cell["seed"] for cell in full] == [seed for seed in (0, 1, 2) for _ in names]
+    in_pytorch = [trial.change is not None for trial in ablations.TRIALS.values()]
+    assert in_pytorch == sorted(in_pytorch)
+    rest = [{k: v for k, v in cell.items() if k not in ("variant", "seed", "dtype")} for cell in full]
+    assert all(cell == rest[0] for cell in rest)
+
+
+def test_models_differ_in_what_their_name_says() -> None:
+    cell = {**ablations.cells("full")[0], "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+    models = {name: ablations.build({**cell, "variant": name}, 50, 0) for name in ablations.TRIALS}
+    layers = {name: model.model.layers[0].gka for name, model in models.items()}
+    assert layers["no forget gate"].a_proj is None and layers["no alpha connection"].alpha_proj is None
+    for a in (0.01, 0.05, 0.1):
+        assert layers[f"a = {a:g}"].ridge_ratio == a
+    assert layers[ablations.BASE].ridge_ratio == 0.02 and layers[ablations.BASE].steps is None
+    for steps in ((31,), (16, 8), (8,)):
+        assert layers[f"steps {steps}"].steps == steps
+    for d in (16, 32, 64):
+        assert layers[f"sketch, d = {d}"].sketch.shape == (1, d, 64)
+    assert layers["lambda = 0.25"].variant == Variant(ridge=0.25)
+    assert layers["conjugate gradient"].variant == CONJUGATE
+    same = models[ablations.BASE].state_dict()
+    for name in ("lambda = 0.25", "conjugate gradient", "steps (8,)", "sketch, d = 16"):
+        other = models[name].state_dict()
+        assert all(torch.equal(other[key], value) for key, value in same.items()), name
+
+
+def test_spikes_stand_out_of_the_steps_before() -> None:
+    falling: list[float | None] = [10.0 / (n + 1) for n in range(60)]
+    assert ablations.spikes(falling) == []
+    falling[3] = 100.0  # too early to tell
+    falling[20] = 3.5 * 10.0 / 5
+    falling[40] = None
+    assert ablations.spikes(falling) == [21, 41]
+    assert ablations.spikes([]) == ablations.spikes([1.0]) == []
+
+
+def test_a_training_and_its_page(tmp_path: Path) -> None:
+    """One with an option of the layer, one changed; losses and norms of every step."""
+    text = tmp_path / "text.py"
+    generator = torch.Generator().manual_seed(0)
+    words = [f"word{n}" for n in torch.randint(40, (3000,), generator=generator).tolist()]
+    text.write_text(" ".join(words) + "\n")
+    for name in (ablations.BASE, "conjugate gradient", "sketch, d = 16"):
+        command.measure("ablations", "small", tmp_path / "out", [f"variant={name}"], "cpu", data=[str(text)])
+    entries = Record(tmp_path / "out/ablations.json", "ablations").entries
+    base, conjugate, sketch = (entry["result"] for entry in entries)
+    for result in (base, conjugate, sketch):
+        assert len(result["gradient norms"]) == 3 and min(result["gradient norms"]) > 0
+        assert result["train loss"][-1][0] == 3 and result["held out"]["recall_tokens"] > 0
+        assert result["diverged"] is None and result["spikes"] == []
+    assert sketch["parameters"] == base["parameters"] + 16 * 32 == conjugate["parameters"] + 16 * 32
+    page = ablations.section(entries, tmp_path / "it.png")
+    beside = conjugate["held out"]["loss"] - base["held out"]["loss"]
+    assert f"| {base['held out']['loss']:.4f} |  |" in page and f"| {beside:+.4f} |" in page
+    assert "Held-out loss with every seed" not in page and (tmp_path / "it.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_held_with_every_seed_and_what_diverged(tmp_path: Path) -> None:
+    losses = {
+        ablations.BASE: (3.0, 3.1), "a = 0.01": (3.2, 3.15), "a = 0.1": (2.9, 3.0), "steps (8,)": (3.1, 3.0),
+        "lambda = 0.25": (2.9, None),
+    }  # fmt: skip
+    cells = {(cell["variant"], cell["seed"]): cell for cell in ablations.cells("full")}
+    entries = []
+    for name, by_seed in losses.items():
+        for seed, loss in enumerate(by_seed):
+            held_out = {"loss": loss, "recall_loss": 1.0, "tokens": 10, "recall_tokens": 2}
+            result = {
+                "train loss": [[10, 4.0], [20, 3.5]],
+                "gradient norms": [1.0, 2.0 + seed, None if loss is None else 1.5],
+                "spikes": [7] if name == "lambda = 0.25" else [],
+                "tokens per second": 5,
+                "diverged": 20 if loss is None else None,
+                "held out": None if loss is None else held_out,
+            }
+            entries.append({"cell": cells[name, seed], "result": result})
+    page = ablations.section(entries, tmp_path / "it.png")
+    assert "Worse than the base: a = 0.01; Better: a = 0.1; On no one side: steps (8,), lambda = 0.25." in page
+    assert "Spikes of the gradient norm: 2 with lambda = 0.25." in page
+    assert "| a = 0.01 | 3.1750 (3.1500 to 3.2000) | +0.1250 (+0.0500 to +0.2000) |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| lambda"))
+    assert row.startswith("| lambda = 0.25 | not finite in 1 of 2 | not finite in 1 of 2 |")
+    assert row.endswith("| 1.750 (1.500 to 2.000) | 2.5 (2 to 3) | 2 | 5 (5 to 5) |")

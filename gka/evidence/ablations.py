@@ -1,0 +1,329 @@
+"""What each part of the layer is worth: small language models that differ in one thing, trained alike.
+
+Four blocks of 256, four heads of 64, 8192 tokens with tied embeddings; ten million tokens in windows of 1024, one
+learning rate and three seeds for all. A seed decides the first weights and the order of the text. What is an
+option of the layer runs as the layer does; a constant ridge, a sketch and conjugate gradient are no options and
+run by `variants.py`, in PyTorch: their speed is not that of kernels.
+
+In bfloat16 the layer's kernels have bfloat16 products, which steps of two stages refine: "steps (31,)" is the
+plain solve, as the paper's. Where there are no kernels, on a CPU, a solve of one stage has float32 products.
+
+Gradient norms are those of every step before clipping to 1. A spike is a step whose norm is more than three times
+the median of the steps before it, up to 32 of them, from the ninth step on.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from ..hf import GKAConfig, GKAForCausalLM
+from . import corpus as text
+from .picture import new_panels, save
+from .record import Cell
+from .table import markdown_table, spread
+from .training import train
+from .variants import Variant, with_variant
+
+SUMMARY = "what each part of the layer is worth in training"
+BY_MACHINE = False
+Entries = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing that is changed: fields of GKAConfig, the dtype of training, or what `variants.py` changes."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    change: Variant | None = None
+
+
+BASE = "base"
+# The order of the table, and of the trainings: those with kernels first.
+TRIALS = {
+    BASE: Trial(),
+    "no forget gate": Trial({"use_forget_gate": False}),
+    "no alpha connection": Trial({"use_alpha_connection": False}),
+    "a = 0.01": Trial({"ridge_ratio": 0.01}),
+    "a = 0.05": Trial({"ridge_ratio": 0.05}),
+    "a = 0.1": Trial({"ridge_ratio": 0.1}),
+    "steps (31,)": Trial({"steps": [31]}),
+    "steps (16, 8)": Trial({"steps": [16, 8]}),
+    "steps (8,)": Trial({"steps": [8]}),
+    "float32, steps (31,)": Trial({"steps": [31]}, dtype="float32"),
+    "lambda = 0.25": Trial(change=Variant(ridge=0.25)),
+    "sketch, d = 16": Trial(change=Variant(sketch=16)),
+    "sketch, d = 32": Trial(change=Variant(sketch=32)),
+    "sketch, d = 64": Trial(change=Variant(sketch=64)),
+    "conjugate gradient": Trial(change=Variant(solver="conjugate gradient")),
+    "conjugate gradient, float32 products": Trial(change=Variant(solver="conjugate gradient", wide=True)),
+}
+_SMALL = (BASE, "no alpha connection", "steps (8,)", "float32, steps (31,)", "lambda = 0.25", "sketch, d = 16",
+          "conjugate gradient")  # fmt: skip
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, seq_len=64,
+        batch_size=2, tokens=384, eval_bytes=2_000, learning_rate=1e-3,
+    ),
+    "full": dict(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, seq_len=1024,
+        batch_size=32, tokens=10_000_000, eval_bytes=1_000_000, learning_rate=1e-3,
+    ),
+}  # fmt: skip
+_MODEL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_LOSS_STEPS = 10  # of which an entry of the loss is the mean
+_WINDOW, _FIRST, _SPIKE = 32, 8, 3.0
+
+prepare = text.prepare
+
+
+def cells(size: str) -> list[Cell]:
+    """All trials of a seed before those of the next; small: one seed, three steps."""
+    names, seeds = (TRIALS, (0, 1, 2)) if size == "full" else (_SMALL, (0,))
+    return [
+        {"variant": name, "dtype": TRIALS[name].dtype, "seed": seed, **_SIZES[size]}
+        for seed in seeds
+        for name in names
+    ]
+
+
+def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """Train a model and read the held-out text with it."""
+    data = text.Corpus.load(folder.parents[1], cell["size"])
+    model = build(cell, len(data.tokenizer), data.tokenizer.eos_token_id)
+    trained = train(
+        model,  # type: ignore[arg-type]
+        data.train_blocks(cell["seq_len"], cell["tokens"]),
+        folder,
+        learning_rate=cell["learning_rate"],
+        steps=cell["tokens"] // (cell["seq_len"] * cell["batch_size"]),
+        batch_size=cell["batch_size"],
+        seed=cell["seed"],
+        device=device,
+        dtype=cell["dtype"],
+        log_every=1,
+    )
+    norms = [_rounded(norm) for _, norm in trained.grad_norms]
+    found = {
+        "parameters": model.num_parameters(),
+        "train loss": _means(trained.loss),
+        "gradient norms": norms,
+        "spikes": spikes(norms),
+        "tokens per second": trained.tokens_per_second,
+        "peak bytes": trained.peak_bytes,
+        "diverged": trained.diverged,
+        "held out": None,
+    }
+    if trained.diverged is None:
+        held_out = text.evaluate(
+            model,
+            data,
+            context=cell["seq_len"],
+            max_bytes=cell["eval_bytes"],
+            batch_size=cell["batch_size"],
+            autocast=cell["dtype"] == "bfloat16",
+        ).as_dict()
+        wanted = ("loss", "bits_per_byte", "tokens", "recall_loss", "recall_tokens", "other_loss")
+        found["held out"] = {name: held_out[name] for name in wanted}
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
+    """The model of a cell with its first weights."""
+    trial = TRIALS[cell["variant"]]
+    set_seed(cell["seed"])
+    model = GKAForCausalLM(
+        GKAConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=cell["seq_len"],
+            tie_word_embeddings=True,
+            eos_token_id=end,
+            bos_token_id=end,
+            **{name: cell[name] for name in _MODEL},
+            **trial.fields,
+        )
+    )
+    if trial.change is not None:
+        with_variant(model, trial.change)
+    return model
+
+
+def spikes(norms: Sequence[float | None]) -> list[int]:
+    """Steps, from 1 on, whose norm is a spike, or not finite (None); see the module."""
+    found = []
+    for number, norm in enumerate(norms):
+        before = [x for x in norms[max(0, number - _WINDOW) : number] if x is not None]
+        if norm is None or (number >= _FIRST and before and norm > _SPIKE * statistics.median(before)):
+            found.append(number + 1)
+    return found
+
+
+def _rounded(norm: float) -> float | None:
+    return float(f"{norm:.4g}") if math.isfinite(norm) else None
+
+
+def _means(loss: list[list[float]]) -> list[list[float]]:
+    """[step, mean of the steps up to it] of every _LOSS_STEPS."""
+    groups = [loss[i : i + _LOSS_STEPS] for i in range(0, len(loss), _LOSS_STEPS)]
+    return [[group[-1][0], round(statistics.fmean(x for _, x in group), 5)] for group in groups]
+
+
+# The page
+
+
+def section(entries: Entries, picture: Path) -> str:
+    """A table with a row per variant; the picture has the losses beside the base, and gradient norms."""
+    by_name = {name: _by_seed(entries, name) for name in TRIALS}
+    by_name = {name: results for name, results in by_name.items() if results}
+    _draw(by_name, picture)
+    cell = entries[-1]["cell"]
+    seeds = len({entry["cell"]["seed"] for entry in entries})
+    steps = cell["tokens"] // (cell["seq_len"] * cell["batch_size"])
+    counts = next((r["held out"] for e in entries if (r := e["result"])["held out"]), None)
+    read = "" if counts is None else (
+        f" Held out: {counts['tokens']:,} tokens, {counts['recall_tokens']:,} of them recall tokens, whose bigram "
+        "stands in the window before."
+    )  # fmt: skip
+    return "\n\n".join(
+        (
+            f"Blocks: {cell['num_hidden_layers']} of {cell['hidden_size']}, heads of "
+            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in {steps} steps, windows "
+            f"of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for all, seeds: {seeds}. The base is the "
+            "layer with its defaults in bfloat16: forget gate, alpha connection, a = 0.02, steps (16, 16)."
+            f"{read} Losses are in nats per token: the median of the seeds, least and largest in brackets; beside "
+            "the base seed by seed. The training loss is that of the last tenth. A spike is a step whose gradient "
+            f"norm, before clipping, is more than {_SPIKE:g} times the median of the {_WINDOW} before; spikes are "
+            "those of all seeds.",
+            markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
+            "A constant lambda, the sketch and conjugate gradient are no options of the layer. They run in PyTorch "
+            "around the chunk-wise form's own products; a test holds that path, with nothing changed, to the "
+            "layer's op, outputs and gradients, so that the base stands for it, too. Their tokens per second are "
+            "not those of kernels. With lambda = 0.25 each token has the Chebyshev nodes of its own interval from "
+            "lambda to ||S|| + lambda. The sketch is a learned map of each head to d dims, orthonormal at first. "
+            "Conjugate gradient makes as many products as the base's stages, without refinement, and its gradient "
+            "is the implicit one: the adjoint system, solved by conjugate gradient again.",
+            _findings(by_name),
+        )
+    ).rstrip()
+
+
+_HEAD = [
+    "variant", "held-out loss", "beside the base", "recall tokens", "training loss", "gradient norm, median",
+    "largest", "spikes", "tokens/s",
+]  # fmt: skip
+Results = dict[int, dict[str, Any]]  # by seed
+
+
+def _by_seed(entries: Entries, name: str) -> Results:
+    return {e["cell"]["seed"]: e["result"] for e in entries if e["cell"]["variant"] == name}
+
+
+def _row(name: str, by_name: dict[str, Results]) -> list[str]:
+    results = list(by_name[name].values())
+
+    def of(measure: Callable[[dict[str, Any]], float | None], form: str) -> str:
+        return spread([measure(result) for result in results], form)
+
+    return [
+        name,
+        of(lambda r: _held_out(r, "loss"), ".4f"),
+        spread(list(_beside(name, by_name).values()), "+.4f") if name != BASE else "",
+        of(lambda r: _held_out(r, "recall_loss"), ".4f"),
+        of(_last_loss, ".4f"),
+        of(lambda r: statistics.median(_finite(r)) if _finite(r) else None, ".3f"),
+        of(lambda r: max(_finite(r), default=None), ".3g"),
+        str(sum(len(result["spikes"]) for result in results)),
+        spread([r["tokens per second"] for r in results if r["tokens per second"] is not None], ",.0f"),
+    ]
+
+
+def _held_out(result: dict[str, Any], name: str) -> float | None:
+    return None if result["held out"] is None else result["held out"][name]
+
+
+def _last_loss(result: dict[str, Any]) -> float | None:
+    losses = [loss for _, loss in result["train loss"]]
+    return None if result["diverged"] else statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
+def _finite(result: dict[str, Any]) -> list[float]:
+    return [norm for norm in result["gradient norms"] if norm is not None]
+
+
+def _beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
+    """By seed the held-out loss less the base's; None where one of both diverged."""
+    base = by_name.get(BASE, {})
+    found = {}
+    for seed, result in by_name[name].items():
+        if seed in base:
+            ours, theirs = _held_out(result, "loss"), _held_out(base[seed], "loss")
+            found[seed] = None if ours is None or theirs is None else ours - theirs
+    return found
+
+
+def _findings(by_name: dict[str, Results]) -> str:
+    """Which variants lie on one side of the base with every seed, once there are several; spikes."""
+    apart = {name: list(_beside(name, by_name).values()) for name in by_name if name != BASE}
+    apart = {name: found for name, found in apart.items() if len(found) > 1}
+    if not apart:
+        return ""
+    sides: dict[str, list[str]] = {"Worse than the base": [], "Better": [], "On no one side": []}
+    for name, found in apart.items():
+        values = [math.inf if x is None else x for x in found]
+        side = "Worse than the base" if min(values) > 0 else "Better" if max(values) < 0 else "On no one side"
+        sides[side].append(name)
+    said = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+    spiky = [
+        f"{sum(len(r['spikes']) for r in results.values())} with {name}"
+        for name, results in by_name.items()
+        if any(r["spikes"] for r in results.values())
+    ]
+    return (
+        f"Held-out loss with every seed. {said}. Spikes of the gradient norm: {', '.join(spiky) or 'none'}. The "
+        "paper reports loss spikes with a constant lambda, and weaker long context without alpha, which windows "
+        "of this length cannot show; its models have 440 million parameters and more."
+    )
+
+
+_CURVES = {
+    BASE: "#1d3557", "no forget gate": "#b8860b", "steps (31,)": "#7aa6c2", "steps (8,)": "#2a9d8f",
+    "lambda = 0.25": "#c8553d", "conjugate gradient": "#7b4f9d",
+}  # fmt: skip
+
+
+def _draw(by_name: dict[str, Results], path: Path) -> None:
+    figure, (losses, norms) = new_panels(1, 2, (13, 5.0), 120)
+    others = [name for name in by_name if name != BASE]
+    for place, name in enumerate(others):
+        found = [x for x in _beside(name, by_name).values() if x is not None]
+        losses.plot(found, [place] * len(found), "o", color="#c8553d", markersize=4, alpha=0.7)
+        if found:
+            losses.plot([statistics.median(found)], [place], "|", color="#1d3557", markersize=14)
+    losses.axvline(0.0, color="#1d3557", linewidth=1.0)
+    losses.set_yticks(range(len(others)), others, fontsize=8)
+    losses.invert_yaxis()
+    losses.set_xlabel("nats per token")
+    losses.set_title("held-out loss beside the base, by seed and median", loc="left", fontsize=11)
+    for name, colour in _CURVES.items():
+        runs = [_finite(result) for result in by_name.get(name, {}).values()]
+        steps = range(1, 1 + max(map(len, runs), default=0))
+        columns = [[run[step - 1] for run in runs if len(run) >= step] for step in steps]
+        norms.plot(steps, [max(column) for column in columns], color=colour, linewidth=0.9, label=name)
+    norms.set_yscale("log")
+    norms.set_xlabel("step")
+    norms.set_title("gradient norm, largest of the seeds", loc="left", fontsize=11)
+    norms.legend(frameon=False, fontsize=8)
+    save(figure, path)
