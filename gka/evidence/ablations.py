@@ -19,6 +19,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -200,21 +201,21 @@ def section(entries: Entries, picture: Path) -> str:
     return "\n\n".join(
         (
             f"Blocks: {cell['num_hidden_layers']} of {cell['hidden_size']}, heads of "
-            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in {steps} steps, windows "
-            f"of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for all, seeds: {seeds}. The base is the "
-            "layer with its defaults in bfloat16: forget gate, alpha connection, a = 0.02, steps (16, 16)."
-            f"{read} Losses are in nats per token: the median of the seeds, least and largest in brackets; beside "
-            "the base seed by seed. The training loss is that of the last tenth. A spike is a step whose gradient "
-            f"norm, before clipping, is more than {_SPIKE:g} times the median of the {_WINDOW} before; spikes are "
-            "those of all seeds.",
+            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in {steps} steps, "
+            f"windows of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for all, seeds: {seeds}. The "
+            "base is the layer with its defaults in bfloat16: forget gate, alpha connection, a = 0.02, steps "
+            f"(16, 16).{read} Losses are in nats per token: the median of the seeds, least and largest in "
+            "brackets; beside the base seed by seed. The training loss is that of the last tenth. A spike is a "
+            f"step whose gradient norm, before clipping, is above {_SPIKE:g} times the median of the {_WINDOW} "
+            "before; spikes are those of all seeds.",
             markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
-            "A constant lambda, the sketch and conjugate gradient are no options of the layer. They run in PyTorch "
-            "around the chunk-wise form's own products; a test holds that path, with nothing changed, to the "
-            "layer's op, outputs and gradients, so that the base stands for it, too. Their tokens per second are "
-            "not those of kernels. With lambda = 0.25 each token has the Chebyshev nodes of its own interval from "
-            "lambda to ||S|| + lambda. The sketch is a learned map of each head to d dims, orthonormal at first. "
-            "Conjugate gradient makes as many products as the base's stages, without refinement, and its gradient "
-            "is the implicit one: the adjoint system, solved by conjugate gradient again.",
+            "A constant lambda, the sketch and conjugate gradient are no options of the layer. They run in "
+            "PyTorch around the chunk-wise form's own products; a test holds that path, with nothing changed, to "
+            "the layer's op, outputs and gradients, so that the base stands for it, too. Their tokens per second "
+            "are not those of kernels. With lambda = 0.25 each token has the Chebyshev nodes of its own interval, "
+            "from lambda to ||S|| + lambda. The sketch is a learned map of each head to d dims, orthonormal at "
+            "first. Conjugate gradient makes as many products as the base's stages, without refinement, and its "
+            "gradient is the implicit one: the adjoint system, solved by conjugate gradient again.",
             _findings(by_name),
         )
     ).rstrip()
@@ -317,11 +318,11 @@ def _draw(by_name: dict[str, Results], path: Path) -> None:
     losses.invert_yaxis()
     losses.set_xlabel("nats per token")
     losses.set_title("held-out loss beside the base, by seed and median", loc="left", fontsize=11)
-    for name, colour in _CURVES.items():
-        runs = [_finite(result) for result in by_name.get(name, {}).values()]
-        steps = range(1, 1 + max(map(len, runs), default=0))
-        columns = [[run[step - 1] for run in runs if len(run) >= step] for step in steps]
-        norms.plot(steps, [max(column) for column in columns], color=colour, linewidth=0.9, label=name)
+    for name in [name for name in by_name if name in _CURVES]:
+        runs = [result["gradient norms"] for result in by_name[name].values()]
+        largest = [max((x for x in column if x is not None), default=math.nan) for column in zip_longest(*runs)]
+        steps = range(1, 1 + len(largest))
+        norms.plot(steps, largest, color=_CURVES[name], linewidth=0.9, label=name)
     norms.set_yscale("log")
     norms.set_xlabel("step")
     norms.set_title("gradient norm, largest of the seeds", loc="left", fontsize=11)
