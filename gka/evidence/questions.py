@@ -53,7 +53,7 @@ from ..tasks.needles import TASKS, completion, make_needles
 from . import corpus as text
 
 IGNORE = -100
-TEXT_EVERY = 16
+TEXT_EVERY = 32
 _SPARE = (
     4  # tokens of a training example beside prompt and answer: line end, end token, and what their borders add
 )
