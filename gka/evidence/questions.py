@@ -15,8 +15,7 @@ before that is text of the corpus's training files:
 so windows can be read side by side without a mask. Half of the rows are nothing but text. Counted are the tokens
 of answers with their line ends, and one in TEXT_EVERY of the text, drawn at random: prompts, of noise for the most
 part, teach nothing, and text would drown the answers. Lengths are tokens of prompt and answer by the corpus's
-tokenizer, for LongQA and RAG as make_long_qa counts them; half of the tokens of training examples are in the
-shorter lengths, of which there are many more.
+tokenizer, for LongQA and RAG as make_long_qa counts them; short examples get more of the rows, as they are many.
 
 Test questions of LongQA and RAG are about files that the corpus holds out: no training, of the language models or
 here, has read these files (maybe copies of parts of them, see corpus.py). Needles of the splits share no names.
