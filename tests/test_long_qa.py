@@ -107,6 +107,19 @@ async def fetch(depth=0x10): pass
         assert ("Which file" if fact.kind == "file" else "a/b.py") in fact.question
 
 
+def test_no_more_is_read_of_a_part_than_needed(tmp_path: Path) -> None:
+    """The first files of each part are taken, and the split stays."""
+    files = {f"{n}.py": f"def named{n}(size={n} + 100): pass\nLIMIT{n} = {n}77\n" for n in range(20)}
+    whole = read(tmp_path, files)
+    some = read(tmp_path, files, part_bytes=60)
+    assert some.test_files == whole.test_files
+    for split in ("train", "test"):
+        taken, all_of_it = some.part(split).passages, whole.part(split).passages
+        assert len(taken) == 2 and taken == all_of_it[:2] and len(all_of_it) > 2
+    with pytest.raises(UserError, match="part_bytes must be at least 1, got 0"):
+        read(tmp_path, files, part_bytes=0)
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..options import nearest, option
 
-EXPERIMENTS = {name: f"gka.evidence.{name}" for name in ("numerics", "mqar", "lm", "ablations", "cost")}
+EXPERIMENTS = {name: f"gka.evidence.{name}" for name in ("numerics", "mqar", "lm", "long", "ablations", "cost")}
 PAGE = "page"
 
 

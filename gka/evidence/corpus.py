@@ -30,8 +30,9 @@ from ..tasks.bpe import write_bpe
 from ..tasks.recall_loss import RecallLoss, common_bigrams, context_windows, recall_loss
 
 MORE_THAN = 1250  # times in training, Zoology's bound (arXiv 2312.04927)
-_FRACTION = {"small": 0.2, "full": 0.02}  # of the files, held out
+FRACTION = {"small": 0.2, "full": 0.02}  # of the files, held out
 _VOCABULARY = {"small": 512, "full": 8192}
+_STANDARD = "(standard library)"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Corpus:
             known["fingerprint"],
             known["arguments"],
         )
+
+    @property
+    def data(self) -> list[str] | None:
+        """The files and folders as gka.data.find_files takes them."""
+        return None if self.arguments == [_STANDARD] else self.arguments
 
     @property
     def common(self) -> np.ndarray:
@@ -110,7 +116,7 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
     if asked is None and size == "small":
         stdlib = Path(sysconfig.get_paths()["stdlib"])
         asked = [str(stdlib / name) for name in ("asyncio", "email", "json")]
-    fraction = _FRACTION[size]
+    fraction = FRACTION[size]
     tokenizer_folder, data_folder = folder / "tokenizer", folder / "data"
     tokenizer = write_bpe(tokenizer_folder, asked, fraction=fraction, vocab_size=_VOCABULARY[size], overwrite=True)
     manifest = write_tokens(data_folder, asked, tokenizer, fraction, unique=True)
@@ -119,7 +125,7 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
     digest = hashlib.sha256((tokenizer_folder / "tokenizer.json").read_bytes())
     for name in ("train.bin", "validation.bin"):
         digest.update((data_folder / name).read_bytes())
-    known = {"fingerprint": digest.hexdigest()[:12], "arguments": asked or ["(standard library)"]}
+    known = {"fingerprint": digest.hexdigest()[:12], "arguments": asked or [_STANDARD]}
     write_whole(file, json.dumps(known, indent=1) + "\n")
     return {"corpus": known["fingerprint"]}
 

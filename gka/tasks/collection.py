@@ -62,6 +62,7 @@ class Collection(NamedTuple):
         *,
         passage_chars: int = PASSAGE_CHARS,
         test_fraction: float = 0.2,
+        part_bytes: int | None = None,
     ) -> Collection:
         """Read files, cut them and find the facts in them. No source is run.
 
@@ -70,18 +71,28 @@ class Collection(NamedTuple):
                 Python's standard library (12 million characters; they took 9 seconds).
             passage_chars: characters of a file that a passage holds at most, at least 100.
             test_fraction: share of the files that are for testing, between 0 and 1.
+            part_bytes: bytes of the files of a part after which no more are taken, for folders that hold more than
+                prompts need; None takes all files.
 
         Raises:
             UserError: a number is out of its range, or as find_files and read_texts of gka.data.
         """
         if not 0 < test_fraction < 1:
             raise UserError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+        if part_bytes is not None and part_bytes < 1:
+            raise UserError(f"part_bytes must be at least 1, got {part_bytes}")
         sources, skipped = find_files(arguments)
         files = Counter(source.name for source in sources)
         passages: list[Passage] = []
         found: list[tuple[str, list[Candidate]]] = []
         names, python, bodies = Names(), set[str](), set[str]()
+        test_files = split_names(list(files), test_fraction)
+        had = Counter[bool]()
         for source, raw in read_texts(sources, skipped):
+            of_test = source.name in test_files
+            if part_bytes is not None and had[of_test] >= part_bytes:
+                continue
+            had[of_test] += len(raw)
             document = Document(source.name, raw)
             for passage in cut(document, passage_chars):
                 if passage.body not in bodies:
@@ -92,7 +103,6 @@ class Collection(NamedTuple):
                 python.add(source.name)
                 if files[source.name] == 1:  # else the header does not tell which of them is meant
                     found.append((source.name, list(candidates(document))))
-        test_files = split_names(list(files), test_fraction)
         return cls(tuple(passages), tuple(facts_of(passages, found, names, python)), frozenset(test_files))
 
     def part(self, split: Split) -> Part:
