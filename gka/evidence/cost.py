@@ -159,8 +159,10 @@ def section(entries: Entries, picture: Path) -> str:
         (
             f"One block, hidden size {sizes['hidden_size']}, {sizes['num_attention_heads']} heads, one sequence. "
             f"By: {'; '.join(f'{mixer}, {by}' for mixer, by in ways.items())}.",
-            "Milliseconds, median of five calls. A step of softmax attention is one on transformers' "
-            "DynamicCache, which copies keys and values to append to them:",
+            "Milliseconds, median of five calls; what takes only a few is the time of Python and of launching "
+            "kernels, and varies with it. A step of softmax attention is one on transformers' "
+            "DynamicCache, which copies keys and values to append to them, and every step has a length that "
+            "PyTorch's attention has not met before:",
             markdown_table(head, times),
             "Megabytes: peak above parameters and input where it was measured; for decoding the cache.",
             markdown_table(head, memory),

@@ -259,7 +259,10 @@ def _rates(entries: Entries) -> str:
         if any(name == mixer for name, _ in short)
     ]
     table = markdown_table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
-    return f"Held-out loss of the short trainings that chose the learning rate:\n\n{table}"
+    return (
+        "Held-out loss of the short trainings that chose the learning rate; being a tenth as long, they tell only "
+        f"roughly which rate is best for the model:\n\n{table}"
+    )
 
 
 def _shown(loss: float | None) -> str:
