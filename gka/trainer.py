@@ -42,7 +42,11 @@ class GKATrainer(Trainer):
     """
 
     def __init__(self, *, schedule: Schedule, tokens_per_byte: float, **settings: Any) -> None:
+        config: Any = getattr(settings["model"], "config", None)
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(**settings)
+        if use_cache is not None:
+            config.use_cache = use_cache  # else the saved model would generate without a cache
         self.schedule = schedule
         self.tokens_per_byte = tokens_per_byte
 

@@ -119,6 +119,7 @@ def test_the_best_rate_trains_the_model_that_is_kept(
     losses = {entry["cell"]["learning_rate"]: entry["result"]["held out"]["loss"] for entry in short}
     assert len(losses) == 2 and whole["result"]["learning_rate"] == min(losses, key=losses.__getitem__)
     model = AutoModelForCausalLM.from_pretrained(lm.model_folder(output, "small", "gla"))
+    assert model.config.use_cache
     data = corpus.Corpus.load(output, "small")
     again = corpus.evaluate(model, data, context=64, max_bytes=4_000, batch_size=2, autocast=False)
     assert again.loss == pytest.approx(whole["result"]["held out"]["loss"], rel=1e-5)
