@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .convert_options import ConvertOptions
-from .errors import UserError, reason
-from .folders import begin_folder, end_folder
+from .errors import UserError
 from .hf.convert import FAMILIES, convert
-from .loading import copy_tokenizer, find_checkpoint, load_model
+from .loading import find_checkpoint, load_model, write_checkpoint
 from .quiet import quiet
 
 
@@ -29,7 +26,7 @@ def main(options: ConvertOptions) -> None:
         hybrid = convert(model, options.layers, **{k: value for k, value in given.items() if value is not None})
     except (TypeError, ValueError) as error:
         raise UserError(f"{options.model}: {error}") from None
-    copied = _write(hybrid, source, out, options.overwrite)
+    copied = write_checkpoint(hybrid, source, out, overwrite=options.overwrite)
     kinds = ["gka" if kind == "linear_attention" else kind for kind in hybrid.config.layer_types]
     print(
         f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "
@@ -50,18 +47,3 @@ def _check_place(out: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: is not empty and holds no model; choose another folder")
     if not overwrite:
         raise UserError(f"{out}: holds a model already; --overwrite replaces it, or choose another folder")
-
-
-def _write(model: Any, source: Path, out: Path, overwrite: bool) -> list[str]:
-    """Write model and tokenizer beside their place, then put them there; the names of the tokenizer's files."""
-    partial = None
-    try:
-        partial = begin_folder(out, overwrite=overwrite)
-        model.save_pretrained(partial)
-        copied = copy_tokenizer(source, partial)
-        end_folder(partial, out)
-    except OSError as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{out}: cannot write there: {reason(error)}") from None
-    return copied

@@ -1,9 +1,10 @@
-"""Load a trained model and its tokenizer from a folder, or say in one line why that fails."""
+"""Load a model and its tokenizer from a folder or write them, or say in one line why that fails."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import document_token
 from .errors import UserError, reason
-from .folders import replaced
+from .folders import begin_folder, end_folder, replaced
 from .hf.checkpoint import BadCheckpoint, check_finite
 from .hf.config import GKAConfig, PublishedConfig
 
@@ -137,6 +138,36 @@ def use_steps(model: Any, steps: list[int] | None) -> None:
         model.set_steps(steps)
     except ValueError as error:
         raise UserError(f"--steps: {error}") from None
+
+
+def write_checkpoint(
+    model: Any, source: Path, out: Path, *, overwrite: bool, more: Mapping[str, str] | None = None
+) -> list[str]:
+    """Write model and tokenizer beside their place, then put them there; the names of the tokenizer's files.
+
+    Args:
+        model: a model of transformers.
+        source: a folder with a tokenizer, or with none.
+        out: the folder to be.
+        overwrite: whether what it holds is replaced.
+        more: other files of it, names and texts.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    partial = None
+    try:
+        partial = begin_folder(out, overwrite=overwrite)
+        model.save_pretrained(partial)
+        copied = copy_tokenizer(source, partial)
+        for name, text in (more or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        end_folder(partial, out)
+    except OSError as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{out}: cannot write there: {reason(error)}") from None
+    return copied
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
