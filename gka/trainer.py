@@ -145,7 +145,8 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.schedule.done:
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_log = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
             control.should_training_stop = True
 
 
