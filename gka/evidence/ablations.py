@@ -14,7 +14,6 @@ the median of the steps before it, up to 32 of them, from the ninth step on.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell
 from .table import markdown_table, spread
-from .training import train
+from .training import steps_of, train_on_text
 from .variants import Variant, with_variant
 
 SUMMARY = "what each part of the layer is worth in training"
@@ -81,6 +80,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 _MODEL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_HELD_OUT = ("loss", "bits_per_byte", "tokens", "recall_loss", "recall_tokens", "other_loss")
 _LOSS_STEPS = 10  # of which an entry of the loss is the mean
 _WINDOW, _FIRST, _SPIKE = 32, 8, 3.0
 
@@ -101,20 +101,19 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and read the held-out text with it."""
     data = text.Corpus.load(folder.parents[1], cell["size"])
     model = build(cell, len(data.tokenizer), data.tokenizer.eos_token_id)
-    trained = train(
+    trained, held_out = train_on_text(
         model,  # type: ignore[arg-type]
-        data.train_blocks(cell["seq_len"], cell["tokens"]),
+        data,
+        cell,
         folder,
         learning_rate=cell["learning_rate"],
-        steps=cell["tokens"] // (cell["seq_len"] * cell["batch_size"]),
-        batch_size=cell["batch_size"],
-        seed=cell["seed"],
+        eval_bytes=cell["eval_bytes"],
         device=device,
-        dtype=cell["dtype"],
         log_every=1,
     )
+    read = None if held_out is None else held_out.as_dict()
     norms = [_rounded(norm) for _, norm in trained.grad_norms]
-    found = {
+    return {
         "parameters": model.num_parameters(),
         "train loss": _means(trained.loss),
         "gradient norms": norms,
@@ -122,24 +121,8 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         "tokens per second": trained.tokens_per_second,
         "peak bytes": trained.peak_bytes,
         "diverged": trained.diverged,
-        "held out": None,
+        "held out": None if read is None else {name: read[name] for name in _HELD_OUT},
     }
-    if trained.diverged is None:
-        held_out = text.evaluate(
-            model,
-            data,
-            context=cell["seq_len"],
-            max_bytes=cell["eval_bytes"],
-            batch_size=cell["batch_size"],
-            autocast=cell["dtype"] == "bfloat16",
-        ).as_dict()
-        wanted = ("loss", "bits_per_byte", "tokens", "recall_loss", "recall_tokens", "other_loss")
-        found["held out"] = {name: held_out[name] for name in wanted}
-    del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return found
 
 
 def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
@@ -192,7 +175,6 @@ def section(entries: Entries, picture: Path) -> str:
     _draw(by_name, picture)
     cell = entries[-1]["cell"]
     seeds = len({entry["cell"]["seed"] for entry in entries})
-    steps = cell["tokens"] // (cell["seq_len"] * cell["batch_size"])
     counts = next((r["held out"] for e in entries if (r := e["result"])["held out"]), None)
     read = "" if counts is None else (
         f" Held out: {counts['tokens']:,} tokens, {counts['recall_tokens']:,} of them recall tokens, whose bigram "
@@ -201,9 +183,10 @@ def section(entries: Entries, picture: Path) -> str:
     return "\n\n".join(
         (
             f"Blocks: {cell['num_hidden_layers']} of {cell['hidden_size']}, heads of "
-            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in {steps} steps, "
-            f"windows of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for all, seeds: {seeds}. The "
-            "base is the layer with its defaults in bfloat16: forget gate, alpha connection, a = 0.02, steps "
+            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in "
+            f"{steps_of(cell)} steps, windows of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for "
+            f"all, seeds: {seeds}. The base is the layer with its defaults in bfloat16: forget gate, alpha "
+            "connection, a = 0.02, steps "
             f"(16, 16).{read} Losses are in nats per token: the median of the seeds, least and largest in "
             "brackets; beside the base seed by seed. The training loss is that of the last tenth. A spike is a "
             f"step whose gradient norm, before clipping, is above {_SPIKE:g} times the median of the {_WINDOW} "

@@ -16,6 +16,7 @@ run that is cut off is gone on with by the same command; so is one of which cell
 # ruff: noqa: RUF009  (option() makes a dataclass field)
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -74,6 +75,8 @@ def measure(
     name: str, size: str, folder: Path, only: list[str], device: str = "auto", data: list[str] | None = None
 ) -> None:
     """Measure the cells of an experiment that have no result yet, and write each as it comes."""
+    import torch
+
     from ..loading import choose_device
     from ..quiet import quiet
     from .record import Record
@@ -96,6 +99,9 @@ def measure(
     failed = []
     for number, cell in enumerate(missing, 1):
         what = " ".join(f"{key}={value}" for key, value in cell.items() if key not in more)
+        gc.collect()  # what the cell before held
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
         start = time.perf_counter()
         scratch = folder / name / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
         try:

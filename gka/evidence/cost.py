@@ -11,7 +11,6 @@ and without these packages by transformers' PyTorch code, which says little abou
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import itertools
 import statistics
@@ -69,9 +68,6 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         found = _measure(model, x, cell["what"])
     except torch.OutOfMemoryError:
         found = {"seconds": None, "peak bytes": None}
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return {**found, "by": _implementation(cell["mixer"], device)}
 
 

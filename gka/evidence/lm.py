@@ -12,9 +12,6 @@ tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
 
 from __future__ import annotations
 
-import gc
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,16 @@ import torch
 from transformers import set_seed
 
 from ..errors import UserError
-from ..folders import begin_folder, end_folder
 from ..hf import GKAConfig, GKAForCausalLM
 from ..hf.config import MIXERS
+from ..loading import write_checkpoint
 from ..tasks.mqar_report import STYLE as MIXER_STYLE
 from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import skeleton
 from .table import markdown_table
-from .training import train
+from .training import train_on_text
 
 SUMMARY = "language models of equal size on the same text"
 BY_MACHINE = False
@@ -72,9 +69,8 @@ def cells(size: str) -> list[Cell]:
 
 def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
     """The configuration of a mixer's model, or of "hybrid", for a vocabulary with that end token."""
-    shape = dict(_SIZES[size])
     fields: dict[str, Any] = dict(
-        **shape,
+        **_SIZES[size],
         vocab_size=vocab_size,
         max_position_embeddings=_TRAINING[size]["seq_len"],
         tie_word_embeddings=True,
@@ -83,7 +79,7 @@ def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfi
     )
     if mixer != "hybrid":
         return skeleton(mixer, **fields)
-    kinds = ["linear_attention"] * shape["num_hidden_layers"]
+    kinds = ["linear_attention"] * _SIZES[size]["num_hidden_layers"]
     every = min(6, len(kinds))
     kinds[every - 1 :: every] = ["full_attention"] * len(kinds[every - 1 :: every])
     return skeleton("gka", **fields, layer_types=kinds)
@@ -102,48 +98,27 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     set_seed(cell["seed"])
     config = language_model(cell["mixer"], size, len(data.tokenizer), data.tokenizer.eos_token_id)
     model = GKAForCausalLM(config)
-    per_step = cell["seq_len"] * cell["batch_size"]
-    trained = train(
+    trained, held_out = train_on_text(
         model,  # type: ignore[arg-type]
-        data.train_blocks(cell["seq_len"], cell["tokens"]),
+        data,
+        cell,
         folder,
         learning_rate=rate,
-        steps=cell["tokens"] // per_step,
-        batch_size=cell["batch_size"],
-        seed=cell["seed"],
+        eval_bytes=cell["eval_bytes"] if cell["part"] == "model" else cell["eval_bytes"] // 4,
         device=device,
-        dtype=cell["dtype"],
         log_every=10 if size == "full" else 1,
     )
     found = {
         "learning_rate": rate,
         "parameters": model.num_parameters(),
         "intermediate_size": config.intermediate_size,
-        "train loss": trained.loss,
-        "gradient norms": trained.grad_norms,
-        "seconds": trained.seconds,
-        "tokens per second": trained.tokens_per_second,
-        "peak bytes": trained.peak_bytes,
-        "diverged": trained.diverged,
-        "held out": None,
+        **trained.as_dict(),
+        "held out": None if held_out is None else held_out.as_dict(),
     }
-    if trained.diverged is None:
-        held_out = text.evaluate(
-            model,
-            data,
-            context=cell["seq_len"],
-            max_bytes=cell["eval_bytes"] if cell["part"] == "model" else cell["eval_bytes"] // 4,
-            batch_size=cell["batch_size"],
-            autocast=cell["dtype"] == "bfloat16",
-        )
-        found["held out"] = held_out.as_dict()
-        if cell["part"] == "model":
-            found["corpus"] = data.describe()
-            _keep(model, data.tokenizer, model_folder(output, size, cell["mixer"]))
-    del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if held_out is not None and cell["part"] == "model":
+        found["corpus"] = data.describe()
+        target = model_folder(output, size, cell["mixer"])
+        write_checkpoint(model, data.folder / "tokenizer", target, overwrite=True)
     return found
 
 
@@ -165,14 +140,6 @@ def _loss(entry: dict[str, Any]) -> float:
     return float("inf") if held_out is None else float(held_out["loss"])
 
 
-def _keep(model: GKAForCausalLM, tokenizer: Any, folder: Path) -> None:
-    partial = begin_folder(folder, overwrite=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    end_folder(partial, folder)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
 # The page
 
 
@@ -190,9 +157,9 @@ def section(entries: Entries, picture: Path) -> str:
             markdown_table(_HEAD, [_row(models[mixer]) for mixer in order]),
             _findings(models),
             "Held-out loss of recall tokens in nats, by the distance to where their bigram stands last:",
-            markdown_table(*_distances(models, order)),
+            markdown_table(*_bins(models, order, "distance")),
             "Held-out loss by position in the window:",
-            markdown_table(*_positions(models, order)),
+            markdown_table(*_bins(models, order, "position")),
             *parts,
         ]
     return "\n\n".join(parts)
@@ -273,30 +240,23 @@ def _finite(models: dict[str, dict[str, Any]], order: list[str]) -> list[str]:
     return [mixer for mixer in order if models[mixer]["result"]["held out"] is not None]
 
 
-def _bins(models: dict[str, dict[str, Any]], order: list[str], kind: str) -> Iterator[tuple[str, list[str]]]:
-    """Rows of bins: their range and the loss of each mixer."""
+def _bins(models: dict[str, dict[str, Any]], order: list[str], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table: the loss in every bin of `kind`, "distance" or "position"."""
     order = _finite(models, order)
     by_first: dict[int, dict[str, dict[str, Any]]] = {}
     for mixer in order:
-        for part in models[mixer]["result"]["held out"][kind]:
+        for part in models[mixer]["result"]["held out"][{"distance": "recall", "position": "positions"}[kind]]:
             by_first.setdefault(part["first"], {})[mixer] = part
+    rows = []
     for first, parts in sorted(by_first.items()):
         last = next(iter(parts.values()))["last"]
-        yield f"{first} to {last}", [_nats(parts[m]["loss"]) if m in parts else "" for m in order]
-
-
-def _distances(models: dict[str, dict[str, Any]], order: list[str]) -> tuple[list[str], list[list[str]]]:
-    head = ["distance", *(STYLE[mixer][0] for mixer in _finite(models, order))]
-    return head, [[name, *values] for name, values in _bins(models, order, "recall")]
-
-
-def _positions(models: dict[str, dict[str, Any]], order: list[str]) -> tuple[list[str], list[list[str]]]:
-    head = ["position", *(STYLE[mixer][0] for mixer in _finite(models, order))]
-    return head, [[name, *values] for name, values in _bins(models, order, "positions")]
+        losses = [_nats(parts[mixer]["loss"]) if mixer in parts else "" for mixer in order]
+        rows.append([f"{first} to {last}", *losses])
+    return [kind, *(STYLE[mixer][0] for mixer in order)], rows
 
 
 def _findings(models: dict[str, dict[str, Any]]) -> str:
-    """GKA's held-out loss beside each other's, and whether its gradient norm had spikes."""
+    """GKA's held-out loss beside each other's."""
     losses = {mixer: models[mixer]["result"]["held out"] for mixer in _finite(models, list(models))}
     if "gka" not in losses:
         return ""

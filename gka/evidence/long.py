@@ -20,7 +20,6 @@ The model is kept in OUTPUT/long-models/SIZE/MIXER, for the cells that ask it.
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import json
 import statistics
@@ -33,9 +32,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..folders import begin_folder, end_folder
 from ..hf import GKAForCausalLM
-from ..loading import copy_tokenizer, load_checkpoint, load_model
+from ..loading import load_checkpoint, load_model, write_checkpoint
 from ..tasks.examples import exact_match, f1
 from ..tasks.needles import TASKS
 from . import questions
@@ -82,11 +80,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     asked = Questions.load(output, cell["size"])
     target = output / "long-models" / cell["size"] / cell["mixer"]
     if cell["part"] == "continue":
-        found = _continue(cell, asked, model_folder(output, cell["size"], cell["mixer"]), target, folder, device)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return found
+        return _continue(cell, asked, model_folder(output, cell["size"], cell["mixer"]), target, folder, device)
     model, tokenizer, ends = _trained(target, cell, device)
     tests = asked.tests(cell["task"], cell["length"])
     texts = answer(
@@ -116,19 +110,10 @@ def _continue(
         log_every=10 if cell["size"] == "full" else 1,
     )
     if trained.diverged is None:
-        partial = begin_folder(target, overwrite=True)
-        model.save_pretrained(partial)
-        copy_tokenizer(source, partial)
-        (partial / _RECIPE).write_text(json.dumps(_recipe(cell)), encoding="utf-8")
-        end_folder(partial, target)
+        write_checkpoint(model, source, target, overwrite=True, more={_RECIPE: json.dumps(_recipe(cell))})
     return {
         "parameters": model.num_parameters(),
-        "train loss": trained.loss,
-        "gradient norms": trained.grad_norms,
-        "seconds": trained.seconds,
-        "tokens per second": trained.tokens_per_second,
-        "peak bytes": trained.peak_bytes,
-        "diverged": trained.diverged,
+        **trained.as_dict(),
         "examples": asked.index["examples"],
         "counted tokens": asked.index["counted tokens"],
     }

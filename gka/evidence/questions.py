@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,9 +54,8 @@ from . import corpus as text
 
 IGNORE = -100
 TEXT_EVERY = 32
-_SPARE = (
-    4  # tokens of a training example beside prompt and answer: line end, end token, and what their borders add
-)
+# Tokens of a training example beside prompt and answer: line end, end token, and what their borders add.
+_SPARE = 4
 _PART_BYTES = 12_000_000  # of each part's files that LongQA and RAG ask about
 _MOST_PROCESSES = 8
 
@@ -311,8 +311,8 @@ def _write(folder: Path, corpus: text.Corpus, plan: Plan, fraction: float) -> di
     made = _all_questions(corpus, plan, fraction)
     tests: list[np.ndarray] = []
     groups, start = {}, 0
-    for length, task in ((length, task) for length, _ in plan.tested for task in plan.tasks):
-        (questions,) = (made[job] for job in made if (job.task, job.split, job.length) == (task, "test", length))
+    for (length, count), task in product(plan.tested, plan.tasks):
+        questions = made[_Job(task, "test", length, count)]
         T = 1 + max(len(question.prompt) for question in questions)
         for question in questions:
             tests += [read(T - 1 - len(question.prompt)), np.asarray([end]), question.prompt]

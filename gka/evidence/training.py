@@ -18,8 +18,13 @@ from transformers import (
     default_data_collator,
 )
 
+from ..tasks.recall_loss import RecallLoss
 from ..train import schedule_of, train_to_the_end
 from ..trainer import Diverged, GKATrainer, ScheduleCallback
+from .corpus import Corpus, evaluate
+from .record import Cell
+
+_WARMUP = 0.05  # of the steps
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,17 @@ class Trained:
     peak_bytes: int | None
     diverged: int | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """For a result."""
+        return {
+            "train loss": self.loss,
+            "gradient norms": self.grad_norms,
+            "seconds": self.seconds,
+            "tokens per second": self.tokens_per_second,
+            "peak bytes": self.peak_bytes,
+            "diverged": self.diverged,
+        }
+
 
 def train(
     model: PreTrainedModel,
@@ -53,15 +69,13 @@ def train(
     batch_size: int,
     seed: int,
     device: torch.device,
-    accumulation: int = 1,
-    warmup: float = 0.05,
     dtype: str = "bfloat16",
     log_every: int = 10,
-    save_every: int | None = None,
 ) -> Trained:
     """Train a model in place, from the newest checkpoint in the folder if there is one.
 
-    AdamW with betas 0.9 and 0.95 and weight decay 0.1, gradients clipped to norm 1, cosine schedule to 0.
+    AdamW with betas 0.9 and 0.95 and weight decay 0.1, gradients clipped to norm 1, cosine schedule to 0 behind a
+    warm-up; a checkpoint at every third of the steps.
 
     Args:
         model: with its initial weights, float32.
@@ -69,20 +83,17 @@ def train(
         folder: for checkpoints.
         learning_rate: the peak.
         steps: of the optimiser.
-        batch_size: sequences of a forward pass; accumulation: forward passes of a step.
+        batch_size: sequences of a step.
         seed: of the order of the data.
         device: where to train.
-        warmup: share of the steps.
         dtype: "bfloat16" for autocast, or "float32".
         log_every: steps of one entry of the loss.
-        save_every: steps between two checkpoints; None for a third of the steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
         weight_decay=0.1,
         max_grad_norm=1.0,
@@ -94,14 +105,14 @@ def train(
         logging_steps=log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_steps=save_every or -(-steps // 3),
+        save_steps=-(-steps // 3),
         save_total_limit=1,
         disable_tqdm=True,
         report_to=[],
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
-    schedule, _ = schedule_of(folder, arguments, steps, None, warmup)
+    schedule, _ = schedule_of(folder, arguments, steps, None, _WARMUP)
     clock = _Clock()
     trainer = GKATrainer(
         schedule=schedule,
@@ -122,7 +133,7 @@ def train(
     except Diverged:
         diverged = trainer.state.global_step + 1
     history = trainer.state.log_history
-    tokens = batch_size * accumulation * len(dataset[0]["input_ids"])
+    tokens = batch_size * len(dataset[0]["input_ids"])
     return Trained(
         loss=[[entry["step"], round(entry["loss"], 5)] for entry in history if "loss" in entry],
         grad_norms=[[e["step"], round(float(e["grad_norm"]), 5)] for e in history if "grad_norm" in e],
@@ -133,18 +144,66 @@ def train(
     )
 
 
-class _Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next, which holds all that a step costs.
+def train_on_text(
+    model: PreTrainedModel,
+    corpus: Corpus,
+    cell: Cell,
+    folder: Path,
+    *,
+    learning_rate: float,
+    eval_bytes: int,
+    device: torch.device,
+    log_every: int,
+) -> tuple[Trained, RecallLoss | None]:
+    """Train a model on the text of a corpus, then read what is held out of it with windows of the same length.
 
-    Also keeps the end of the schedule from evaluating: what an experiment evaluates, it does itself.
+    Args:
+        cell: its seq_len, tokens, batch_size, seed and dtype are those of the training.
+        eval_bytes: of held-out text.
+        model, folder, learning_rate, device, log_every: as for `train`.
+
+    Returns:
+        what came of the training, and the held-out loss; None if it diverged.
     """
+    trained = train(
+        model,
+        corpus.train_blocks(cell["seq_len"], cell["tokens"]),
+        folder,
+        learning_rate=learning_rate,
+        steps=steps_of(cell),
+        batch_size=cell["batch_size"],
+        seed=cell["seed"],
+        device=device,
+        dtype=cell["dtype"],
+        log_every=log_every,
+    )
+    if trained.diverged is not None:
+        return trained, None
+    held_out = evaluate(
+        model,
+        corpus,
+        context=cell["seq_len"],
+        max_bytes=eval_bytes,
+        batch_size=cell["batch_size"],
+        autocast=cell["dtype"] == "bfloat16",
+    )
+    return trained, held_out
+
+
+def steps_of(cell: Cell) -> int:
+    """Optimiser steps in which a cell's tokens are read."""
+    steps: int = cell["tokens"] // (cell["seq_len"] * cell["batch_size"])
+    return steps
+
+
+class _Clock(TrainerCallback):
+    """Seconds from the end of a step to the end of the next, which holds all that a step costs."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self._last: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_evaluate = False
         now = time.perf_counter()
         if self._last is not None:
             self.times.append(now - self._last)
