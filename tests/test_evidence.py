@@ -19,6 +19,7 @@ from gka.evidence import command, cost, mqar, numerics
 from gka.evidence.page import shown, write_page
 from gka.evidence.record import Record
 from gka.evidence.table import spread
+from gka.tasks.mqar import make_mqar
 
 ROOT = Path(__file__).parent.parent
 
@@ -236,7 +237,7 @@ def test_measured_anew_it_is_the_same(measured: list[dict[str, Any]]) -> None:
 
 
 def test_every_mixer_gets_the_same_grid() -> None:
-    """The same data, learning rates and seeds, and a quarter as many pairs as tokens."""
+    """The same batches, learning rates and seeds; up to a quarter as many pairs as tokens, and more than dims."""
     cells = mqar.cells("full")
     grids = {
         mixer: [{name: value for name, value in cell.items() if name != "mixer"} for cell in group]
@@ -244,47 +245,68 @@ def test_every_mixer_gets_the_same_grid() -> None:
         for group in [[cell for cell in cells if cell["mixer"] == mixer]]
     }
     assert len(cells) == 5 * len(grids["gka"]) and all(grid == grids["gka"] for grid in grids.values())
-    assert all(cell["num_pairs"] == cell["seq_len"] // 4 for cell in cells)
-    assert {cell["dim"] for cell in cells} == {32, 64, 128, 256}
-    assert any(cell["num_pairs"] > cell["dim"] for cell in cells)
-    assert {cell["seed"] for cell in cells[: len(cells) // 3]} == {0}
+    assert {cell["dim"] for cell in cells} == {32, 64, 128, 256} and {cell["seed"] for cell in cells} == {0, 1, 2}
+    tested = mqar.tested_tasks(1024)
+    assert tested == [(T, T // part) for T in (128, 256, 512, 1024) for part in (16, 8, 4)]
+    trained = mqar.training_tasks(1024)
+    assert set(tested) < set(trained) and {(64, 4), (1024, 4), (1024, 256)} < set(trained)
+    assert all(4 * P <= T for T, P in trained)
 
 
-@pytest.mark.parametrize("mixer", ["gka", "mamba2"])
-def test_a_training_is_one_of_gka_mqar(mixer: str) -> None:
-    """Only with parameters made equal."""
-    (cell,) = [cell for cell in mqar.cells("small") if cell["mixer"] == mixer]
-    cell |= {"examples": 128, "epochs": 1, "tests": 20}
-    found = mqar.run(cell, Path(), torch.device("cpu"))
-    assert found["steps"] == 2 and 0 <= found["accuracy"] <= 1
-    ours = mqar.run({**cell, "mixer": "gka"}, Path(), torch.device("cpu"))
-    assert found["parameters"] == pytest.approx(ours["parameters"], rel=0.02)
+def test_batches_are_the_same_for_every_mixer_and_no_test_sequence() -> None:
+    (first, second), _ = ([c for c in mqar.cells("small") if c["mixer"] == m][:2] for m in ("gka", "gdn"))
+    batches = mqar.Batches(first)
+    other = mqar.Batches({**first, "mixer": "gdn"})
+    assert len(batches) == first["steps"] == len(other)
+    for one, same in zip(batches, other, strict=True):  # type: ignore[call-overload]
+        assert torch.equal(one["input_ids"], same["input_ids"]) and torch.equal(one["labels"], same["labels"])
+        assert one["input_ids"].numel() == first["batch_tokens"]
+    again = mqar.Batches({**second, "seed": 1})
+    assert not torch.equal(batches.made[-1].inputs, again.made[-1].inputs)
+    T, P = mqar.training_tasks(first["longest"])[-1]
+    test = make_mqar(64, seq_len=T, num_pairs=P, vocab_size=first["vocab_size"], split="test").inputs
+    assert not (batches.made[-1].inputs[:, None] == test[None]).all(-1).any()
+
+
+def test_other_seeds_train_with_the_best_rate(tmp_path: Path) -> None:
+    cells = [cell for cell in mqar.cells("small") if cell["mixer"] == "mamba2"]
+    *rates, other = [{**cell, "steps": 2, "test_tokens": 64, "size": "small"} for cell in cells]
+    folder, device = tmp_path / "mqar" / "x", torch.device("cpu")
+    with pytest.raises(UserError, match="not been tried with mamba2"):
+        mqar.run(other, folder, device)
+    record = Record(tmp_path / "mqar.json", "mqar")
+    for cell, accuracy in zip(rates, (0.25, 0.75), strict=True):
+        record.add(cell, {"accuracy": [[64, 16, accuracy]], "learning_rate": cell["learning_rate"]}, 0.0)
+    found = mqar.run(other, folder, device)
+    assert found["learning_rate"] == rates[1]["learning_rate"] and found["diverged"] is None
+    assert [tuple(entry[:2]) for entry in found["accuracy"]] == mqar.tested_tasks(128)
+    assert all(0 <= accuracy <= 1 for _, _, accuracy in found["accuracy"]) and found["loss"][0][1] > 0
     json.dumps(found, allow_nan=False)
 
 
-def test_the_best_learning_rate_is_that_of_the_mean(tmp_path: Path) -> None:
+def test_mqar_shows_the_best_rate_with_all_its_seeds(tmp_path: Path) -> None:
     def entry(mixer: str, rate: float, seed: int, accuracy: float) -> dict[str, Any]:
-        cell = {"mixer": mixer, "dim": 32, "seq_len": 16, "num_pairs": 4, "learning_rate": rate, "seed": seed}
-        return {"cell": cell, "result": {"accuracy": accuracy}}
+        cell = {
+            "mixer": mixer,
+            "dim": 32,
+            "seed": seed,
+            "vocab_size": 64,
+            "steps": 2,
+            "batch_tokens": 9,
+            "longest": 64,
+        }
+        cell |= {"learning_rate": rate} if seed == 0 else {"rates": [0.1, 0.01]}
+        return {"cell": cell, "result": {"accuracy": [[16, 4, accuracy]], "learning_rate": rate}}
 
-    entries = [entry("gka", 0.1, 0, 1.0), entry("gka", 0.1, 1, 0.2), entry("gka", 0.01, 0, 0.7)]
-    entries += [entry("gka", 0.01, 1, 0.8), entry("gdn", 0.1, 0, 0.9), entry("gdn", 0.1, 1, 0.8)]
-    entries += [entry("gdn", 0.01, seed, 0.1) for seed in (0, 1)]
-    entries += [entry("gka", 0.001, 0, 1.0)]  # not of all mixers
+    entries = [entry("gka", 0.1, 0, 0.5), entry("gka", 0.01, 0, 0.7), entry("gka", 0.01, 1, 0.8)]
+    entries += [entry("gdn", 0.1, 0, 0.9), entry("gdn", 0.1, 1, 0.8), entry("gdn", 0.01, 0, 0.1)]
     ours, gdn = mqar.best(entries)
-    assert (ours["mixer"], ours["learning_rate"], ours["accuracies"], ours["rates"]) == (
-        "gka",
-        0.01,
-        [0.7, 0.8],
-        2,
-    )
-    assert gdn["accuracies"] == [0.9, 0.8]
+    assert (ours["mixer"], ours["learning_rate"], ours["rates"]) == ("gka", 0.01, 2)
+    assert ours["accuracies"] == {(16, 4): [0.7, 0.8]} and gdn["accuracies"] == {(16, 4): [0.9, 0.8]}
     text = mqar.section(entries, tmp_path / "picture.png")
-    assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0), 0.01 | 85.0 (80.0 to 90.0), 0.1 |" in text
-    assert (
-        "Gated DeltaNet: above in 0, level in 0, below in 1" in text
-        and (tmp_path / "picture.png").stat().st_size > 5000
-    )
+    assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) |" in text and "| 32 | 0.01 | 0.1 |" in text
+    assert "Gated DeltaNet: above in 0, level in 0, below in 1" in text
+    assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
 # The experiment cost

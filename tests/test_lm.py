@@ -115,7 +115,8 @@ def test_the_best_rate_trains_the_model_that_is_kept(
     assert "have not been tried with gla" in capsys.readouterr().err
     command.measure("lm", "small", output, ["mixer=gla"], "cpu")
     entries = Record(output / "lm.json", "lm").entries
-    *short, whole = entries
+    *short, whole, speed = entries
+    assert speed["cell"]["part"] == "speed" and speed["result"]["tokens per second"] > 0
     losses = {entry["cell"]["learning_rate"]: entry["result"]["held out"]["loss"] for entry in short}
     assert len(losses) == 2 and whole["result"]["learning_rate"] == min(losses, key=losses.__getitem__)
     model = AutoModelForCausalLM.from_pretrained(lm.model_folder(output, "small", "gla"))
@@ -124,13 +125,14 @@ def test_the_best_rate_trains_the_model_that_is_kept(
     again = corpus.evaluate(model, data, context=64, max_bytes=4_000, batch_size=2, autocast=False)
     assert again.loss == pytest.approx(whole["result"]["held out"]["loss"], rel=1e-5)
     page = lm.section(entries, tmp_path / "lm.png")
-    assert f"{again.loss:.4f}" in page and (tmp_path / "lm.png").stat().st_size > 10_000
+    assert f"{again.loss:.4f}" in page and f"{speed['result']['tokens per second']:,}" in page
+    assert (tmp_path / "lm.png").stat().st_size > 10_000
 
 
 def test_the_page_of_a_training_that_diverged(tmp_path: Path) -> None:
     cell = next(cell for cell in lm.cells("full") if cell["part"] == "model")
     result = {
         "learning_rate": 0.01, "parameters": 1, "train loss": [[1, 2.0]], "gradient norms": [[1, 1.0]],
-        "tokens per second": None, "peak bytes": None, "diverged": 2, "held out": None,
+        "diverged": 2, "held out": None,
     }  # fmt: skip
     assert "diverged at step 2" in lm.section([{"cell": cell, "result": result}], tmp_path / "lm.png")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gka
-from gka.evidence.skeleton import TOLERANCE, count_parameters, skeleton
+from gka.evidence.skeleton import TOLERANCE, count_parameters, fresh_model, skeleton
 from gka.hf.config import MIXERS
 
 SIZES: dict[str, Any] = dict(
@@ -65,3 +65,18 @@ def test_sizes_that_cannot_be_matched_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="mixer is 'rwkv'"):
         skeleton("rwkv", **SIZES)
+
+
+@pytest.mark.parametrize("mixer", ["gka", "mamba2", "attention"])
+def test_first_weights_have_the_size_that_the_width_asks(mixer: str) -> None:
+    """1 / sqrt(hidden_size), and sqrt(2 blocks) less where a block adds to the residual stream."""
+    torch.manual_seed(0)
+    model = fresh_model(skeleton(mixer, **SIZES))
+    hidden, blocks = SIZES["hidden_size"], SIZES["num_hidden_layers"]
+    weights = dict(model.named_parameters())
+    outputs = [name for name in weights if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))]
+    assert len(outputs) == 2 * blocks
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert weights[name].std().item() == pytest.approx(hidden**-0.5, rel=0.1)
+    for name in outputs:
+        assert weights[name].std().item() == pytest.approx((2 * blocks * hidden) ** -0.5, rel=0.1)

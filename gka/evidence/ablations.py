@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..hf import GKAConfig, GKAForCausalLM
+from ..hf import GKAForCausalLM
 from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell
+from .skeleton import fresh_model, skeleton
 from .table import markdown_table, spread
 from .training import steps_of, train_on_text
 from .variants import Variant, with_variant
@@ -76,7 +77,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     ),
     "full": dict(
         hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, seq_len=1024,
-        batch_size=32, tokens=10_000_000, eval_bytes=1_000_000, learning_rate=1e-3,
+        batch_size=16, tokens=10_000_000, eval_bytes=1_000_000, learning_rate=3e-3,
     ),
 }  # fmt: skip
 _MODEL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -129,8 +130,9 @@ def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
     """The model of a cell with its first weights."""
     trial = TRIALS[cell["variant"]]
     set_seed(cell["seed"])
-    model = GKAForCausalLM(
-        GKAConfig(
+    model = fresh_model(
+        skeleton(
+            "gka",
             vocab_size=vocab_size,
             max_position_embeddings=cell["seq_len"],
             tie_word_embeddings=True,

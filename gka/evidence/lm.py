@@ -2,9 +2,12 @@
 
 Eight blocks of 384, six heads of 64, 8192 tokens with tied embeddings, about 18 million parameters, equal within
 2% (skeleton.py); "hybrid" is GKA with softmax attention in every sixth block. All see the same tokens in the same
-order, in bfloat16. Every mixer is tried with the same four learning rates on a tenth of the tokens; the one with
+order, in bfloat16. Every mixer is tried with the same four learning rates on an eighth of the tokens; the one with
 the lowest held-out loss trains the model that is compared, from the start, on all of them. That model is kept in
 OUTPUT/lm-models/SIZE/MIXER for what follows, as the experiment `long`.
+
+Speed and memory are those of a short training of their own, "part=speed", which on a GPU that nothing else uses
+can be measured after the others: `--only part=speed`.
 
 Held-out files are read in windows of the training's length: loss and bits per byte, by position, and of recall
 tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
@@ -19,16 +22,16 @@ import torch
 from transformers import set_seed
 
 from ..errors import UserError
-from ..hf import GKAConfig, GKAForCausalLM
+from ..hf import GKAConfig
 from ..hf.config import MIXERS
 from ..loading import write_checkpoint
 from ..tasks.mqar_report import STYLE as MIXER_STYLE
 from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell, Record
-from .skeleton import skeleton
+from .skeleton import fresh_model, skeleton
 from .table import markdown_table
-from .training import train_on_text
+from .training import steps_of, train, train_on_text
 
 SUMMARY = "language models of equal size on the same text"
 BY_MACHINE = False
@@ -36,15 +39,19 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ALL = (*MIXERS, "hybrid")
 STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
 Entries = list[dict[str, Any]]
+_SPEED = ("tokens per second", "peak bytes")
 _SIZES: dict[str, dict[str, Any]] = {
     "small": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
     "full": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6),
 }
 _TRAINING: dict[str, dict[str, Any]] = {
-    "small": dict(seq_len=64, batch_size=2, tokens=768, search_tokens=256, eval_bytes=4_000, dtype="float32"),
+    "small": dict(
+        seq_len=64, batch_size=2, tokens=768, search_tokens=256, speed_tokens=512, eval_bytes=4_000,
+        dtype="float32",
+    ),
     "full": dict(
-        seq_len=2048, batch_size=16, tokens=50_000_000, search_tokens=5_000_000, eval_bytes=2_000_000,
-        dtype="bfloat16",
+        seq_len=2048, batch_size=8, tokens=50_000_000, search_tokens=6_250_000, speed_tokens=1_000_000,
+        eval_bytes=2_000_000, dtype="bfloat16",
     ),
 }  # fmt: skip
 
@@ -52,9 +59,11 @@ prepare = text.prepare
 
 
 def cells(size: str) -> list[Cell]:
-    """First the rates of every mixer, then its model; small: two rates."""
+    """First the rates of every mixer, then its model and its speed; small: two rates."""
     training = dict(_TRAINING[size])
-    tokens, search_tokens = training.pop("tokens"), training.pop("search_tokens")
+    tokens, search_tokens, speed_tokens = (
+        training.pop(name) for name in ("tokens", "search_tokens", "speed_tokens")
+    )
     rates = RATES if size == "full" else RATES[1:3]
     rest = {**_SIZES[size], **training, "seed": 0}
     found: list[Cell] = []
@@ -64,6 +73,7 @@ def cells(size: str) -> list[Cell]:
             for rate in rates
         ]
         found += [*search, {"mixer": mixer, "part": "model", "rates": list(rates), "tokens": tokens, **rest}]
+        found.append({"mixer": mixer, "part": "speed", "tokens": speed_tokens, **rest})
     return found
 
 
@@ -94,10 +104,12 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and read the held-out text with it."""
     output, size = folder.parents[1], cell["size"]
     data = text.Corpus.load(output, size)
-    rate = cell["learning_rate"] if cell["part"] == "rate" else _best_rate(output, cell)
     set_seed(cell["seed"])
     config = language_model(cell["mixer"], size, len(data.tokenizer), data.tokenizer.eos_token_id)
-    model = GKAForCausalLM(config)
+    model = fresh_model(config)
+    if cell["part"] == "speed":
+        return _speed(model, data, cell, folder, device)
+    rate = cell["learning_rate"] if cell["part"] == "rate" else _best_rate(output, cell)
     trained, held_out = train_on_text(
         model,  # type: ignore[arg-type]
         data,
@@ -112,7 +124,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         "learning_rate": rate,
         "parameters": model.num_parameters(),
         "intermediate_size": config.intermediate_size,
-        **trained.as_dict(),
+        **{name: value for name, value in trained.as_dict().items() if name not in _SPEED},
         "held out": None if held_out is None else held_out.as_dict(),
     }
     if held_out is not None and cell["part"] == "model":
@@ -120,6 +132,22 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         target = model_folder(output, size, cell["mixer"])
         write_checkpoint(model, data.folder / "tokenizer", target, overwrite=True)
     return found
+
+
+def _speed(model: Any, data: text.Corpus, cell: Cell, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Tokens per second and peak memory of a training too short to learn anything."""
+    trained = train(
+        model,
+        data.train_blocks(cell["seq_len"], cell["tokens"]),
+        folder,
+        learning_rate=RATES[0],
+        steps=steps_of(cell),
+        batch_size=cell["batch_size"],
+        seed=cell["seed"],
+        device=device,
+        dtype=cell["dtype"],
+    ).as_dict()
+    return {name: trained[name] for name in _SPEED}
 
 
 def _best_rate(output: Path, cell: Cell) -> float:
@@ -146,6 +174,7 @@ def _loss(entry: dict[str, Any]) -> float:
 def section(entries: Entries, picture: Path) -> str:
     """A table of the models, one of the rates, one of recall by distance; pictures of training and of recall."""
     models = {entry["cell"]["mixer"]: entry for entry in entries if entry["cell"]["part"] == "model"}
+    speeds = {entry["cell"]["mixer"]: entry["result"] for entry in entries if entry["cell"]["part"] == "speed"}
     order = [mixer for mixer in ALL if mixer in models]
     _draw(models, order, picture)
     parts = [_rates(entries)]
@@ -154,7 +183,7 @@ def section(entries: Entries, picture: Path) -> str:
         counts = some["result"].get("corpus")
         parts = [
             _described(some["cell"], counts),
-            markdown_table(_HEAD, [_row(models[mixer]) for mixer in order]),
+            markdown_table(_HEAD, [_row(models[mixer], speeds.get(mixer)) for mixer in order]),
             _findings(models),
             "Held-out loss of recall tokens in nats, by the distance to where their bigram stands last:",
             markdown_table(*_bins(models, order, "distance")),
@@ -183,19 +212,19 @@ def _described(cell: Cell, counts: dict[str, Any] | None) -> str:
     return (
         f"{cell['num_hidden_layers']} blocks of {cell['hidden_size']}, {cell['num_attention_heads']} heads, "
         f"{cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, {cell['dtype']}.{read} Losses "
-        "are in nats per token. Tokens per second and memory are those of this training, whose time depends on by "
-        "what a mixer runs: Gated DeltaNet by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm "
-        "where they are installed, else by transformers' PyTorch code."
+        "are in nats per token. Tokens per second and memory are those of a short training with the GPU to "
+        "itself; they depend on what a mixer runs by: Gated DeltaNet by flash-linear-attention's kernels and "
+        "Mamba-2 by those of mamba_ssm where they are installed, else by transformers' PyTorch code."
     )
 
 
-def _row(entry: dict[str, Any]) -> list[str]:
+def _row(entry: dict[str, Any], measured: dict[str, Any] | None) -> list[str]:
     result = entry["result"]
     name, held_out = STYLE[entry["cell"]["mixer"]][0], result["held out"]
     head = [name, f"{result['parameters'] / 1e6:.2f}", f"{result['learning_rate']:g}"]
     if held_out is None:
         return [*head, f"diverged at step {result['diverged']}", *[""] * (len(_HEAD) - 4)]
-    speed, peak = result["tokens per second"], result["peak bytes"]
+    speed, peak = (None if measured is None else measured[key] for key in _SPEED)
     return [
         *head,
         f"{held_out['loss']:.4f}",
@@ -227,7 +256,7 @@ def _rates(entries: Entries) -> str:
     ]
     table = markdown_table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
     return (
-        "Held-out loss of the short trainings that chose the learning rate; being a tenth as long, they tell only "
+        "Held-out loss of the short trainings that chose the learning rate; being an eighth as long, they tell "
         f"roughly which rate is best for the model:\n\n{table}"
     )
 

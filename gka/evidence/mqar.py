@@ -1,9 +1,15 @@
 """Accuracy on multi-query associative recall against model dim, for all mixers (figure 3a of arXiv 2511.21016).
 
-The grid of the figure: 128 to 1024 tokens with a quarter as many pairs of key and value, model dims 32 to 256; so
-at dims up to 128 there are more pairs than dims in the longer sequences. Two layers of two heads, equal parameters
-(`skeleton.py`), the same data in the same order, and the same four learning rates for every mixer, of which the
-page shows the best mean over the seeds. A training ends early where its test accuracy is above 99%.
+The grid of the figure: 128 to 1024 tokens with up to a quarter as many pairs of key and value, model dims 32 to
+256; so at dims up to 128 there are more pairs than dims in the longer sequences. One training serves all places of
+a column: its batches, of the same number of tokens each, have sequences of 64 to 1024 tokens with 4 pairs to a
+quarter as many, as Based mixes lengths (arXiv 2402.18668), for the shortest teach what the longest ask; the model
+is then tested at every place by itself.
+
+Two layers of two heads, equal parameters (`skeleton.py`), the same batches in the same order. Every mixer is tried
+with the same four learning rates and the first seed; the rate with the best mean accuracy trains the other seeds.
+
+Legend: T tokens of a sequence, P pairs.
 """
 
 from __future__ import annotations
@@ -11,139 +17,274 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from ..tasks import mqar_run, mqar_train
+from ..errors import UserError
+from ..hf import GKAForCausalLM
+from ..tasks.mqar import IGNORE, make_mqar
 from ..tasks.mqar_report import STYLE
+from ..tasks.mqar_run import ALL_MIXERS
+from ..tasks.mqar_train import LAYERS, RecallTrainer, answers, state_size
 from .picture import new_panels, save
-from .record import Cell
-from .skeleton import skeleton
+from .record import Cell, Record
+from .skeleton import fresh_model, skeleton
 from .table import markdown_table
 
 SUMMARY = "accuracy on multi-query associative recall against model dim"
 BY_MACHINE = False
 HEADS = 2
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
 Entries = list[dict[str, Any]]
-_FULL: dict[str, Any] = dict(vocab_size=8192, examples=65_536, epochs=8, batch_size=256, tests=2048)
-_SMALL: dict[str, Any] = dict(vocab_size=256, examples=2_000, epochs=4, batch_size=64, tests=200)
+Task = tuple[int, int]  # T, P
+_FULL: dict[str, Any] = dict(
+    vocab_size=8192, longest=1024, steps=4000, batch_tokens=16_384, pool=64, test_tokens=65_536
+)
+_SMALL: dict[str, Any] = dict(vocab_size=256, longest=128, steps=8, batch_tokens=256, pool=2, test_tokens=256)
+
+
+def training_tasks(longest: int) -> list[Task]:
+    """T from a sixteenth of `longest`, P from 4 (less in the shortest) to T / 4, both doubling."""
+    lengths = [longest >> shift for shift in range(4, -1, -1)]
+    first = min(4, lengths[0] // 4)
+    return [(T, first << shift) for T in lengths for shift in range((T // 4 // first).bit_length())]
+
+
+def tested_tasks(longest: int) -> list[Task]:
+    """T from an eighth of `longest`, doubling, with a sixteenth, an eighth and a quarter as many pairs."""
+    return [(T, T // part) for T in (longest // 8, longest // 4, longest // 2, longest) for part in (16, 8, 4)]
 
 
 def cells(size: str) -> list[Cell]:
-    """Seeds last, so that what is there of an unfinished grid can be shown; small: one short task."""
-    if size == "small":
-        axes = itertools.product((0,), ((16, 4),), (32,), (1e-2,), mqar_run.ALL_MIXERS)
-        rest = _SMALL
-    else:
-        grid = tuple((T, T // 4) for T in (128, 256, 512, 1024))
-        axes = itertools.product(
-            (0, 1, 2), grid, (32, 64, 128, 256), (3e-4, 1e-3, 3e-3, 1e-2), mqar_run.ALL_MIXERS
-        )
-        rest = _FULL
-    return [
-        {"mixer": mixer, "dim": dim, "seq_len": T, "num_pairs": pairs, "learning_rate": rate, "seed": seed, **rest}
-        for seed, (T, pairs), dim, rate, mixer in axes
-    ]
+    """Of every dim and mixer first the rates, then the other seeds; small: one dim, two rates, two seeds."""
+    small = size == "small"
+    dims, rates, seeds = ((32,), RATES[1:3], SEEDS[:2]) if small else ((32, 64, 128, 256), RATES, SEEDS)
+    rest = _SMALL if small else _FULL
+    found: list[Cell] = []
+    for dim, mixer in itertools.product(dims, ALL_MIXERS):
+        place = {"mixer": mixer, "dim": dim, **rest}
+        found += [{**place, "seed": seeds[0], "learning_rate": rate} for rate in rates]
+        found += [{**place, "seed": seed, "rates": list(rates)} for seed in seeds[1:]]
+    return found
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and test it on sequences it has not seen."""
-    options = mqar_run.MQAROptions(
-        seq_len=cell["seq_len"],
-        num_pairs=cell["num_pairs"],
-        vocab_size=cell["vocab_size"],
-        train_examples=cell["examples"],
-        test_examples=cell["tests"],
-        epochs=cell["epochs"],
-        batch_size=cell["batch_size"],
-        heads=HEADS,
-        device="cpu" if device.type == "cpu" else "auto",
-    )
+    rate = cell["learning_rate"] if "learning_rate" in cell else _best_rate(folder.parents[1], cell)
+    set_seed(cell["seed"])
     config = skeleton(
         cell["mixer"],
         vocab_size=cell["vocab_size"],
         hidden_size=cell["dim"],
         intermediate_size=2 * cell["dim"],
-        num_hidden_layers=mqar_train.LAYERS,
+        num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=cell["seq_len"],
+        max_position_embeddings=cell["longest"],
         tie_word_embeddings=True,
         use_cache=False,
     )
-    place = mqar_run.Cell(cell["mixer"], cell["dim"], cell["learning_rate"], cell["seed"])
-    found = mqar_train.train_cell(options, place, lambda step, accuracy: None, config)
-    return {name: found[name] for name in ("accuracy", "loss", "steps", "parameters", "state_size", "history")}
-
-
-def best(entries: Entries) -> Iterator[dict[str, Any]]:
-    """Of each task, dim and mixer the learning rate with the best mean accuracy, and its accuracies by seed.
-
-    Of an unfinished grid, only rates and seeds that all its mixers have there.
-    """
-    by_place: dict[tuple[Any, ...], dict[str, dict[tuple[float, int], float]]] = defaultdict(
-        lambda: defaultdict(dict)
+    model = fresh_model(config)
+    trainer = RecallTrainer(
+        model=model,
+        args=_arguments(cell, rate, folder, device),
+        train_dataset=Batches(cell),
+        data_collator=_only,
     )
+    trainer.remove_callback(PrinterCallback)
+    diverged = None
+    try:
+        trainer.train()
+    except FloatingPointError:
+        diverged = trainer.state.global_step
+    tasks = tested_tasks(cell["longest"])
+    return {
+        "learning_rate": rate,
+        "accuracy": [[T, P, 0.0 if diverged is not None else _accuracy(model, cell, T, P)] for T, P in tasks],
+        "loss": [
+            [entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry
+        ],
+        "diverged": diverged,
+        "parameters": model.num_parameters(),
+        "state_size": state_size(config, cell["longest"]),
+    }
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """The batches of a training, an item each; the same for every mixer.
+
+    Of each task there are `pool` batches, of which a step takes one; tasks and batches are drawn uniformly.
+
+    Args:
+        cell: of the experiment.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        tasks, pool, tokens = training_tasks(cell["longest"]), cell["pool"], cell["batch_tokens"]
+        random = torch.Generator().manual_seed(cell["seed"])
+        self.order = torch.randint(len(tasks) * pool, (cell["steps"],), generator=random).tolist()
+        self.pool = pool
+        self.made = [
+            make_mqar(pool * max(1, tokens // T), seq_len=T, num_pairs=P, vocab_size=cell["vocab_size"], seed=n)
+            for n, (T, P) in enumerate(tasks, len(tasks) * cell["seed"])
+        ]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        task, number = divmod(self.order[step], self.pool)
+        rows = len(self.made[task].inputs) // self.pool
+        part = slice(number * rows, (number + 1) * rows)
+        return {"input_ids": self.made[task].inputs[part], "labels": self.made[task].labels[part]}
+
+
+def _only(items: list[Any]) -> Any:
+    (item,) = items
+    return item
+
+
+def _arguments(cell: Cell, rate: float, folder: Path, device: torch.device) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=cell["steps"],
+        per_device_train_batch_size=1,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=cell["steps"] // 20,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        seed=cell["seed"],
+        data_seed=cell["seed"],
+        use_cpu=device.type == "cpu",
+        logging_steps=max(1, cell["steps"] // 40),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+@torch.no_grad()
+def _accuracy(model: GKAForCausalLM, cell: Cell, T: int, P: int) -> float:
+    """Share of the queries of a task's test sequences whose value is right."""
+    model.eval()
+    device = model.device
+    rows = max(1, cell["batch_tokens"] // T)
+    test = make_mqar(
+        max(1, cell["test_tokens"] // T), seq_len=T, num_pairs=P, vocab_size=cell["vocab_size"], split="test"
+    )
+    right = 0
+    for inputs, labels in zip(test.inputs.split(rows), test.labels.split(rows), strict=True):
+        asked = (labels != IGNORE).to(device)
+        said = answers(model, inputs.to(device), asked).argmax(-1)
+        right += int((said == labels.to(device)[asked]).sum())
+    return round(right / (P * len(test.inputs)), 5)
+
+
+def _best_rate(output: Path, cell: Cell) -> float:
+    """The rate whose training with the first seed has the best mean accuracy. UserError if one is missing."""
+    same = {name: value for name, value in cell.items() if name not in ("seed", "rates")}
+    found = {
+        entry["cell"]["learning_rate"]: _mean(entry)
+        for entry in Record(output / "mqar.json", "mqar").entries
+        if "learning_rate" in entry["cell"] and same.items() <= entry["cell"].items()
+    }
+    if missing := [rate for rate in cell["rates"] if rate not in found]:
+        raise UserError(f"the learning rates {missing} have not been tried with {cell['mixer']} at {cell['dim']}")
+    return float(max(cell["rates"], key=found.__getitem__))
+
+
+def _mean(entry: dict[str, Any]) -> float:
+    return statistics.mean(accuracy for _, _, accuracy in entry["result"]["accuracy"])
+
+
+# The page
+
+
+def best(entries: Entries) -> list[dict[str, Any]]:
+    """Of each mixer and dim the best learning rate and, by task, the accuracies of the seeds with it."""
+    groups: dict[tuple[int, str], Entries] = defaultdict(list)
     for entry in entries:
-        cell = entry["cell"]
-        place = (cell["seq_len"], cell["num_pairs"], cell["dim"])
-        trained = (cell["learning_rate"], cell["seed"])
-        by_place[place][cell["mixer"]][trained] = entry["result"]["accuracy"]
-    every = {entry["cell"]["mixer"] for entry in entries}
-    groups: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for place, mixers in by_place.items():
-        shared = set.intersection(*(set(mixers[mixer]) for mixer in every))
-        for mixer, (rate, seed) in itertools.product(mixers, sorted(shared)):
-            groups[place, mixer][rate].append(mixers[mixer][rate, seed])
-    for ((T, pairs, dim), mixer), rates in groups.items():
-        rate, accuracies = max(rates.items(), key=lambda item: (statistics.mean(item[1]), -item[0]))
-        yield {
-            "seq_len": T, "num_pairs": pairs, "dim": dim, "mixer": mixer, "learning_rate": rate,
-            "rates": len(rates), "accuracies": accuracies,
-        }  # fmt: skip
+        groups[entry["cell"]["dim"], entry["cell"]["mixer"]].append(entry)
+    found = []
+    for (dim, mixer), group in sorted(groups.items(), key=lambda item: (item[0][0], ALL_MIXERS.index(item[0][1]))):
+        tried = [entry for entry in group if "learning_rate" in entry["cell"]]
+        if not tried:
+            continue
+        rate = max(tried, key=_mean)["result"]["learning_rate"]
+        chosen = [entry for entry in group if entry["result"]["learning_rate"] == rate]
+        by_task: dict[Task, list[float]] = defaultdict(list)
+        for entry in chosen:
+            for T, P, accuracy in entry["result"]["accuracy"]:
+                by_task[T, P].append(accuracy)
+        found.append(
+            {"dim": dim, "mixer": mixer, "learning_rate": rate, "rates": len(tried), "accuracies": dict(by_task)}
+        )
+    return found
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """A table with a column per mixer; the picture has a panel per length."""
-    found = list(best(entries))
-    mixers = [mixer for mixer in mqar_run.ALL_MIXERS if any(row["mixer"] == mixer for row in found)]
-    tasks = sorted({(row["seq_len"], row["num_pairs"]) for row in found})
-    _draw(found, tasks, mixers, picture)
-    rows = []
-    for (T, pairs), dim in itertools.product(tasks, sorted({row["dim"] for row in found})):
-        at = {
-            row["mixer"]: row for row in found if (row["seq_len"], row["num_pairs"], row["dim"]) == (T, pairs, dim)
-        }
-        if at:
-            rows.append([str(T), str(pairs), str(dim), *(_shown(at.get(mixer)) for mixer in mixers)])
-    seeds = sorted({len(row["accuracies"]) for row in found})
-    rates = sorted({row["rates"] for row in found})
+    """A table with a column per mixer; the picture has a panel per task."""
+    found = best(entries)
+    mixers = [mixer for mixer in ALL_MIXERS if any(row["mixer"] == mixer for row in found)]
+    tasks = sorted({task for row in found for task in row["accuracies"]})
+    _draw(found, [task for task in tasks if 4 * task[1] == task[0]], mixers, picture)
+    at = {(row["dim"], row["mixer"]): row for row in found}
+    dims = sorted({dim for dim, _ in at})
+    rows = [
+        [str(T), str(P), str(dim), *(_shown(at.get((dim, mixer)), (T, P)) for mixer in mixers)]
+        for (T, P), dim in itertools.product(tasks, dims)
+    ]
+    rates = [
+        [str(dim), *(f"{at[dim, mixer]['learning_rate']:g}" if (dim, mixer) in at else "" for mixer in mixers)]
+        for dim in dims
+    ]
+    seeds = sorted({len(accuracies) for row in found for accuracies in row["accuracies"].values()})
+    cell = entries[0]["cell"]
+    names = [STYLE[mixer][0] for mixer in mixers]
     return "\n\n".join(
         (
-            "Accuracy in percent on sequences never trained on: mean over the seeds, least and largest in "
-            f"brackets, and the learning rate that was best. Seeds: {_range(seeds)}; learning rates tried with "
-            f"every mixer: {_range(rates)}.",
-            markdown_table(["tokens", "pairs", "dim", *(STYLE[mixer][0] for mixer in mixers)], rows),
+            f"{LAYERS} layers of {HEADS} heads, {cell['vocab_size']} tokens in the vocabulary; {cell['steps']} "
+            f"steps of {cell['batch_tokens']:,} tokens each, of sequences of "
+            f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens in one training, float32. "
+            "Accuracy in percent on sequences never trained on: "
+            f"mean over the seeds ({_range(seeds)}), least and largest in brackets.",
+            markdown_table(["tokens", "pairs", "dim", *names], rows),
             _findings(found),
+            f"Learning rates, the best of {_range(sorted({row['rates'] for row in found}))} with the first seed:",
+            markdown_table(["dim", *names], rates),
         )
     )
 
 
 def _findings(found: list[dict[str, Any]]) -> str:
     """In how many places of the grid GKA is at or above each other mixer."""
-    means: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
-    for row in found:
-        means[row["mixer"]][row["seq_len"], row["dim"]] = statistics.mean(row["accuracies"])
+    means = {
+        (row["mixer"], row["dim"], task): statistics.mean(accuracies)
+        for row in found
+        for task, accuracies in row["accuracies"].items()
+    }
     parts = []
-    for mixer in mqar_run.ALL_MIXERS:
-        shared = [place for place in means[mixer] if place in means["gka"]]
-        if mixer != "gka" and shared:
-            apart = [means["gka"][place] - means[mixer][place] for place in shared]
+    for other in ALL_MIXERS:
+        apart = [
+            means["gka", dim, task] - mean
+            for (mixer, dim, task), mean in means.items()
+            if mixer == other and ("gka", dim, task) in means
+        ]
+        if other != "gka" and apart:
             above, below = sum(x > 0.005 for x in apart), sum(x < -0.005 for x in apart)
             parts.append(
-                f"{STYLE[mixer][0]}: above in {above}, level in {len(apart) - above - below}, below in {below}"
+                f"{STYLE[other][0]}: above in {above}, level in {len(apart) - above - below}, below in {below}"
             )
     if not parts:
         return ""
@@ -154,25 +295,24 @@ def _findings(found: list[dict[str, Any]]) -> str:
     )
 
 
-def _shown(row: dict[str, Any] | None) -> str:
-    if row is None:
+def _shown(row: dict[str, Any] | None, task: Task) -> str:
+    if row is None or task not in row["accuracies"]:
         return ""
-    accuracies = [100 * value for value in row["accuracies"]]
+    accuracies = [100 * value for value in row["accuracies"][task]]
     ends = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(accuracies) > 1 else ""
-    return f"{statistics.mean(accuracies):.1f}{ends}, {row['learning_rate']:g}"
+    return f"{statistics.mean(accuracies):.1f}{ends}"
 
 
 def _range(counts: list[int]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _draw(found: list[dict[str, Any]], tasks: list[tuple[int, int]], mixers: list[str], path: Path) -> None:
+def _draw(found: list[dict[str, Any]], tasks: list[Task], mixers: list[str], path: Path) -> None:
     figure, panels = new_panels(1, len(tasks), (max(5.0, 3.6 * len(tasks)), 4.0), 130, sharey=True)
-    for axes, (T, pairs) in zip(panels, tasks, strict=True):
+    for axes, task in zip(panels, tasks, strict=True):
         for mixer in mixers:
             name, colour, marker = STYLE[mixer]
-            wanted = {"mixer": mixer, "seq_len": T, "num_pairs": pairs}
-            points = sorted((r["dim"], r["accuracies"]) for r in found if wanted.items() <= r.items())
+            points = [(row["dim"], row["accuracies"][task]) for row in found if row["mixer"] == mixer]
             dims = [dim for dim, _ in points]
             axes.plot(dims, [statistics.mean(a) for _, a in points], color=colour, marker=marker, label=name)
             axes.fill_between(
@@ -186,7 +326,7 @@ def _draw(found: list[dict[str, Any]], tasks: list[tuple[int, int]], mixers: lis
         axes.set_xscale("log", base=2)
         axes.set_xlabel("model dim")
         axes.set_ylim(-0.03, 1.04)
-        axes.set_title(f"{T} tokens, {pairs} pairs", loc="left", fontsize=10)
+        axes.set_title(f"{task[0]} tokens, {task[1]} pairs", loc="left", fontsize=10)
     panels[0].set_ylabel("accuracy")
     panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)
