@@ -16,7 +16,7 @@ import torch
 from gka import cli
 from gka.errors import UserError
 from gka.evidence import command, cost, mqar, numerics
-from gka.evidence.page import shown, write_page
+from gka.evidence.page import shown, sources_of, write_page
 from gka.evidence.record import Record
 from gka.evidence.table import spread
 from gka.tasks.mqar import make_mqar
@@ -231,6 +231,23 @@ def test_all_of_the_full_form_is_other_seeds_and_more_tokens() -> None:
 def test_measured_anew_it_is_the_same(measured: list[dict[str, Any]]) -> None:
     again = numerics.run(measured[0]["cell"], Path(), None)  # type: ignore[arg-type]
     assert again == measured[0]["result"]
+
+
+def test_processes_of_one_command_make_one_source() -> None:
+    def run(command: str, seconds: float, commit: str = "abc") -> dict[str, Any]:
+        machine = {"gpu": None, "processor": "a processor"}
+        return {
+            "command": command, "seconds": seconds, "commit": commit, "date": "2026-01-02", "machine": machine,
+            "versions": {"torch": "2"},
+        }  # fmt: skip
+
+    parts = [run(f"gka evidence lm --only mixer={m} 'variant=no gate' --size full", 700) for m in ("gka", "gdn")]
+    whole = run("gka evidence lm --size full", 5, commit="def")
+    assert sources_of([parts[0], whole, parts[1]]) == [
+        "`gka evidence lm --size full` in 2 processes with parts of it (`--only`), 2026-01-02, commit abc, "
+        "a processor, 1,400 s, torch 2",
+        "`gka evidence lm --size full`, 2026-01-02, commit def, a processor, 5 s, torch 2",
+    ]
 
 
 # The experiment mqar

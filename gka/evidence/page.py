@@ -6,6 +6,7 @@ Every section says which command made it, where and when; the text of an experim
 from __future__ import annotations
 
 import importlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,40 @@ def shown(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _section(record: Record, experiment: Any, picture: Path) -> str:
     entries = shown(record.entries)
     runs = [record.content["runs"][number] for number in sorted({entry["run"] for entry in entries})]
-    sources = "\n".join(
-        f"* `{run['command']}`, {run['date']}, commit {run['commit']}, "
-        f"{run['machine']['gpu'] or run['machine']['processor']}, {run['seconds']:.0f} s, "
-        + ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        for run in runs
-    )
+    sources = "\n".join(f"* {source}" for source in sources_of(runs))
     return (
         f"## {record.experiment}: {experiment.SUMMARY}\n\n{experiment.section(entries, picture)}\n\n"
         f"![{experiment.SUMMARY}]({picture.parent.name}/{picture.name})\n\n"
         f"Made by ([JSON]({picture.parent.name}/{record.path.name})):\n\n{sources}"
     )
+
+
+def sources_of(runs: list[dict[str, Any]]) -> list[str]:
+    """What made results, a text for all processes of the same command but for `--only`, machine and versions."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        command, _ = _split(run["command"])
+        where = (
+            f"`{command}`{{}}, {run['date']}, commit {run['commit']}, "
+            f"{run['machine']['gpu'] or run['machine']['processor']}, {{:,.0f}} s, "
+            + ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        )
+        groups.setdefault(where, []).append(run)
+    found = []
+    for where, group in groups.items():
+        parts = ""
+        if any(_split(run["command"])[1] for run in group):
+            parts = f" in {len(group)} process{'es' * (len(group) > 1)} with parts of it (`--only`)"
+        found.append(where.format(parts, sum(run["seconds"] for run in group)))
+    return found
+
+
+def _split(command: str) -> tuple[str, list[str]]:
+    """A command without `--only` and its values, and these."""
+    kept: list[str] = []
+    only: list[str] = []
+    at = kept
+    for word in shlex.split(command):
+        at = only if word == "--only" else kept if word.startswith("--") else at
+        at.append(word)
+    return shlex.join(kept), only[1:]
