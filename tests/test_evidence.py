@@ -185,6 +185,7 @@ def measured() -> list[dict[str, Any]]:
         if (cell["part"] == "iterations" and "Cheb" in cell["solver"])
         or (cell["part"] == "recursion" and "bfloat16" in cell["method"])
         or (cell["part"] == "strengths" and cell["dtype"] == "float32")
+        or (cell["part"] == "retention" and cell["ridge_ratio"] in (0.01, 0.1, None) and cell["log_gate"] != -0.01)
         or (cell["part"] == "gradients" and cell["layers"] == 1 and "nodes" in cell["solver"])
     ]
     return [{"cell": cell, "result": numerics.run(cell, Path(), None)} for cell in wanted]  # type: ignore[arg-type]
@@ -211,6 +212,17 @@ def test_a_stronger_ridge_converges_sooner(measured: list[dict[str, Any]]) -> No
     errors = [result(measured, part="strengths", ridge_ratio=a)["error"] for a in numerics.STRENGTHS]
     at = numerics.PRODUCTS.index(20)
     assert all(later[at] < earlier[at] / 2 for earlier, later in itertools.pairwise(errors))
+
+
+def test_the_solve_retains_more_and_a_gate_forgets(measured: list[dict[str, Any]]) -> None:
+    def kept(a: float | None, g: float) -> list[float]:
+        found = result(measured, part="retention", ridge_ratio=a, log_gate=g)
+        assert found["lags"] == [0, 4, 16]
+        return found["cosine"]  # type: ignore[no-any-return]
+
+    assert all(x > y > z for x, y, z in zip(kept(0.01, -0.1), kept(0.1, -0.1), kept(None, -0.1), strict=True))
+    assert kept(0.01, -0.1)[1] > 0.98 and kept(None, -0.1)[2] < 0.75
+    assert kept(0.1, 0.0)[0] < kept(0.1, -0.001)[0] < kept(0.1, -0.1)[0]
 
 
 def test_the_layers_solve_is_more_exact_than_the_recursion(measured: list[dict[str, Any]]) -> None:

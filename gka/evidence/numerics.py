@@ -7,11 +7,13 @@ strengths   the same for Chebyshev nodes and other ridges a
 gradients   ||g - g*|| / ||g*|| of all parameters, for one layer and for five, after n products
 recursion   error of the readout along a sequence, of the classical Kalman recursion in bfloat16 and float32 and of
             the layer's own solve, each against its own exact answer
+retention   the cosine between what the key of an earlier token reads and that token's value, by how long ago it
+            was, for other ridges, without a solve, and for other gates
 
 The input is the family "correlated keys": unit keys and queries around a common direction each, rounded to
-bfloat16. Vectors and sums are float64 throughout, so that only what is named is rounded: the dtype of a cell
-rounds both factors of every product with S, the residuals of refinement excepted. The Kalman recursion runs in its
-dtype as a whole.
+bfloat16; that of `retention` is normal. Vectors and sums are float64 throughout, so that only what is named is
+rounded: the dtype of a cell rounds both factors of every product with S, the residuals of refinement excepted. The
+Kalman recursion runs in its dtype as a whole.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import gated_kalmanet as op
 from ..ops.reference import gated_kalmanet, kalman_filter, ridge_regression
 from ..ops.solvers import RIDGE_RATIO, Chebyshev, ConjugateGradient, Exact, GradientDescent, Solver
 from .numerics_page import picture_of, text_of
@@ -37,6 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRODUCTS = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 60)
 GRADIENT_PRODUCTS = (5, 10, 15, 20, 30)
 STRENGTHS = (0.01, 0.02, 0.05, 0.1)
+GATES = (0.0, -0.001, -0.01, -0.1)
+LAGS = (0, 4, 16, 64, 256)
 WINDOW = 16  # tokens of which the recursion's error is the mean
 
 
@@ -73,6 +78,10 @@ def cells(size: str) -> list[Cell]:
         for a, dtype in itertools.product(STRENGTHS, DTYPES):
             one.append({"part": "strengths", "ridge_ratio": a, "dtype": dtype, "tokens": tokens})
         one += [{"part": "recursion", "method": method, "tokens": tokens} for method in METHODS]
+        one += [
+            {"part": "retention", "ridge_ratio": a, "log_gate": g, "tokens": 2 * tokens}
+            for a, g in itertools.product((*STRENGTHS, None), GATES)
+        ]
         for layers, solver, dtype in itertools.product((1, 5), SOLVERS, DTYPES):
             one.append({"part": "gradients", "layers": layers, "solver": solver, "dtype": dtype, "tokens": 32})
         made += [{**cell, "seed": seed} for cell in one]
@@ -86,6 +95,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         "strengths": _strengths,
         "recursion": _recursion,
         "gradients": _gradients,
+        "retention": _retention,
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are small
@@ -225,6 +235,25 @@ def _gradients(cell: Cell) -> dict[str, Any]:
     solvers = (make(n, DTYPES[cell["dtype"]]) for n in GRADIENT_PRODUCTS)
     errors = [_finite(_relative(_gradient(*place, solver), exact)) for solver in solvers]
     return {"products": GRADIENT_PRODUCTS, "error": errors}
+
+
+def _retention(cell: Cell) -> dict[str, Any]:
+    """Mean over heads; lags that the sequence is too short for are left out. No ridge: no solve."""
+    T, heads, D = cell["tokens"], 16, 64
+    generator = torch.Generator().manual_seed(cell["seed"])
+    k, v = torch.randn(2, 1, T, heads, D, generator=generator, dtype=torch.float64).unbind(0)
+    q, lags = k.clone(), [lag for lag in LAGS if lag < T // 2]
+    asking = [T - 1 - number for number in range(len(lags))]
+    for lag, t in zip(lags, asking, strict=True):
+        q[:, t] = k[:, t - lag]
+    g = torch.full((1, T, heads), cell["log_gate"], dtype=torch.float64)
+    solve: dict[str, Any] = {"steps": ()} if cell["ridge_ratio"] is None else {"ridge_ratio": cell["ridge_ratio"]}
+    o, _ = op(q, k, v, g, normalize_qk=True, **solve)
+    found = [
+        nn.functional.cosine_similarity(o[0, t], v[0, t - lag], dim=-1).mean().item()
+        for lag, t in zip(lags, asking, strict=True)
+    ]
+    return {"lags": lags, "cosine": [round(value, 4) for value in found]}
 
 
 def _layer(q: Tensor, k: Tensor, v: Tensor, g: Tensor, solver: Solver) -> Tensor:

@@ -65,9 +65,34 @@ def text_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str]) ->
             markdown_table(["method", "error"], readout),
             "The Kalman recursion runs in its dtype as a whole, with a ridge of 0.25; of the layer's solve only "
             "the products are rounded, its ridge is a ||S||. D is 64, each has its own exact answer beside it.",
+            *_retention(entries),
             _findings(entries),
         )
     )
+
+
+def _retention(entries: Entries) -> list[str]:
+    """How much of a value comes back, by ridge, gate and lag."""
+    kept = [entry for entry in entries if entry["cell"]["part"] == "retention"]
+    if not kept:
+        return []
+    groups: dict[tuple[float, float | None], list[dict[str, Any]]] = {}
+    for entry in kept:
+        groups.setdefault((entry["cell"]["log_gate"], entry["cell"]["ridge_ratio"]), []).append(entry["result"])
+    lags = kept[0]["result"]["lags"]
+    rows = [
+        [
+            f"{g:g}",
+            "no solve" if a is None else f"{a:g}",
+            *(f"{statistics.median(result['cosine'][n] for result in found):.3f}" for n in range(len(lags))),
+        ]
+        for (g, a), found in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1] or math.inf))
+    ]
+    return [
+        "Retention: the cosine between a token's value and what its key reads so many tokens later, alpha = 1, "
+        f"after {kept[0]['cell']['tokens']} tokens; keys and values are normal, D is 64; median of the seeds:",
+        markdown_table(["log-gate", "a", *(f"{lag} later" for lag in lags)], rows),
+    ]
 
 
 _NAMES = {"residual": "residual", "error": "error of x"}
