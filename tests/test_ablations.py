@@ -313,7 +313,6 @@ def test_the_page_says_what_held_with_every_seed_and_what_diverged(tmp_path: Pat
                 "train loss": [[10, 4.0], [20, 3.5]],
                 "gradient norms": [1.0, 2.0 + seed, None if loss is None else 1.5],
                 "spikes": [7] if name == "lambda = 0.25" else [],
-                "tokens per second": 5,
                 "diverged": 20 if loss is None else None,
                 "held out": None if loss is None else held_out,
             }
@@ -324,4 +323,4 @@ def test_the_page_says_what_held_with_every_seed_and_what_diverged(tmp_path: Pat
     assert "| a = 0.01 | 3.1750 (3.1500 to 3.2000) | +0.1250 (+0.0500 to +0.2000) |" in page
     row = next(line for line in page.splitlines() if line.startswith("| lambda"))
     assert row.startswith("| lambda = 0.25 | not finite in 1 of 2 | not finite in 1 of 2 |")
-    assert row.endswith("| 1.750 (1.500 to 2.000) | 2.5 (2 to 3) | 2 | 5 (5 to 5) |")
+    assert row.endswith("| 1.750 (1.500 to 2.000) | 2.5 (2 to 3) | 2 |")

@@ -30,7 +30,7 @@ from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell
 from .skeleton import fresh_model, skeleton
-from .table import markdown_table, spread
+from .table import markdown_table, span, spread
 from .training import steps_of, train_on_text
 from .variants import Variant, with_variant
 
@@ -119,8 +119,6 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         "train loss": _means(trained.loss),
         "gradient norms": norms,
         "spikes": spikes(norms),
-        "tokens per second": trained.tokens_per_second,
-        "peak bytes": trained.peak_bytes,
         "diverged": trained.diverged,
         "held out": None if read is None else {name: read[name] for name in _HELD_OUT},
     }
@@ -176,7 +174,7 @@ def section(entries: Entries, picture: Path) -> str:
     by_name = {name: results for name, results in by_name.items() if results}
     _draw(by_name, picture)
     cell = entries[-1]["cell"]
-    seeds = len({entry["cell"]["seed"] for entry in entries})
+    seeds = sorted({len(results) for results in by_name.values()})
     counts = next((r["held out"] for e in entries if (r := e["result"])["held out"]), None)
     read = "" if counts is None else (
         f" Held out: {counts['tokens']:,} tokens, {counts['recall_tokens']:,} of them recall tokens, whose bigram "
@@ -187,7 +185,7 @@ def section(entries: Entries, picture: Path) -> str:
             f"Blocks: {cell['num_hidden_layers']} of {cell['hidden_size']}, heads of "
             f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in "
             f"{steps_of(cell)} steps, windows of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for "
-            f"all, seeds: {seeds}. The base is the layer with its defaults in bfloat16: forget gate, alpha "
+            f"all, seeds: {span(seeds)}. The base is the layer with its defaults in bfloat16: forget gate, alpha "
             "connection, a = 0.02, steps "
             f"(16, 16).{read} Losses are in nats per token: the median of the seeds, least and largest in "
             "brackets; beside the base seed by seed. The training loss is that of the last tenth. A spike is a "
@@ -196,8 +194,8 @@ def section(entries: Entries, picture: Path) -> str:
             markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
             "A constant lambda, the sketch and conjugate gradient are no options of the layer. They run in "
             "PyTorch around the chunk-wise form's own products; a test holds that path, with nothing changed, to "
-            "the layer's op, outputs and gradients, so that the base stands for it, too. Their tokens per second "
-            "are not those of kernels. With lambda = 0.25 each token has the Chebyshev nodes of its own interval, "
+            "the layer's op, outputs and gradients, so that the base stands for it, too. With lambda = 0.25 each "
+            "token has the Chebyshev nodes of its own interval, "
             "from lambda to ||S|| + lambda. The sketch is a learned map of each head to d dims, orthonormal at "
             "first. Conjugate gradient makes as many products as the base's stages, without refinement, and its "
             "gradient is the implicit one: the adjoint system, solved by conjugate gradient again.",
@@ -208,7 +206,7 @@ def section(entries: Entries, picture: Path) -> str:
 
 _HEAD = [
     "variant", "held-out loss", "beside the base", "recall tokens", "training loss", "gradient norm, median",
-    "largest", "spikes", "tokens/s",
+    "largest", "spikes",
 ]  # fmt: skip
 Results = dict[int, dict[str, Any]]  # by seed
 
@@ -232,7 +230,6 @@ def _row(name: str, by_name: dict[str, Results]) -> list[str]:
         of(lambda r: statistics.median(_finite(r)) if _finite(r) else None, ".3f"),
         of(lambda r: max(_finite(r), default=None), ".3g"),
         str(sum(len(result["spikes"]) for result in results)),
-        spread([r["tokens per second"] for r in results if r["tokens per second"] is not None], ",.0f"),
     ]
 
 

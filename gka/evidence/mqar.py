@@ -34,7 +34,7 @@ from ..tasks.mqar_train import LAYERS, RecallTrainer, answers, state_size
 from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import skeleton
-from .table import markdown_table
+from .table import markdown_table, span
 
 SUMMARY = "accuracy on multi-query associative recall against model dim"
 BY_MACHINE = False
@@ -260,10 +260,10 @@ def section(entries: Entries, picture: Path) -> str:
             f"steps of {cell['batch_tokens']:,} tokens each, of sequences of "
             f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens in one training, float32. "
             "Accuracy in percent on sequences never trained on: "
-            f"mean over the seeds ({_range(seeds)}), least and largest in brackets.",
+            f"mean over the seeds ({span(seeds)}), least and largest in brackets.",
             markdown_table(["tokens", "pairs", "dim", *names], rows),
             _findings(found),
-            f"Learning rates, the best of {_range(sorted({row['rates'] for row in found}))} with the first seed:",
+            f"Learning rates, the best of {span(sorted({row['rates'] for row in found}))} with the first seed:",
             markdown_table(["dim", *names], rates),
         )
     )
@@ -303,10 +303,6 @@ def _shown(row: dict[str, Any] | None, task: Task) -> str:
     accuracies = [100 * value for value in row["accuracies"][task]]
     ends = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(accuracies) > 1 else ""
     return f"{statistics.mean(accuracies):.1f}{ends}"
-
-
-def _range(counts: list[int]) -> str:
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _draw(found: list[dict[str, Any]], tasks: list[Task], mixers: list[str], path: Path) -> None:

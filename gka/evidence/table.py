@@ -23,3 +23,8 @@ def spread(values: Sequence[float | None], form: str = ".1e") -> str:
         return "not finite" if not finite else f"not finite in {lost} of {len(values)}"
     middle = f"{statistics.median(finite):{form}}"
     return middle if len(finite) == 1 else f"{middle} ({min(finite):{form}} to {max(finite):{form}})"
+
+
+def span(counts: list[int]) -> str:
+    """The only one of sorted counts, or the first and the last."""
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
