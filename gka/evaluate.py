@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .commands import EvalOptions
 from .data import document_token, encode, find_files, limit_texts, read_texts, validation_texts
 from .errors import UserError
+from .hf.cache_name import CACHE, named
 from .loading import find_checkpoint, load_checkpoint, use_steps
 from .quiet import quiet
 
@@ -108,10 +109,10 @@ def document_nats(
             end = min(begin + window, longest)
             output = model(
                 input_ids=tokens[:, begin:end].to(model.device),
-                past_key_values=cache,
+                **named(cache),
                 use_cache=True,
             )
-            cache = output.past_key_values
+            cache = output[CACHE]
             logits = output.logits.float().flatten(0, 1)  # [B * W, X]
             targets = tokens[:, begin + 1 : end + 1].to(model.device).flatten()
             losses = F.cross_entropy(logits, targets, reduction="none").view(len(batch), -1).double().cpu()

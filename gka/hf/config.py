@@ -115,7 +115,7 @@ class GKAConfig(PreTrainedConfig):
     """
 
     model_type = "gka"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds lists to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers adds lists to it)
     # TRL reads it of every model that is not in transformers: no code comes with our checkpoints.
     auto_map = dict[str, str]()  # noqa: RUF012
 

@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repeated_heads
 from ..short_conv import ShortConv
 from . import peers
+from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .checkpoint import is_published, load_published
 from .config import OURS, GKAConfig
 from .inputs import check_keywords, padding_mask, positions
@@ -101,7 +102,7 @@ class GKABlock(GradientCheckpointingLayer):
             mixed, _ = self.self_attn(
                 x,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **named(past_key_values),
                 **(attention_arguments or {}),
             )
         else:
@@ -123,7 +124,7 @@ class GKAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GKABlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [OLD, NEW]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -203,6 +204,7 @@ class GKAModel(GKAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -224,6 +226,7 @@ class GKAModel(GKAPreTrainedModel):
             position_ids: [B, T] or [1, T], for the rotary embedding. None means counting the tokens that are no
                 pads. Without mask and cache, a 0 inside a row starts a packed sequence.
             past_key_values: a cache to go on from, `DynamicCache(config=config)`; brought up to date in place.
+                `cache` is another name of this argument, transformers' own from 5.24 on.
             use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
             **kwargs: those of transformers' models: output_hidden_states, output_attentions, and for packed
                 batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx.
@@ -272,7 +275,7 @@ class GKAModel(GKAPreTrainedModel):
             count_tokens(past_key_values, inputs_embeds)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **named(past_key_values if use_cache else None),
         )
 
     def _find_packing(
@@ -321,7 +324,7 @@ class GKAModel(GKAPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **named(past_key_values),
                 position_ids=None if packing is None else packing.positions,
                 layer_idx=self.config.layer_types.index(kind),
             )
@@ -343,6 +346,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -387,7 +391,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **named(outputs.get(CACHE)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -398,7 +402,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         """As transformers', for `generate`; a cache of GKA layers alone learns to count tokens."""
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if isinstance(cache, Cache) and not self.config.has_attention:
             add_counter(cache)
         return result

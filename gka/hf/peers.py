@@ -28,12 +28,14 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..layer import fresh_A_log, fresh_dt_bias
+from .cache_name import CACHE
 
 LAYERS = (Qwen3NextGatedDeltaNet, Mamba2Mixer)
 
 if TYPE_CHECKING:
     from .config import GKAConfig
 
+PEER_CACHE = "cache" if CACHE == "cache" else "cache_params"  # what transformers' layers call a cache
 MAMBA_CHUNK = 64  # tokens; shorter than transformers' 256, for scores of [T, chunk, heads] in float32
 
 
@@ -81,7 +83,7 @@ class Peer(nn.Module):
                     "pad on the left"
                 )
             attention_mask = attention_mask.to(hidden_states.dtype)
-        out: Tensor = self.inner(hidden_states, cache_params=past_key_values, attention_mask=attention_mask)
+        out: Tensor = self.inner(hidden_states, attention_mask=attention_mask, **{PEER_CACHE: past_key_values})
         return out
 
 

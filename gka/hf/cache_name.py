@@ -1,0 +1,45 @@
+"""What transformers calls a model's cache: `cache` from 5.24 on, `past_key_values` before.
+
+Models of this library take both, and in their outputs both can be read, whichever transformers there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+OLD, NEW = "past_key_values", "cache"
+CACHE = NEW if NEW in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else OLD
+
+
+def named(cache: Any) -> dict[str, Any]:
+    """The cache as a keyword argument of transformers' functions and outputs."""
+    return {CACHE: cache}
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def takes_cache(function: _Function) -> _Function:
+    """Let a method with an argument `past_key_values` take it as `cache`, too.
+
+    Its signature, which transformers reads, has the name of the transformers there is.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if NEW in kwargs:
+            if OLD in kwargs:
+                raise ValueError(f"{OLD} and {NEW} are both given; they are two names of one argument")
+            kwargs[OLD] = kwargs.pop(NEW)
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    parameters = [p.replace(name=CACHE) if p.name == OLD else p for p in signature.parameters.values()]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return cast("_Function", call)
