@@ -136,3 +136,23 @@ def test_the_page_of_a_training_that_diverged(tmp_path: Path) -> None:
         "diverged": 2, "held out": None,
     }  # fmt: skip
     assert "diverged at step 2" in lm.section([{"cell": cell, "result": result}], tmp_path / "lm.png")
+
+
+def test_the_page_names_mixers_that_are_not_trained_yet(tmp_path: Path) -> None:
+    cells = lm.cells("full")
+    held_out = {
+        "loss": 2.0,
+        "bits_per_byte": 1.0,
+        "recall_loss": None,
+        "other_loss": 2.0,
+        "recall": [],
+        "positions": [],
+    }
+    result = {
+        "learning_rate": 0.01, "parameters": 1, "train loss": [[1, 2.0]], "gradient norms": [[1, 1.0]],
+        "diverged": None, "held out": held_out,
+    }  # fmt: skip
+    model = next(cell for cell in cells if cell["part"] == "model" and cell["mixer"] == "gka")
+    rate = next(cell for cell in cells if cell["part"] == "rate" and cell["mixer"] == "mamba2")
+    page = lm.section([{"cell": cell, "result": result} for cell in (model, rate)], tmp_path / "lm.png")
+    assert "Not trained on all tokens yet: Mamba-2." in page

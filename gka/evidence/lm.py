@@ -184,7 +184,7 @@ def section(entries: Entries, picture: Path) -> str:
         parts = [
             _described(some["cell"], counts),
             markdown_table(_HEAD, [_row(models[mixer], speeds.get(mixer)) for mixer in order]),
-            _findings(models),
+            _findings(models, entries),
             "Held-out loss of recall tokens in nats, by the distance to where their bigram stands last:",
             markdown_table(*_bins(models, order, "distance")),
             "Held-out loss by position in the window:",
@@ -284,8 +284,8 @@ def _bins(models: dict[str, dict[str, Any]], order: list[str], kind: str) -> tup
     return [kind, *(STYLE[mixer][0] for mixer in order)], rows
 
 
-def _findings(models: dict[str, dict[str, Any]]) -> str:
-    """GKA's held-out loss beside each other's."""
+def _findings(models: dict[str, dict[str, Any]], entries: Entries) -> str:
+    """GKA's held-out loss beside each other's, and whose model is not there yet."""
     losses = {mixer: models[mixer]["result"]["held out"] for mixer in _finite(models, list(models))}
     if "gka" not in losses:
         return ""
@@ -294,10 +294,14 @@ def _findings(models: dict[str, dict[str, Any]]) -> str:
         for mixer in ALL
         if mixer in losses and mixer != "gka"
     ]
+    tried = {entry["cell"]["mixer"] for entry in entries}
+    missing = ", ".join(STYLE[mixer][0] for mixer in ALL if mixer in tried and mixer not in models)
+    if missing:
+        missing = f"Not trained on all tokens yet: {missing}. "
     beside = f"Loss beside GKA's, in nats per token: {', '.join(apart)}. " if apart else ""
     return (
-        f"{beside}One training each: differences between two seeds are not measured here, and small ones decide "
-        "nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains at a "
+        f"{beside}{missing}One training each: differences between two seeds are not measured here, and small ones "
+        "decide nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains at a "
         "hundredth of the size, on source code."
     )
 
