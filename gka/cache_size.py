@@ -19,7 +19,7 @@ def cache_bytes(model: Any, tokens: int) -> int:
         model: a causal language model of transformers.
         tokens: length of the sequence.
     """
-    cache = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)[CACHE]
+    cache = getattr(model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True), CACHE)
     total = 0
     for layer in cache.layers:
         states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]

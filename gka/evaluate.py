@@ -112,7 +112,7 @@ def document_nats(
                 **named(cache),
                 use_cache=True,
             )
-            cache = output[CACHE]
+            cache = getattr(output, CACHE)
             logits = output.logits.float().flatten(0, 1)  # [B * W, X]
             targets = tokens[:, begin + 1 : end + 1].to(model.device).flatten()
             losses = F.cross_entropy(logits, targets, reduction="none").view(len(batch), -1).double().cpu()

@@ -15,6 +15,7 @@ from tiny_run import command, train, write_texts
 from gka import cli
 from gka.data import encode, load_tokenizer
 from gka.evaluate import Score, document_nats, score_texts, total_score
+from gka.hf.cache_name import CACHE, takes_cache
 from gka.loading import load_checkpoint
 
 TEXTS = [
@@ -105,13 +106,14 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary() -> N
     class Uniform(torch.nn.Module):
         device = torch.device("cpu")
 
+        @takes_cache
         def forward(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
             assert use_cache
 
             class Output:
                 logits = torch.zeros(*input_ids.shape, 259)
 
-            Output.past_key_values = past_key_values
+            setattr(Output, CACHE, past_key_values)
             return Output
 
     scores = score_texts(Uniform(), load_tokenizer(None), TEXTS, window=16, batch_size=2)

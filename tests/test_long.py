@@ -20,6 +20,7 @@ from gka.evidence.lm import ALL, language_model, model_folder
 from gka.evidence.page import write_page
 from gka.evidence.questions import IGNORE, PLANS, TEXT_EVERY, Plan, Questions
 from gka.evidence.record import Record
+from gka.hf.cache_name import named
 
 NEEDLE = re.compile(r"A secret number of (\S+) is (\d{7})\.\s")
 ASKED = re.compile(r"What is the secret number of (\S+)\?\nThe secret number of (\S+) in the text is$")
@@ -156,7 +157,7 @@ class Copier:
         logits = torch.zeros(len(cache), logits_to_keep, len(self.tokenizer))
         for row, tokens in enumerate(cache):
             logits[row, -1, tokens.pop(0)] = 1.0
-        return SimpleNamespace(logits=logits, past_key_values=cache if use_cache else None)
+        return SimpleNamespace(logits=logits, **named(cache if use_cache else None))
 
     def line(self, window: torch.Tensor) -> list[int]:
         text = self.tokenizer.decode(window)

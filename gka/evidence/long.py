@@ -183,7 +183,7 @@ def _greedy(model: Any, windows: Tensor, most: int, ends: Tensor) -> Tensor:
     done = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
     while len(made) < most and not done.all():
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, tokens = output[CACHE], output.logits.argmax(-1)
+        cache, tokens = getattr(output, CACHE), output.logits.argmax(-1)
         made.append(tokens)
         done |= torch.isin(tokens[:, 0], ends)
     return torch.cat(made, 1)
