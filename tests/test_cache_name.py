@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import new_cache, tiny_model
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from model_helpers import new_cache, tiny_config, tiny_model
 
-from gka.hf.cache_name import CACHE, named
+from gka import GKAForSequenceClassification
+from gka.hf.cache_name import CACHE
 
 
 @pytest.mark.parametrize("kind", ["gka", "hybrid"])
@@ -32,6 +32,15 @@ def test_both_names_are_one_argument(kind: Any) -> None:
 def test_signature_and_outputs_have_the_name_of_this_transformers() -> None:
     model = tiny_model("gka")
     for part in (model, model.model):
-        assert CACHE in inspect.signature(part.forward).parameters
+        assert {"cache", "past_key_values"} & set(inspect.signature(part.forward).parameters) == {CACHE}
         assert part(torch.zeros(1, 2, dtype=torch.long), use_cache=True)[CACHE] is not None
-    assert CausalLMOutputWithPast(**named("held"))[CACHE] == "held"
+
+
+def test_a_classifier_takes_both_names() -> None:
+    model = GKAForSequenceClassification(tiny_config(pad_token_id=0)).eval()
+    tokens = torch.randint(1, model.config.vocab_size, (1, 5))
+    expected = model(tokens).logits
+    for name in ("cache", "past_key_values"):
+        cache = new_cache(model.config)
+        torch.testing.assert_close(model(tokens, **{name: cache}).logits, expected, rtol=1e-4, atol=1e-5)
+        assert cache.has_previous_state()

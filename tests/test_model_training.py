@@ -19,6 +19,7 @@ from model_helpers import (
 from torch import Tensor
 
 from gka import GKAForCausalLM
+from gka.hf.cache_name import named
 
 KINDS = ("gka", "gla", "hybrid", "hybrid, sliding")
 
@@ -49,6 +50,12 @@ def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool) -> N
     assert len(runs) == 2 * len(model.model.layers)  # once forward, once again for the gradients
     out = model(tokens, use_cache=True)
     assert out.past_key_values is None
+    cache = new_cache(model.config)
+    assert_same(loss_and_gradients(model, tokens, **named(cache)), expected, 1e-12)
+    if "linear_attention" in model.config.layer_types:
+        assert not cache.has_previous_state()
+    else:
+        assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """What transformers calls a model's cache: `cache` from 5.24 on, `past_key_values` before.
 
-Models of this library take both, and in their outputs both can be read, whichever transformers there is.
+`forward` of this library's models takes both. Outputs, and arguments of `generate`, have the name of the
+transformers there is; from 5.24 on transformers itself takes the old one, too.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def takes_cache(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if NEW in kwargs:
-            if OLD in kwargs:
+        if (given := kwargs.pop(NEW, None)) is not None:
+            if kwargs.get(OLD) is not None:
                 raise ValueError(f"{OLD} and {NEW} are both given; they are two names of one argument")
-            kwargs[OLD] = kwargs.pop(NEW)
+            kwargs[OLD] = given
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)

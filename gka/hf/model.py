@@ -80,6 +80,7 @@ class GKABlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)  # Qwen3's, with a bias where config.mlp_bias
 
+    @takes_cache  # gradient checkpointing, which wraps this, takes the cache away by its name
     def forward(
         self,
         hidden_states: Tensor,
@@ -267,7 +268,7 @@ class GKAModel(GKAPreTrainedModel):
             hidden_states = block(
                 hidden_states,
                 attention_mask=masks[kind],
-                past_key_values=past_key_values,
+                **named(past_key_values),
                 packing=packing,
                 attention_arguments=arguments,
             )
