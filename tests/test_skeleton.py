@@ -67,7 +67,7 @@ def test_sizes_that_cannot_be_matched_are_refused() -> None:
         skeleton("rwkv", **SIZES)
 
 
-@pytest.mark.parametrize("mixer", ["gka", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_first_weights_have_the_size_that_the_width_asks(mixer: str) -> None:
     """1 / sqrt(hidden_size), and sqrt(2 blocks) less where a block adds to the residual stream."""
     torch.manual_seed(0)

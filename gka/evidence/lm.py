@@ -182,8 +182,11 @@ def section(entries: Entries, picture: Path) -> str:
         some = models[order[0]]
         counts = some["result"].get("corpus")
         parts = [
-            _described(some["cell"], counts),
-            markdown_table(_HEAD, [_row(models[mixer], speeds.get(mixer)) for mixer in order]),
+            _described(some["cell"], counts, bool(speeds)),
+            markdown_table(
+                [*_HEAD, *(_SPEED_HEAD if speeds else [])],
+                [[*_row(models[mixer]), *(_speeds(speeds.get(mixer)) if speeds else [])] for mixer in order],
+            ),
             _findings(models, entries),
             "Held-out loss of recall tokens in nats, by the distance to where their bigram stands last:",
             markdown_table(*_bins(models, order, "distance")),
@@ -196,12 +199,19 @@ def section(entries: Entries, picture: Path) -> str:
 
 _HEAD = [
     "mixer", "million parameters", "learning rate", "held-out loss", "bits per byte", "recall tokens",
-    "other tokens", "tokens/s", "peak GB", "largest gradient norm",
+    "other tokens", "largest gradient norm",
 ]  # fmt: skip
+_SPEED_HEAD = ["tokens/s", "peak GB"]
 
 
-def _described(cell: Cell, counts: dict[str, Any] | None) -> str:
-    read = ""
+def _described(cell: Cell, counts: dict[str, Any] | None, with_speed: bool) -> str:
+    read = speed = ""
+    if with_speed:
+        speed = (
+            " Tokens per second and memory are those of a short training; they depend on what a mixer runs by: "
+            "Gated DeltaNet by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where they are "
+            "installed, else by transformers' PyTorch code."
+        )
     if counts:
         train, held = counts["train"], counts["validation"]
         read = (
@@ -212,27 +222,28 @@ def _described(cell: Cell, counts: dict[str, Any] | None) -> str:
     return (
         f"{cell['num_hidden_layers']} blocks of {cell['hidden_size']}, {cell['num_attention_heads']} heads, "
         f"{cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, {cell['dtype']}.{read} Losses "
-        "are in nats per token. Tokens per second and memory are those of a short training with the GPU to "
-        "itself; they depend on what a mixer runs by: Gated DeltaNet by flash-linear-attention's kernels and "
-        "Mamba-2 by those of mamba_ssm where they are installed, else by transformers' PyTorch code."
+        f"are in nats per token.{speed}"
     )
 
 
-def _row(entry: dict[str, Any], measured: dict[str, Any] | None) -> list[str]:
+def _speeds(measured: dict[str, Any] | None) -> list[str]:
+    """Tokens per second and peak memory, where they were measured."""
+    speed, peak = (None if measured is None else measured[key] for key in _SPEED)
+    return ["" if speed is None else f"{speed:,}", "" if peak is None else f"{peak / 1e9:.1f}"]
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
     result = entry["result"]
     name, held_out = STYLE[entry["cell"]["mixer"]][0], result["held out"]
     head = [name, f"{result['parameters'] / 1e6:.2f}", f"{result['learning_rate']:g}"]
     if held_out is None:
         return [*head, f"diverged at step {result['diverged']}", *[""] * (len(_HEAD) - 4)]
-    speed, peak = (None if measured is None else measured[key] for key in _SPEED)
     return [
         *head,
         f"{held_out['loss']:.4f}",
         f"{held_out['bits_per_byte']:.4f}",
         _nats(held_out["recall_loss"]),
         _nats(held_out["other_loss"]),
-        "" if speed is None else f"{speed:,}",
-        "" if peak is None else f"{peak / 1e9:.1f}",
         f"{max(norm for _, norm in result['gradient norms']):.2f}",
     ]
 
@@ -301,8 +312,8 @@ def _findings(models: dict[str, dict[str, Any]], entries: Entries) -> str:
     beside = f"Loss beside GKA's, in nats per token: {', '.join(apart)}. " if apart else ""
     return (
         f"{beside}{missing}One training each: differences between two seeds are not measured here, and small ones "
-        "decide nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains at a "
-        "hundredth of the size, on source code."
+        "decide nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains "
+        "at less than a hundredth of the size, on source code."
     )
 
 

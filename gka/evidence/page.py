@@ -65,21 +65,19 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
 
 def sources_of(runs: list[dict[str, Any]]) -> list[str]:
     """What made results, a text for all processes of the same command but for `--only`, machine and versions."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
         command, _ = _split(run["command"])
-        where = (
-            f"`{command}`{{}}, {run['date']}, commit {run['commit']}, "
-            f"{run['machine']['gpu'] or run['machine']['processor']}, {{:,.0f}} s, "
-            + ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        )
-        groups.setdefault(where, []).append(run)
+        machine = run["machine"]["gpu"] or run["machine"]["processor"]
+        where = f"{run['date']}, commit {run['commit']}, {machine}"
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        groups.setdefault((command, where, versions), []).append(run)
     found = []
-    for where, group in groups.items():
+    for (command, where, versions), group in groups.items():
         parts = ""
         if any(_split(run["command"])[1] for run in group):
             parts = f" in {len(group)} process{'es' * (len(group) > 1)} with parts of it (`--only`)"
-        found.append(where.format(parts, sum(run["seconds"] for run in group)))
+        found.append(f"`{command}`{parts}, {where}, {sum(run['seconds'] for run in group):,.0f} s, {versions}")
     return found
 
 
@@ -89,6 +87,6 @@ def _split(command: str) -> tuple[str, list[str]]:
     only: list[str] = []
     at = kept
     for word in shlex.split(command):
-        at = only if word == "--only" else kept if word.startswith("--") else at
+        at = only if word.split("=")[0] == "--only" else kept if word.startswith("--") else at
         at.append(word)
-    return shlex.join(kept), only[1:]
+    return shlex.join(kept), only

@@ -4,9 +4,10 @@ Embedding, norms, residual blocks and output projection are the same. What the m
 (softmax attention has no output gate, Mamba-2 an expansion of 2) is made up by the width of the feed-forward
 blocks, which is the only size that differs.
 
-First weights are normal with variance 1 / hidden_size, which transformers' 0.02 is at a hidden size of 2500 only;
-projections back into the residual stream are smaller by sqrt(2 blocks), as GPT-2's. With 0.02 at a hidden size of
-384, what blocks add to the stream hides the embedding, and all mixers but Mamba-2 take hundreds of steps to begin.
+First weights, unless a field says otherwise, are normal with variance 1 / hidden_size, which transformers' 0.02 is
+at a hidden size of 2500 only; projections back into the residual stream are smaller by sqrt(2 blocks), as GPT-2's.
+With 0.02 at a hidden size of 384, what blocks add to the stream hides the embedding, and all mixers but Mamba-2
+take hundreds of steps to begin.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
 
 @torch.no_grad()
 def fresh_model(config: GKAConfig) -> GKAForCausalLM:
-    """A language model with its first weights, as the module says, from torch's random numbers."""
+    """A language model with its first weights, from torch's random numbers: here the projections back into the
+    residual stream get smaller, all else is the configuration's initializer_range.
+    """
     model = GKAForCausalLM(config)
     for name, weight in model.named_parameters():
         if name.endswith(_OUTPUTS):

@@ -77,7 +77,6 @@ def train_cell(
     options: MQAROptions,
     cell: Cell,
     report: Callable[[int, float | None], None],
-    config: GKAConfig | None = None,
 ) -> dict[str, Any]:
     """Train one model and score it.
 
@@ -85,7 +84,6 @@ def train_cell(
         options: of the comparison.
         cell: which training.
         report: called after every step with the step and the last test accuracy.
-        config: the model; None means that of `model_config`.
 
     Returns:
         What goes into the results file: the cell, `accuracy` and `loss` of the last test, `steps`, `parameters`,
@@ -105,7 +103,7 @@ def train_cell(
     }
     train = make_mqar(options.train_examples, split="train", **task)
     test = make_mqar(options.test_examples, split="test", **task)
-    config = config or model_config(options, cell.mixer, cell.dim)
+    config = model_config(options, cell.mixer, cell.dim)
     set_seed(cell.seed)
     model = GKAForCausalLM(config)
     with tempfile.TemporaryDirectory() as scratch:
