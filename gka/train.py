@@ -49,7 +49,7 @@ from .plots import plot_loss
 from .quiet import quiet
 from .run_folder import PARTIAL_MODEL, open_run, write_whole
 from .schedule import Schedule
-from .trainer import SCHEDULE_FILE, GKATrainer, ProgressCallback, ScheduleCallback
+from .trainer import SCHEDULE_FILE, GKATrainer, ProgressCallback, ScheduleCallback, on_one_gpu
 
 
 def main(options: TrainOptions) -> None:
@@ -188,9 +188,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process, one GPU; torchrun starts more
-    return arguments
+    return on_one_gpu(arguments)
 
 
 # Training

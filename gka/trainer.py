@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import UserError
@@ -30,6 +30,13 @@ SCHEDULE_FILE = "schedule.json"
 
 class Diverged(UserError):
     """A training whose loss is not finite."""
+
+
+def on_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """The arguments, changed in place: one process, one GPU; torchrun starts more."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class GKATrainer(Trainer):

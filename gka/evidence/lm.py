@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..errors import UserError
 from ..hf import GKAConfig
 from ..hf.config import MIXERS
 from ..loading import write_checkpoint
@@ -31,7 +30,7 @@ from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import fresh_model, skeleton
 from .table import markdown_table
-from .training import steps_of, train, train_on_text
+from .training import train_on_text
 
 SUMMARY = "language models of equal size on the same text"
 BY_MACHINE = False
@@ -104,22 +103,22 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and read the held-out text with it."""
     output, size = folder.parents[1], cell["size"]
     data = text.Corpus.load(output, size)
+    rate = _rate(output, cell)
     set_seed(cell["seed"])
     config = language_model(cell["mixer"], size, len(data.tokenizer), data.tokenizer.eos_token_id)
     model = fresh_model(config)
-    if cell["part"] == "speed":
-        return _speed(model, data, cell, folder, device)
-    rate = cell["learning_rate"] if cell["part"] == "rate" else _best_rate(output, cell)
     trained, held_out = train_on_text(
         model,  # type: ignore[arg-type]
         data,
         cell,
         folder,
         learning_rate=rate,
-        eval_bytes=cell["eval_bytes"] if cell["part"] == "model" else cell["eval_bytes"] // 4,
+        eval_bytes={"model": cell["eval_bytes"], "rate": cell["eval_bytes"] // 4}.get(cell["part"]),
         device=device,
         log_every=10 if size == "full" else 1,
     )
+    if cell["part"] == "speed":  # too short to learn anything
+        return {name: trained.as_dict()[name] for name in _SPEED}
     found = {
         "learning_rate": rate,
         "parameters": model.num_parameters(),
@@ -134,33 +133,12 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     return found
 
 
-def _speed(model: Any, data: text.Corpus, cell: Cell, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Tokens per second and peak memory of a training too short to learn anything."""
-    trained = train(
-        model,
-        data.train_blocks(cell["seq_len"], cell["tokens"]),
-        folder,
-        learning_rate=RATES[0],
-        steps=steps_of(cell),
-        batch_size=cell["batch_size"],
-        seed=cell["seed"],
-        device=device,
-        dtype=cell["dtype"],
-    ).as_dict()
-    return {name: trained[name] for name in _SPEED}
-
-
-def _best_rate(output: Path, cell: Cell) -> float:
-    """The rate whose short training has the lowest held-out loss. UserError if one has not been tried."""
-    same = {name: cell[name] for name in ("mixer", "size", "corpus", "seed")}
-    losses = {
-        entry["cell"]["learning_rate"]: _loss(entry)
-        for entry in Record(output / "lm.json", "lm").entries
-        if entry["cell"]["part"] == "rate" and same.items() <= entry["cell"].items()
-    }
-    if missing := [rate for rate in cell["rates"] if rate not in losses]:
-        raise UserError(f"the learning rates {missing} have not been tried with {cell['mixer']}")
-    return float(min(cell["rates"], key=losses.__getitem__))
+def _rate(output: Path, cell: Cell) -> float:
+    """The learning rate of a cell: for a model that whose short training has the lowest held-out loss."""
+    if cell["part"] != "model":
+        return cell.get("learning_rate", RATES[0])  # type: ignore[no-any-return]
+    same = {"part": "rate", **{name: cell[name] for name in ("mixer", "size", "corpus", "seed")}}
+    return Record(output / "lm.json", "lm").best_rate(same, cell["rates"], _loss)
 
 
 def _loss(entry: dict[str, Any]) -> float:

@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from ..errors import UserError
 from ..hf import GKAForCausalLM
 from ..tasks.mqar import IGNORE, make_mqar
 from ..tasks.mqar_report import STYLE
 from ..tasks.mqar_run import ALL_MIXERS
 from ..tasks.mqar_train import LAYERS, RecallTrainer, answers, state_size
+from ..trainer import on_one_gpu
 from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import skeleton
@@ -173,9 +173,7 @@ def _arguments(cell: Cell, rate: float, folder: Path, device: torch.device) -> T
         disable_tqdm=True,
         report_to=[],
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
+    return on_one_gpu(arguments)
 
 
 @torch.no_grad()
@@ -198,14 +196,7 @@ def _accuracy(model: GKAForCausalLM, cell: Cell, T: int, P: int) -> float:
 def _best_rate(output: Path, cell: Cell) -> float:
     """The rate whose training with the first seed has the best mean accuracy. UserError if one is missing."""
     same = {name: value for name, value in cell.items() if name not in ("seed", "rates")}
-    found = {
-        entry["cell"]["learning_rate"]: _mean(entry)
-        for entry in Record(output / "mqar.json", "mqar").entries
-        if "learning_rate" in entry["cell"] and same.items() <= entry["cell"].items()
-    }
-    if missing := [rate for rate in cell["rates"] if rate not in found]:
-        raise UserError(f"the learning rates {missing} have not been tried with {cell['mixer']} at {cell['dim']}")
-    return float(max(cell["rates"], key=found.__getitem__))
+    return Record(output / "mqar.json", "mqar").best_rate(same, cell["rates"], lambda entry: -_mean(entry))
 
 
 def _mean(entry: dict[str, Any]) -> float:

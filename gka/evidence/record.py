@@ -17,7 +17,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,25 @@ class Record:
         done = {_key(entry["cell"]) for entry in self.entries}
         wanted = {_key(cell): cell for cell in cells}
         return [cell for key, cell in wanted.items() if key not in done]
+
+    def best_rate(self, same: Cell, rates: list[float], loss: Callable[[dict[str, Any]], float]) -> float:
+        """The learning rate whose training lost least.
+
+        Args:
+            same: what the cells of the trainings share; "mixer" among it.
+            rates: that must have been tried. loss: of an entry.
+
+        Raises:
+            UserError: one has not been tried.
+        """
+        found = {
+            entry["cell"]["learning_rate"]: loss(entry)
+            for entry in self.entries
+            if "learning_rate" in entry["cell"] and same.items() <= entry["cell"].items()
+        }
+        if missing := [rate for rate in rates if rate not in found]:
+            raise UserError(f"the learning rates {missing} have not been tried with {same['mixer']}")
+        return float(min(rates, key=found.__getitem__))
 
     def add(self, cell: Cell, result: Any, seconds: float) -> None:
         """Write a result.

@@ -46,7 +46,8 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
     """
     if mixer not in MIXERS:
         raise ValueError(f"mixer is {mixer!r}; expected one of {MIXERS}")
-    fields = {"initializer_range": round(fields["hidden_size"] ** -0.5, 5), **fields}
+    hidden_size = GKAConfig(mixer="gka", **fields).hidden_size
+    fields = {"initializer_range": round(hidden_size**-0.5, 5), **fields}
     wanted = count_parameters(GKAConfig(mixer="gka", **fields))
     config = GKAConfig(mixer=mixer, **fields)
     width = config.intermediate_size

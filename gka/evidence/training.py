@@ -20,7 +20,7 @@ from transformers import (
 
 from ..tasks.recall_loss import RecallLoss
 from ..train import schedule_of, train_to_the_end
-from ..trainer import Diverged, GKATrainer, ScheduleCallback
+from ..trainer import Diverged, GKATrainer, ScheduleCallback, on_one_gpu
 from .corpus import Corpus, evaluate
 from .record import Cell
 
@@ -110,8 +110,7 @@ def train(
         disable_tqdm=True,
         report_to=[],
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
+    on_one_gpu(arguments)
     schedule, _ = schedule_of(folder, arguments, steps, None, _WARMUP)
     clock = _Clock()
     trainer = GKATrainer(
@@ -151,7 +150,7 @@ def train_on_text(
     folder: Path,
     *,
     learning_rate: float,
-    eval_bytes: int,
+    eval_bytes: int | None,
     device: torch.device,
     log_every: int,
 ) -> tuple[Trained, RecallLoss | None]:
@@ -159,11 +158,11 @@ def train_on_text(
 
     Args:
         cell: its seq_len, tokens, batch_size, seed and dtype are those of the training.
-        eval_bytes: of held-out text.
+        eval_bytes: of held-out text; None reads none.
         model, folder, learning_rate, device, log_every: as for `train`.
 
     Returns:
-        what came of the training, and the held-out loss; None if it diverged.
+        what came of the training, and the held-out loss; None if it diverged or nothing was to be read.
     """
     trained = train(
         model,
@@ -177,7 +176,7 @@ def train_on_text(
         dtype=cell["dtype"],
         log_every=log_every,
     )
-    if trained.diverged is not None:
+    if trained.diverged is not None or eval_bytes is None:
         return trained, None
     held_out = evaluate(
         model,

@@ -28,14 +28,14 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ..layer import fresh_A_log, fresh_dt_bias
-from .cache_name import CACHE
+from .cache_name import CACHE, NEW
 
 LAYERS = (Qwen3NextGatedDeltaNet, Mamba2Mixer)
 
 if TYPE_CHECKING:
     from .config import GKAConfig
 
-PEER_CACHE = "cache" if CACHE == "cache" else "cache_params"  # what transformers' layers call a cache
+PEER_CACHE = NEW if CACHE == NEW else "cache_params"  # what transformers' layers call a cache
 MAMBA_CHUNK = 64  # tokens; shorter than transformers' 256, for scores of [T, chunk, heads] in float32
 
 

@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..errors import UserError
 from ..hf import GKAConfig, GKAForCausalLM
 from ..layer import decayed
+from ..trainer import on_one_gpu
 from .mqar import IGNORE, MQAR, make_mqar
 
 if TYPE_CHECKING:
@@ -254,9 +255,7 @@ def _arguments(options: MQAROptions, cell: Cell, scratch: str) -> TrainingArgume
         disable_tqdm=True,
         report_to=[],
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # such small models gain nothing from several
-    return arguments
+    return on_one_gpu(arguments)
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
