@@ -24,6 +24,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from ..loading import load_checkpoint, load_model, write_checkpoint
 from ..tasks.examples import exact_match, f1
 from ..tasks.needles import TASKS
 from . import questions
+from .attention import ready_kernels
 from .lm import ALL, STYLE, model_folder
 from .picture import new_panels, save
 from .questions import PLANS, Questions
@@ -182,7 +184,8 @@ def _greedy(model: Any, windows: Tensor, most: int, ends: Tensor) -> Tensor:
     cache, tokens = None, windows
     done = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
     while len(made) < most and not done.all():
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with ready_kernels() if made else nullcontext():  # all prompts of a task and length have the same
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, tokens = getattr(output, CACHE), output.logits.argmax(-1)
         made.append(tokens)
         done |= torch.isin(tokens[:, 0], ends)
