@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import torch
@@ -25,6 +27,21 @@ class _Stream(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.file.write(text)
         self.file.flush()
+
+
+@contextmanager
+def ready_attention() -> Iterator[None]:
+    """Let PyTorch's attention take only kernels that are ready at every length; a setting of the whole process.
+
+    On a Hopper GPU it takes cuDNN's first, which plan anew at each length that they have not met, and in decoding
+    every step has another one: 45 ms for each layer and token on an H100, in place of 2 ms (docs/kernels.md).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def generate(
@@ -63,7 +80,7 @@ def generate(
     if file is not None:
         file.write(prompt)
         file.flush()
-    with torch.inference_mode():
+    with torch.inference_mode(), ready_attention():
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

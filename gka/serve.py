@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from .commands import ServeOptions
 from .errors import UserError, reason
+from .generate import ready_attention
 from .loading import find_checkpoint, load_model
 from .quiet import quiet
 
@@ -75,7 +76,7 @@ def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, defa
             """Keep the model: there is nothing to load it from again."""
 
     started = int(time.time())
-    with mock.patch.object(model_manager, "ModelManager", OneModel):
+    with ready_attention(), mock.patch.object(model_manager, "ModelManager", OneModel):
         Serve(force_model=name, host=host, port=port, log_level="error", default_seed=default_seed)
 
 

@@ -336,6 +336,11 @@ def test_mqar_shows_the_best_rate_with_all_its_seeds(tmp_path: Path) -> None:
     text = mqar.section(entries, tmp_path / "picture.png")
     assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) |" in text and "| 32 | 0.01 | 0.1 |" in text
     assert "Gated DeltaNet: above in 0, level in 0, below in 1" in text
+    assert "mean over the seeds (2)" in text and "Not learnt" not in text
+    entries = [*entries[:2], entry("attention", 0.1, 0, 0.1), entry("attention", 0.1, 1, 0.2), *entries[3:]]
+    text = mqar.section(entries, tmp_path / "picture.png")
+    assert "mean over the seeds (2; 1 of GKA at dim 32)" in text
+    assert "below 20 percent even at the easiest place: softmax attention at dim 32." in text
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
 

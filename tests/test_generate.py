@@ -13,7 +13,7 @@ import torch
 from tiny_run import _path, command, run_process, train, write_texts
 
 from gka import cli
-from gka.generate import generate
+from gka.generate import generate, ready_attention
 from gka.loading import load_checkpoint
 
 
@@ -33,6 +33,26 @@ def loaded(run: Path) -> tuple[Any, Any]:
 def test_the_seed_decides_the_text(loaded: tuple[Any, Any]) -> None:
     texts = [generate(*loaded, "the", max_new_tokens=40, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_attention_plans_nothing_while_text_is_made(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    seen: list[bool] = []
+    real = model.generate
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    generate(model, tokenizer, "the", max_new_tokens=2)
+    assert before and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(KeyError), ready_attention():
+        raise KeyError
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_temperature_0_takes_the_likeliest_token(loaded: tuple[Any, Any]) -> None:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..generate import ready_attention
 from ..hf.config import MIXERS
 from ..hf.model import GKAModel
 from ..tasks.mqar_report import STYLE
-from .attention import ready_kernels
 from .picture import new_panels, save
 from .record import Cell
 from .skeleton import skeleton
@@ -115,7 +115,7 @@ def _step(model: GKAModel, x: Tensor) -> tuple[Callable[[], object], dict[str, A
         model(inputs_embeds=x, past_key_values=cache, use_cache=True)
 
     def call() -> object:
-        with torch.no_grad(), ready_kernels():
+        with torch.no_grad(), ready_attention():
             return model(inputs_embeds=token, past_key_values=cache, use_cache=True)
 
     return call, {"cache bytes": _bytes(cache)}
@@ -182,8 +182,14 @@ def _time(result: dict[str, Any] | None) -> str:
 
 
 def _memory(result: dict[str, Any] | None) -> str:
-    value = None if result is None else result.get("cache bytes", result["peak bytes"])
+    value = None if result is None else _bytes_of(result)
     return "" if value is None else f"{value / 1e6:.4g}"
+
+
+def _bytes_of(result: dict[str, Any]) -> int | None:
+    """Of the cache where there is one, else the peak."""
+    value: int | None = result.get("cache bytes", result["peak bytes"])
+    return value
 
 
 def _findings(entries: Entries) -> str:
@@ -211,27 +217,38 @@ def _findings(entries: Entries) -> str:
     )
 
 
-def _points(entries: Entries, mixer: str, what: str) -> list[tuple[int, float]]:
-    """Tokens and median seconds, where the memory sufficed."""
-    return sorted(
-        (e["cell"]["tokens"], e["result"]["seconds"][0])
-        for e in entries
-        if (e["cell"]["mixer"], e["cell"]["what"]) == (mixer, what) and e["result"]["seconds"]
-    )
+def _points(entries: Entries, mixer: str, what: str, memory: bool = False) -> list[tuple[int, float]]:
+    """Tokens and median seconds, or bytes, where the memory sufficed and they were measured."""
+    found = []
+    for entry in entries:
+        if (entry["cell"]["mixer"], entry["cell"]["what"]) == (mixer, what):
+            times = entry["result"]["seconds"]
+            value = _bytes_of(entry["result"]) if memory else times and times[0]
+            if value:
+                found.append((entry["cell"]["tokens"], float(value)))
+    return sorted(found)
 
 
 def _draw(entries: Entries, mixers: list[str], path: Path) -> None:
-    figure, panels = new_panels(1, len(WHAT), (13, 4.2), 120)
-    for axes, what in zip(panels, WHAT, strict=True):
-        for mixer in mixers:
-            name, colour, marker = STYLE[mixer]
-            points = [(T, 1e3 * time) for T, time in _points(entries, mixer, what)]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("tokens" if what != "decode step" else "tokens before it")
-        axes.set_title(what, loc="left", fontsize=11)
-    panels[0].set_ylabel("milliseconds")
+    """Milliseconds above, megabytes below, where they were measured."""
+    kinds = [("milliseconds", False, 1e3)]
+    if any(_bytes_of(e["result"]) for e in entries):
+        kinds.append(("megabytes", True, 1e-6))
+    figure, panels = new_panels(len(kinds), len(WHAT), (13, 4.2 * len(kinds)), 120)
+    for number, (unit, memory, scale) in enumerate(kinds):
+        row = panels[number * len(WHAT) : (number + 1) * len(WHAT)]
+        for axes, what in zip(row, WHAT, strict=True):
+            for mixer in mixers:
+                name, colour, marker = STYLE[mixer]
+                points = [(T, scale * value) for T, value in _points(entries, mixer, what, memory)]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, high / 100), high)  # what differs by chance alone shall not fill the panel
+            axes.set_xlabel("tokens" if what != "decode step" else "tokens before it")
+            axes.set_title(what, loc="left", fontsize=11)
+        row[0].set_ylabel(unit)
     panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)

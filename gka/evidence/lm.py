@@ -30,7 +30,7 @@ from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import fresh_model, skeleton
 from .table import markdown_table
-from .training import train_on_text
+from .training import SPEED, train_on_text
 
 SUMMARY = "language models of equal size on the same text"
 BY_MACHINE = False
@@ -38,7 +38,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ALL = (*MIXERS, "hybrid")
 STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
 Entries = list[dict[str, Any]]
-_SPEED = ("tokens per second", "peak bytes")
+_SPEED = (SPEED, "peak bytes")
 _SIZES: dict[str, dict[str, Any]] = {
     "small": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
     "full": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6),

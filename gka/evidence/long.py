@@ -33,19 +33,19 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..generate import ready_attention
 from ..hf import GKAForCausalLM
 from ..hf.cache_name import CACHE
 from ..loading import load_checkpoint, load_model, write_checkpoint
 from ..tasks.examples import exact_match, f1
 from ..tasks.needles import TASKS
 from . import questions
-from .attention import ready_kernels
 from .lm import ALL, STYLE, model_folder
 from .picture import new_panels, save
 from .questions import PLANS, Questions
 from .record import Cell
 from .table import markdown_table
-from .training import train
+from .training import SPEED, train
 
 SUMMARY = "needles, LongQA and RAG in long contexts"
 BY_MACHINE = False
@@ -116,7 +116,7 @@ def _continue(
         write_checkpoint(model, source, target, overwrite=True, more={_RECIPE: json.dumps(_recipe(cell))})
     return {
         "parameters": model.num_parameters(),
-        **trained.as_dict(),
+        **{name: value for name, value in trained.as_dict().items() if name != SPEED},  # it may share the GPU
         "examples": asked.index["examples"],
         "counted tokens": asked.index["counted tokens"],
     }
@@ -184,7 +184,7 @@ def _greedy(model: Any, windows: Tensor, most: int, ends: Tensor) -> Tensor:
     cache, tokens = None, windows
     done = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
     while len(made) < most and not done.all():
-        with ready_kernels() if made else nullcontext():  # all prompts of a task and length have the same
+        with ready_attention() if made else nullcontext():  # all prompts of a task and length have the same
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, tokens = getattr(output, CACHE), output.logits.argmax(-1)
         made.append(tokens)
@@ -264,14 +264,13 @@ def _described(continued: dict[str, Any]) -> str:
     rows = []
     for mixer in (mixer for mixer in ALL if mixer in continued):
         result = continued[mixer]["result"]
-        speed, peak = result["tokens per second"], result["peak bytes"]
+        peak = result["peak bytes"]
         rows.append(
             [
                 STYLE[mixer][0],
                 f"{result['train loss'][-1][1]:.3f}"
                 if result["diverged"] is None
                 else f"diverged at step {result['diverged']}",
-                "" if speed is None else f"{speed:,}",
                 "" if peak is None else f"{peak / 1e9:.1f}",
             ]
         )
@@ -280,7 +279,7 @@ def _described(continued: dict[str, Any]) -> str:
         f"rows of {cell['seq_len']}, learning rate {cell['learning_rate']:g}, {cell['dtype']}: {examples} "
         f"examples of all tasks in half of the rows, text in the other. The loss counts {counted['answers']} "
         f"tokens of answers and {counted['text']} of text. Attention's rotary base is {cell['rope_theta']:,}.\n\n"
-        + markdown_table(["mixer", "last training loss, nats", "tokens/s", "peak GB"], rows)
+        + markdown_table(["mixer", "last training loss, nats", "peak GB"], rows)
     )
 
 
@@ -350,7 +349,7 @@ def _draw(scores: _Scores, mixers: list[str], trained: int, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name) if points else None
         axes.axvline(trained, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_xscale("log", base=2)
-        axes.set_ylim(-3, 104)
+        axes.set_ylim(-2, 5 + max((100 * result["score"] for result in scores.values()), default=95))
         axes.set_xlabel("tokens; dotted: trained at")
         axes.set_title(title, loc="left", fontsize=11)
     panels[0].set_ylabel("percent")

@@ -43,6 +43,7 @@ BY_MACHINE = False
 HEADS, WIDEST_HEAD = 2, 64
 FIRST_WEIGHTS = 0.02  # standard deviation, as Zoology's; softmax attention learns this task from small ones alone
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_LEARNT = 0.2  # accuracy of what has begun to recall
 SEEDS = (0, 1, 2)
 Entries = list[dict[str, Any]]
 Task = tuple[int, int]  # T, P
@@ -244,13 +245,6 @@ def section(entries: Entries, picture: Path) -> str:
         [str(dim), *(f"{at[dim, mixer]['learning_rate']:g}" if (dim, mixer) in at else "" for mixer in mixers)]
         for dim in dims
     ]
-    by_count: dict[int, list[str]] = defaultdict(list)
-    for mixer in mixers:
-        fewest = min(len(a) for row in found if row["mixer"] == mixer for a in row["accuracies"].values())
-        by_count[fewest].append(STYLE[mixer][0])
-    counts = "; ".join(
-        f"{count} of {', '.join(who) if len(by_count) > 1 else 'each mixer'}" for count, who in by_count.items()
-    )
     cell = entries[0]["cell"]
     names = [STYLE[mixer][0] for mixer in mixers]
     return "\n\n".join(
@@ -260,7 +254,7 @@ def section(entries: Entries, picture: Path) -> str:
             f"{cell['batch_tokens']:,} tokens each, of sequences of "
             f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens in one training, float32. "
             "Accuracy in percent on sequences never trained on: "
-            f"mean over the seeds ({counts}), least and largest in brackets. Differences below what "
+            f"mean over the seeds ({_counts(found)}), least and largest in brackets. Differences below what "
             "the seeds of one mixer differ by decide nothing. The rate was chosen by these accuracies "
             "with the first seed.",
             markdown_table(["tokens", "pairs", "dim", *names], rows),
@@ -268,6 +262,33 @@ def section(entries: Entries, picture: Path) -> str:
             f"Learning rates, the best of {span(sorted({row['rates'] for row in found}))} with the first seed:",
             markdown_table(["dim", *names], rates),
         )
+    )
+
+
+def _counts(found: list[dict[str, Any]]) -> str:
+    """How many seeds there are: the most, then where there are fewer."""
+    seeds = {(row["mixer"], row["dim"]): min(map(len, row["accuracies"].values())) for row in found}
+    most = max(seeds.values())
+    fewer: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for (mixer, dim), count in seeds.items():
+        if count < most:
+            fewer[count, dim].append(STYLE[mixer][0])
+    return "; ".join(
+        [str(most), *(f"{count} of {', '.join(who)} at dim {dim}" for (count, dim), who in sorted(fewer.items()))]
+    )
+
+
+def _lost(found: list[dict[str, Any]]) -> str:
+    """Whose best training does not even solve the easiest place."""
+    easiest = min(task for row in found for task in row["accuracies"])
+    dims: dict[str, list[str]] = defaultdict(list)
+    for row in found:
+        if statistics.mean(row["accuracies"].get(easiest, [1.0])) < _LEARNT:
+            dims[row["mixer"]].append(str(row["dim"]))
+    said = "; ".join(f"{STYLE[mixer][0]} at dim {', '.join(where)}" for mixer, where in dims.items())
+    return said and (
+        f" Not learnt with any of the rates, below {100 * _LEARNT:g} percent even at the easiest place: {said}. "
+        "That is what this training does, with its steps and first weights, and no limit of a mixer."
     )
 
 
@@ -295,7 +316,7 @@ def _findings(found: list[dict[str, Any]]) -> str:
     return (
         f"GKA beside each other mixer, by more than half a percent, places of the grid: {'; '.join(parts)}. "
         "The paper's figure 3a has GKA at or above every linear mixer; its models, schedule and number of "
-        "examples are not these."
+        f"examples are not these.{_lost(found)}"
     )
 
 

@@ -24,6 +24,7 @@ from ..trainer import Diverged, GKATrainer, ScheduleCallback, on_one_gpu
 from .corpus import Corpus, evaluate
 from .record import Cell
 
+SPEED = "tokens per second"  # in a result; only what has the GPU for itself has one worth comparing
 _WARMUP = 0.05  # of the steps
 
 
@@ -53,7 +54,7 @@ class Trained:
             "train loss": self.loss,
             "gradient norms": self.grad_norms,
             "seconds": self.seconds,
-            "tokens per second": self.tokens_per_second,
+            SPEED: self.tokens_per_second,
             "peak bytes": self.peak_bytes,
             "diverged": self.diverged,
         }
