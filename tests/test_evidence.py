@@ -336,6 +336,8 @@ def test_mqar_shows_the_best_rate_with_all_its_seeds(tmp_path: Path) -> None:
     text = mqar.section(entries, tmp_path / "picture.png")
     assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) |" in text and "| 32 | 0.01 | 0.1 |" in text
     assert "Gated DeltaNet: above in 0, level in 0, below in 1" in text
+    assert "refuted, for every seed of it lies below all of Gated DeltaNet in 1. " not in text
+    assert "beside Gated DeltaNet it holds, within the spread" in text
     assert "mean over the seeds (2)" in text and "Not learnt" not in text
     entries = [*entries[:2], entry("attention", 0.1, 0, 0.1), entry("attention", 0.1, 1, 0.2), *entries[3:]]
     text = mqar.section(entries, tmp_path / "picture.png")

@@ -68,6 +68,7 @@ TRIALS = {
     "conjugate gradient": Trial(change=Variant(solver="conjugate gradient")),
     "conjugate gradient, float32 products": Trial(change=Variant(solver="conjugate gradient", wide=True)),
 }
+_WIDE = "float32, steps (31,)"
 _SMALL = (BASE, "no alpha connection", "steps (8,)", "float32, steps (31,)", "lambda = 0.25", "sketch, d = 16",
           "conjugate gradient")  # fmt: skip
 _SIZES: dict[str, dict[str, Any]] = {
@@ -281,17 +282,29 @@ def _findings(by_name: dict[str, Results]) -> str:
             sides.setdefault(f"by less, but {side} with every seed", []).append(name)
     said = "; ".join(f"{side}: {_listed(names)}" for side, names in sides.items()) or "none by more"
     spiky = [
-        f"{sum(len(r['spikes']) for r in results.values())} with {name}"
+        f"{sum(len(r['spikes']) for r in results.values())} with {_listed([name])}"
         for name, results in by_name.items()
         if any(r["spikes"] for r in results.values())
     ]
     return (
         f"How much is chance: {_listed(alike)} solve the same system as the base, and with the same seed their "
         f"losses lie up to {chance:.3f} from its. The others, by the median of the seeds: {said}. Spikes of the "
-        f"gradient norm: {', '.join(spiky) or 'none'}. The paper reports loss spikes with a constant lambda, and "
-        "weaker long context without alpha, which windows of this length cannot show; its models have 440 million "
-        "parameters and more."
+        f"gradient norm: {', '.join(spiky) or 'none'}. {_verdicts(by_name, chance)}. The paper reports loss "
+        "spikes with a constant lambda, and weaker long context without alpha, which windows of this length "
+        "cannot show; its models have 440 million parameters and more."
     )
+
+
+def _verdicts(by_name: dict[str, Results], chance: float) -> str:
+    """What was expected, and what came."""
+    none = not any(result["spikes"] for result in by_name[BASE].values())
+    said = f"Expected were no spikes of the base, whose ridge is adaptive: {'confirmed' if none else 'refuted'}"
+    wide = [-x for x in _beside(_WIDE, by_name).values() if x is not None] if _WIDE in by_name else []
+    if wide:
+        more = statistics.median(wide)
+        verdict = "confirmed" if more <= 0 else "within chance" if more <= chance else "refuted"
+        said += f"; and a base, refined in bfloat16, no worse than float32: {verdict}, by {spread(wide, '+.4f')}"
+    return said
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -288,6 +288,9 @@ def _findings(models: dict[str, dict[str, Any]], entries: Entries) -> str:
     if missing:
         missing = f"Not trained on all tokens yet: {missing}. "
     beside = f"Loss beside GKA's, in nats per token: {', '.join(apart)}. " if apart else ""
+    if "gdn" in losses:
+        verdict = "confirmed" if losses["gka"]["loss"] <= losses["gdn"]["loss"] else "refuted"
+        beside += f"Expected was one at or below Gated DeltaNet's: {verdict} by this one training. "
     return (
         f"{beside}{missing}One training each: differences between two seeds are not measured here, and small ones "
         "decide nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains "
