@@ -156,3 +156,34 @@ def test_the_page_names_mixers_that_are_not_trained_yet(tmp_path: Path) -> None:
     rate = next(cell for cell in cells if cell["part"] == "rate" and cell["mixer"] == "mamba2")
     page = lm.section([{"cell": cell, "result": result} for cell in (model, rate)], tmp_path / "lm.png")
     assert "Not trained on all tokens yet: Mamba-2." in page
+
+
+def test_other_seeds_are_shown_beside_the_first(tmp_path: Path) -> None:
+    models = [cell for cell in lm.cells("full") if cell["part"] == "model"]
+    assert [(cell["mixer"], cell["seed"]) for cell in models] == [(m, seed) for seed in (0, 1, 2) for m in lm.ALL]
+    losses = {("gka", 0): 2.0, ("gka", 1): 2.2, ("gka", 2): 2.1, ("gdn", 0): 1.9, ("gdn", 1): 2.4}
+    entries = []
+    for cell in models:
+        if loss := losses.get((cell["mixer"], cell["seed"])):
+            held_out = {"loss": loss, "bits_per_byte": loss / 2, "recall_loss": 3.0, "other_loss": 1.0}
+            result = {
+                "learning_rate": 0.01, "parameters": 1, "train loss": [[1, 2.0]], "gradient norms": [[1, loss]],
+                "diverged": None, "held out": {**held_out, "recall": [], "positions": []},
+            }  # fmt: skip
+            entries.append({"cell": cell, "result": result})
+    page = lm.section(entries, tmp_path / "lm.png")
+    assert "seeds: 2 to 3." in page and "by position in the window, first seed:" in page
+    assert "| 2.1000 (2.0000 to 2.2000) | 1.0500 (1.0000 to 1.1000) | 3.000 (3.000 to 3.000) |" in page
+    assert "+0.0500 (-0.1000 to +0.2000) for Gated DeltaNet" in page
+    assert "Gated DeltaNet: so it is with 1 of 2 seeds." in page and "One training each" not in page
+
+
+def test_other_seeds_train_with_the_first_seed_s_rate_and_keep_no_model(output: Path) -> None:
+    seed = {"seed": 1, "size": "small", **corpus.prepare(output, "small", None)}
+    cell = {**next(c for c in lm.cells("small") if c["mixer"] == "gla" and c["part"] == "model"), **seed}
+    kept = lm.model_folder(output, "small", "gla") / "model.safetensors"
+    before = kept.stat().st_mtime_ns
+    found = lm.run(cell, output / "lm" / "other", CPU)
+    first = next(e for e in Record(output / "lm.json", "lm").entries if e["cell"]["part"] == "model")
+    assert found["learning_rate"] == first["result"]["learning_rate"] and kept.stat().st_mtime_ns == before
+    assert found["held out"]["loss"] != first["result"]["held out"]["loss"]

@@ -45,12 +45,11 @@ _CALLS, _MORE_CALLS = 5, 50
 
 
 def cells(size: str) -> list[Cell]:
-    """1K to 1M tokens, backward to 256K; small: 256 and 512 tokens of a narrow block."""
+    """1K to 1M tokens; small: 256 and 512 tokens of a narrow block."""
     lengths, sizes = ([256, 512], _NARROW) if size == "small" else ([1 << n for n in range(10, 21)], _WIDE)
     return [
         {"mixer": mixer, "what": what, "tokens": T, **sizes}
         for T, what, mixer in itertools.product(lengths, WHAT, MIXERS)
-        if what != "forward+backward" or T <= 1 << 18
     ]
 
 

@@ -3,7 +3,8 @@
 Eight blocks of 384, six heads of 64, 8192 tokens with tied embeddings, about 18 million parameters, equal within
 2% (skeleton.py); "hybrid" is GKA with softmax attention in every sixth block. All see the same tokens in the same
 order, in bfloat16. Every mixer is tried with the same four learning rates on an eighth of the tokens; the one with
-the lowest held-out loss trains the model that is compared, from the start, on all of them. That model is kept in
+the lowest held-out loss trains the models that are compared, from the start, on all of them, with three seeds. A
+seed decides the first weights and the order of the text. The first seed's model is kept in
 OUTPUT/lm-models/SIZE/MIXER for what follows, as the experiment `long`.
 
 Speed and memory are those of a short training of their own, "part=speed", which on a GPU that nothing else uses
@@ -15,6 +16,7 @@ tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,13 @@ from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import fresh_model, skeleton
-from .table import markdown_table
+from .table import markdown_table, span, spread
 from .training import SPEED, train_on_text
 
 SUMMARY = "language models of equal size on the same text"
 BY_MACHINE = False
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
 ALL = (*MIXERS, "hybrid")
 STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
 Entries = list[dict[str, Any]]
@@ -58,22 +61,24 @@ prepare = text.prepare
 
 
 def cells(size: str) -> list[Cell]:
-    """First the rates of every mixer, then its model and its speed; small: two rates."""
+    """Of every mixer the rates, its model and its speed, then the other seeds; small: two rates, one seed."""
     training = dict(_TRAINING[size])
     tokens, search_tokens, speed_tokens = (
         training.pop(name) for name in ("tokens", "search_tokens", "speed_tokens")
     )
     rates = RATES if size == "full" else RATES[1:3]
-    rest = {**_SIZES[size], **training, "seed": 0}
+    rest = {**_SIZES[size], **training, "seed": SEEDS[0]}
     found: list[Cell] = []
+    others: list[Cell] = []
     for mixer in ALL:
         search = [
             {"mixer": mixer, "part": "rate", "learning_rate": rate, "tokens": search_tokens, **rest}
             for rate in rates
         ]
-        found += [*search, {"mixer": mixer, "part": "model", "rates": list(rates), "tokens": tokens, **rest}]
-        found.append({"mixer": mixer, "part": "speed", "tokens": speed_tokens, **rest})
-    return found
+        model = {"mixer": mixer, "part": "model", "rates": list(rates), "tokens": tokens, **rest}
+        found += [*search, model, {"mixer": mixer, "part": "speed", "tokens": speed_tokens, **rest}]
+        others += [{**model, "seed": seed} for seed in SEEDS[1:] if size == "full"]
+    return [*found, *sorted(others, key=lambda cell: cell["seed"])]
 
 
 def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
@@ -128,8 +133,9 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     }
     if held_out is not None and cell["part"] == "model":
         found["corpus"] = data.describe()
-        target = model_folder(output, size, cell["mixer"])
-        write_checkpoint(model, data.folder / "tokenizer", target, overwrite=True)
+        if cell["seed"] == SEEDS[0]:
+            target = model_folder(output, size, cell["mixer"])
+            write_checkpoint(model, data.folder / "tokenizer", target, overwrite=True)
     return found
 
 
@@ -137,7 +143,7 @@ def _rate(output: Path, cell: Cell) -> float:
     """The learning rate of a cell: for a model that whose short training has the lowest held-out loss."""
     if cell["part"] != "model":
         return cell.get("learning_rate", RATES[0])  # type: ignore[no-any-return]
-    same = {"part": "rate", **{name: cell[name] for name in ("mixer", "size", "corpus", "seed")}}
+    same = {"part": "rate", "seed": SEEDS[0], **{name: cell[name] for name in ("mixer", "size", "corpus")}}
     return Record(output / "lm.json", "lm").best_rate(same, cell["rates"], _loss)
 
 
@@ -151,38 +157,50 @@ def _loss(entry: dict[str, Any]) -> float:
 
 def section(entries: Entries, picture: Path) -> str:
     """A table of the models, one of the rates, one of recall by distance; pictures of training and of recall."""
-    models = {entry["cell"]["mixer"]: entry for entry in entries if entry["cell"]["part"] == "model"}
+    by_seed = {mixer: _by_seed(entries, mixer) for mixer in ALL}
+    by_seed = {mixer: found for mixer, found in by_seed.items() if found}
+    models = {mixer: found[min(found)] for mixer, found in by_seed.items()}
     speeds = {entry["cell"]["mixer"]: entry["result"] for entry in entries if entry["cell"]["part"] == "speed"}
-    order = [mixer for mixer in ALL if mixer in models]
-    _draw(models, order, picture)
+    _draw(models, picture)
     parts = [_rates(entries)]
-    if order:
-        some = models[order[0]]
-        counts = some["result"].get("corpus")
+    if models:
+        some = next(iter(models.values()))
+        counts = span(sorted({len(found) for found in by_seed.values()}))
+        first = "" if counts == "1" else ", first seed"
         parts = [
-            _described(some["cell"], counts, bool(speeds)),
+            _described(some["cell"], some["result"].get("corpus"), counts, bool(speeds)),
             markdown_table(
                 [*_HEAD, *(_SPEED_HEAD if speeds else [])],
-                [[*_row(models[mixer]), *(_speeds(speeds.get(mixer)) if speeds else [])] for mixer in order],
+                [
+                    [*_row(found), *(_speeds(speeds.get(mixer)) if speeds else [])]
+                    for mixer, found in by_seed.items()
+                ],
             ),
-            _findings(models, entries),
-            "Held-out loss of recall tokens in nats, by the distance to where their bigram stands last:",
-            markdown_table(*_bins(models, order, "distance")),
-            "Held-out loss by position in the window:",
-            markdown_table(*_bins(models, order, "position")),
+            _findings(by_seed, entries),
+            f"Held-out loss of recall tokens in nats, by the distance to where their bigram stands last{first}:",
+            markdown_table(*_bins(models, "distance")),
+            f"Held-out loss by position in the window{first}:",
+            markdown_table(*_bins(models, "position")),
             *parts,
         ]
     return "\n\n".join(parts)
+
+
+def _by_seed(entries: Entries, mixer: str) -> dict[int, dict[str, Any]]:
+    """The models of a mixer."""
+    found = [e for e in entries if e["cell"]["part"] == "model" and e["cell"]["mixer"] == mixer]
+    return {entry["cell"]["seed"]: entry for entry in found}
 
 
 _HEAD = [
     "mixer", "million parameters", "learning rate", "held-out loss", "bits per byte", "recall tokens",
     "other tokens", "largest gradient norm",
 ]  # fmt: skip
+_OF_SEEDS = ": the median of the seeds, least and largest in brackets"
 _SPEED_HEAD = ["tokens/s", "peak GB"]
 
 
-def _described(cell: Cell, counts: dict[str, Any] | None, with_speed: bool) -> str:
+def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed: bool) -> str:
     read = speed = ""
     if with_speed:
         speed = (
@@ -199,8 +217,8 @@ def _described(cell: Cell, counts: dict[str, Any] | None, with_speed: bool) -> s
         )
     return (
         f"{cell['num_hidden_layers']} blocks of {cell['hidden_size']}, {cell['num_attention_heads']} heads, "
-        f"{cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, {cell['dtype']}.{read} Losses "
-        f"are in nats per token.{speed}"
+        f"{cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, {cell['dtype']}, seeds: "
+        f"{seeds}.{read} Losses are in nats per token{_OF_SEEDS if seeds != '1' else ''}.{speed}"
     )
 
 
@@ -210,20 +228,25 @@ def _speeds(measured: dict[str, Any] | None) -> list[str]:
     return ["" if speed is None else f"{speed:,}", "" if peak is None else f"{peak / 1e9:.1f}"]
 
 
-def _row(entry: dict[str, Any]) -> list[str]:
-    result = entry["result"]
-    name, held_out = STYLE[entry["cell"]["mixer"]][0], result["held out"]
-    head = [name, f"{result['parameters'] / 1e6:.2f}", f"{result['learning_rate']:g}"]
-    if held_out is None:
-        return [*head, f"diverged at step {result['diverged']}", *[""] * (len(_HEAD) - 4)]
-    return [
-        *head,
-        f"{held_out['loss']:.4f}",
-        f"{held_out['bits_per_byte']:.4f}",
-        _nats(held_out["recall_loss"]),
-        _nats(held_out["other_loss"]),
-        f"{max(norm for _, norm in result['gradient norms']):.2f}",
+def _row(models: dict[int, dict[str, Any]]) -> list[str]:
+    """A mixer's, by seed."""
+    some, held_out = models[min(models)], [entry["result"]["held out"] for entry in models.values()]
+    head = [
+        STYLE[some["cell"]["mixer"]][0],
+        f"{some['result']['parameters'] / 1e6:.2f}",
+        f"{some['result']['learning_rate']:g}",
     ]
+    if not any(held_out):
+        return [*head, f"diverged at step {some['result']['diverged']}", *[""] * (len(_HEAD) - 4)]
+
+    def of(name: str, form: str) -> str:
+        values = [None if read is None else read[name] for read in held_out]
+        return spread(values, form) if any(value is not None for value in values) else ""
+
+    norms = [max(norm for _, norm in entry["result"]["gradient norms"]) for entry in models.values()]
+    losses = [of(*column) for column in (("loss", ".4f"), ("bits_per_byte", ".4f"))]
+    parts = [of(*column) for column in (("recall_loss", ".3f"), ("other_loss", ".3f"))]
+    return [*head, *losses, *parts, spread(norms, ".2f")]
 
 
 def _nats(value: float | None) -> str:
@@ -254,13 +277,9 @@ def _shown(loss: float | None) -> str:
     return "" if loss is None else "diverged" if loss == float("inf") else f"{loss:.3f}"
 
 
-def _finite(models: dict[str, dict[str, Any]], order: list[str]) -> list[str]:
-    return [mixer for mixer in order if models[mixer]["result"]["held out"] is not None]
-
-
-def _bins(models: dict[str, dict[str, Any]], order: list[str], kind: str) -> tuple[list[str], list[list[str]]]:
+def _bins(models: dict[str, dict[str, Any]], kind: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table: the loss in every bin of `kind`, "distance" or "position"."""
-    order = _finite(models, order)
+    order = [mixer for mixer in models if models[mixer]["result"]["held out"] is not None]
     by_first: dict[int, dict[str, dict[str, Any]]] = {}
     for mixer in order:
         for part in models[mixer]["result"]["held out"][{"distance": "recall", "position": "positions"}[kind]]:
@@ -273,37 +292,42 @@ def _bins(models: dict[str, dict[str, Any]], order: list[str], kind: str) -> tup
     return [kind, *(STYLE[mixer][0] for mixer in order)], rows
 
 
-def _findings(models: dict[str, dict[str, Any]], entries: Entries) -> str:
-    """GKA's held-out loss beside each other's, and whose model is not there yet."""
-    losses = {mixer: models[mixer]["result"]["held out"] for mixer in _finite(models, list(models))}
-    if "gka" not in losses:
+def _findings(by_seed: dict[str, dict[int, dict[str, Any]]], entries: Entries) -> str:
+    """GKA's held-out loss beside each other's, seed by seed, and whose model is not there yet."""
+    losses = {mixer: {seed: _loss(entry) for seed, entry in found.items()} for mixer, found in by_seed.items()}
+    ours = {seed: loss for seed, loss in losses.get("gka", {}).items() if math.isfinite(loss)}
+    if not ours:
         return ""
-    apart = [
-        f"{losses[mixer]['loss'] - losses['gka']['loss']:+.4f} for {STYLE[mixer][0]}"
-        for mixer in ALL
-        if mixer in losses and mixer != "gka"
-    ]
+    apart = {
+        mixer: [theirs[seed] - loss for seed, loss in ours.items() if math.isfinite(theirs.get(seed, math.nan))]
+        for mixer, theirs in losses.items()
+        if mixer != "gka"
+    }
+    beside = ", ".join(f"{spread(found, '+.4f')} for {STYLE[mixer][0]}" for mixer, found in apart.items() if found)
     tried = {entry["cell"]["mixer"] for entry in entries}
-    missing = ", ".join(STYLE[mixer][0] for mixer in ALL if mixer in tried and mixer not in models)
-    if missing:
-        missing = f"Not trained on all tokens yet: {missing}. "
-    beside = f"Loss beside GKA's, in nats per token: {', '.join(apart)}. " if apart else ""
-    if "gdn" in losses:
-        verdict = "confirmed" if losses["gka"]["loss"] <= losses["gdn"]["loss"] else "refuted"
-        beside += f"Expected was one at or below Gated DeltaNet's: {verdict} by this one training. "
-    return (
-        f"{beside}{missing}One training each: differences between two seeds are not measured here, and small ones "
-        "decide nothing. The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains "
-        "at less than a hundredth of the size, on source code."
+    missing = ", ".join(STYLE[mixer][0] for mixer in ALL if mixer in tried and mixer not in by_seed)
+    said = [f"Loss beside GKA's, in nats per token: {beside}." if beside else ""]
+    if gdn := apart.get("gdn"):
+        holds = sum(x >= 0 for x in gdn)
+        said.append(f"Expected was GKA at or below Gated DeltaNet: so it is with {holds} of {len(gdn)} seeds.")
+    said.append(f"Not trained on all tokens yet: {missing}." if missing else "")
+    if max(map(len, by_seed.values())) == 1:
+        said.append(
+            "One training each: what two seeds differ by is not measured, and small differences decide nothing."
+        )
+    said.append(
+        "The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains at less than a "
+        "hundredth of the size, on source code."
     )
+    return " ".join(part for part in said if part)
 
 
-def _draw(models: dict[str, dict[str, Any]], order: list[str], path: Path) -> None:
+def _draw(models: dict[str, dict[str, Any]], path: Path) -> None:
     figure, panels = new_panels(1, 3, (14, 4.2), 120)
     curve, norms, recall = panels
-    for mixer in order:
+    for mixer, model in models.items():
         name, colour, marker = STYLE[mixer]
-        entry, result = models[mixer]["cell"], models[mixer]["result"]
+        entry, result = model["cell"], model["result"]
         per_step = entry["seq_len"] * entry["batch_size"] / 1e6
         curve.plot(*_smooth(result["train loss"], per_step), color=colour, label=name, linewidth=1.2)
         norms.plot(*_smooth(result["gradient norms"], per_step), color=colour, linewidth=1.0)
@@ -318,7 +342,7 @@ def _draw(models: dict[str, dict[str, Any]], order: list[str], path: Path) -> No
     recall.set_title("held-out loss of recall tokens", loc="left", fontsize=11)
     recall.set_xscale("log", base=2)
     recall.set_xlabel("tokens since their bigram")
-    if order:
+    if models:
         curve.legend(frameon=False, fontsize=8)
     save(figure, path)
 
