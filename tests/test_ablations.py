@@ -301,8 +301,9 @@ def test_a_training_and_its_page(tmp_path: Path) -> None:
 
 def test_the_page_says_what_is_more_than_chance_and_what_diverged(tmp_path: Path) -> None:
     losses = {
-        ablations.BASE: (3.0, 3.1), "a = 0.01": (3.2, 3.15), "a = 0.1": (2.98, 3.08), "steps (8,)": (3.1, 3.0),
-        "steps (16, 8)": (3.04, 3.08), "lambda = 0.25": (2.9, None), "sketch, d = 16": (3.01, 3.06),
+        ablations.BASE: (3.0, 3.1), "a = 0.01": (3.2, 3.15), "a = 0.1": (2.97, 3.07), "steps (8,)": (3.02, 3.09),
+        "steps (16, 8)": (3.04, 3.08), "lambda = 0.25": (2.9, None), "sketch, d = 16": (3.01, 3.08),
+        "sketch, d = 32": (3.02, 3.14),
         "float32, steps (31,)": (2.97, 3.09),
     }  # fmt: skip
     cells = {(cell["variant"], cell["seed"]): cell for cell in ablations.cells("full")}
@@ -319,11 +320,18 @@ def test_the_page_says_what_is_more_than_chance_and_what_diverged(tmp_path: Path
             }
             entries.append({"cell": cells[name, seed], "result": result})
     page = ablations.section(entries, tmp_path / "it.png")
-    assert 'chance: "steps (16, 8)", "float32, steps (31,)" solve' in page and "lie up to 0.040 from its." in page
-    assert 'by more, worse than the base: "a = 0.01", "lambda = 0.25"; by less, but better' in page
-    assert 'but better with every seed: "a = 0.1".' in page
+    assert 'chance: "steps (16, 8)", "float32, steps (31,)" solve' in page
+    assert "lie up to 0.040 from its, the medians of their seeds up to 0.020." in page
+    assert (
+        'by more than any of these, worse than the base: "a = 0.01", "lambda = 0.25"; by more than their' in page
+    )
+    assert 'medians alone, worse: "sketch, d = 32"; by more than their medians alone, better: "a = 0.1"; ' in page
+    assert 'by no more: "steps (8,)", "sketch, d = 16".' in page
     assert 'Spikes of the gradient norm: 2 with "lambda = 0.25". Expected were no spikes of the base' in page
-    assert "confirmed; and a base, refined in bfloat16, no worse than float32: within chance, by +0.0200 (" in page
+    assert (
+        "confirmed, and a constant one has some; and a base, refined in bfloat16, no worse than float32: " in page
+    )
+    assert "within chance, +0.0200 (+0.0100 to +0.0300)." in page
     assert "| a = 0.01 | 3.1750 (3.1500 to 3.2000) | +0.1250 (+0.0500 to +0.2000) |" in page
     row = next(line for line in page.splitlines() if line.startswith("| lambda"))
     assert row.startswith("| lambda = 0.25 | not finite in 1 of 2 | not finite in 1 of 2 |")

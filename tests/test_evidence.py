@@ -38,7 +38,9 @@ def test_a_record_keeps_what_was_measured(tmp_path: Path) -> None:
         (1, 0, 1.23, {"x": 0.5}),
         (2, 1, 2.0, [None, "y"]),
     ]
-    assert all(run.keys() >= {"command", "commit", "date", "machine", "versions"} for run in content["runs"])
+    assert all(
+        run.keys() >= {"command", "commit", "date", "started", "machine", "versions"} for run in content["runs"]
+    )
     assert [path.name for path in path.parent.iterdir()] == ["it.json"]
 
 
@@ -331,19 +333,34 @@ def test_mqar_shows_the_best_rate_with_all_its_seeds(tmp_path: Path) -> None:
     entries = [entry("gka", 0.1, 0, 0.5), entry("gka", 0.01, 0, 0.7), entry("gka", 0.01, 1, 0.8)]
     entries += [entry("gdn", 0.1, 0, 0.9), entry("gdn", 0.1, 1, 0.8), entry("gdn", 0.01, 0, 0.1)]
     ours, gdn = mqar.best(entries)
-    assert (ours["mixer"], ours["learning_rate"], ours["rates"]) == ("gka", 0.01, 2)
+    assert (ours["mixer"], ours["learning_rate"], ours["rates"]) == ("gka", 0.01, {0.1: 0.5, 0.01: 0.7})
     assert ours["accuracies"] == {(16, 4): [0.7, 0.8]} and gdn["accuracies"] == {(16, 4): [0.9, 0.8]}
     text = mqar.section(entries, tmp_path / "picture.png")
-    assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) |" in text and "| 32 | 0.01 | 0.1 |" in text
-    assert "Gated DeltaNet: above in 0, level in 0, below in 1" in text
-    assert "refuted, for every seed of it lies below all of Gated DeltaNet in 1. " not in text
-    assert "beside Gated DeltaNet it holds, within the spread" in text
-    assert "mean over the seeds (2)" in text and "Not learnt" not in text
-    entries = [*entries[:2], entry("attention", 0.1, 0, 0.1), entry("attention", 0.1, 1, 0.2), *entries[3:]]
-    text = mqar.section(entries, tmp_path / "picture.png")
-    assert "mean over the seeds (2; 1 of GKA at dim 32)" in text
-    assert "below 20 percent even at the easiest place: softmax attention at dim 32." in text
+    assert "| 16 | 4 | 32 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) |" in text
+    assert "| 32 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) |" in text
+    assert "| 32 | GKA | 70.0 | 50.0 |" in text and "| 32 | Gated DeltaNet | 10.0 | 90.0 |" in text
+    assert "Gated DeltaNet: above in 0, level in 0, below in 1 of the places." in text
+    assert "not refuted beside Gated DeltaNet." in text and "mean over the seeds (2)" in text
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_mqar_says_what_is_refuted_and_what_was_not_learnt(tmp_path: Path) -> None:
+    accuracies = {
+        "gka": (0.5, 0.6), "gla": (0.7, 0.65), "gdn": (0.4, 0.7), "mamba2": (0.6,), "attention": (0.1, 0.2),
+    }  # fmt: skip
+    shared = {"dim": 32, "vocab_size": 64, "steps": 2, "batch_tokens": 9, "longest": 64}
+    entries = []
+    for mixer, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            cell = {"mixer": mixer, **shared, "seed": seed, **({"learning_rate": 0.1} if seed == 0 else {})}
+            entries.append({"cell": cell, "result": {"accuracy": [[16, 4, accuracy]], "learning_rate": 0.1}})
+    text = mqar.section(entries, tmp_path / "picture.png")
+    assert "mean over the seeds (2; 1 of Mamba-2 at dim 32)" in text
+    assert "refuted beside GLA (no solve) in 1 places, where all seeds of GKA lie below all others" in text
+    assert "; not refuted beside Gated DeltaNet, Mamba-2." in text
+    assert "softmax attention: above" not in text and "easiest place: softmax attention at dim 32." in text
+    alone = [entry for entry in entries if entry["cell"]["mixer"] in ("gka", "attention")]
+    assert "Expected" not in mqar.section(alone, tmp_path / "picture.png")
 
 
 # The experiment cost
@@ -379,6 +396,12 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch, 
     entries[-1]["result"] = cost.run(cells[-1], Path(), torch.device("cpu"))
     text = cost.section(entries, tmp_path / "picture.png")
     assert "| forward | 256 | 250 | 250 |" in text and "| decode step | 512 | 250 | out of memory |" in text
+    assert "512 tokens take GKA 1 times as long as 256" in text and "has 18 bytes at every length." in text
+    for entry in entries:
+        entry["result"].pop("cache bytes", None)
+    text = cost.section(entries, tmp_path / "picture.png")
+    assert "bytes at every length" not in text
+    assert cost._points(entries, "gka", "forward", memory=True) == [(256, 5e6), (512, 5e6)]
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, set_seed
 
 from gka import cli
 from gka.loading import load_model
-from gka.serve import fast_byte_tokenizer, serving_tokenizer
+from gka.serve import fast_byte_tokenizer, run_server, serving_tokenizer
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}key: "
 PROMPTS = ["the state of ", "ridge", "gain key value solve", "λ step\t", "", "of of of of of of of of of of of"]
@@ -82,6 +82,18 @@ def served(run: Path) -> Iterator[Served]:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=20)
+
+
+def test_the_server_s_attention_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watch(**options: Any) -> None:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    monkeypatch.setattr("transformers.cli.serve.Serve", watch)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    run_server("it", None, None, "localhost", 0, None)
+    assert seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def expected(served: Served, ids: torch.Tensor, tokens: int, **options: Any) -> str:

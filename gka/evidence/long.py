@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -44,7 +45,7 @@ from .lm import ALL, STYLE, model_folder
 from .picture import new_panels, save
 from .questions import PLANS, Questions
 from .record import Cell
-from .table import markdown_table
+from .table import markdown_table, span
 from .training import SPEED, train
 
 SUMMARY = "needles, LongQA and RAG in long contexts"
@@ -276,33 +277,53 @@ def _described(continued: dict[str, Any]) -> str:
         )
     return (
         f"The models of `lm`, trained on for {cell['rows'] * cell['seq_len'] / 1e6:.3g} million tokens in "
-        f"rows of {cell['seq_len']}, learning rate {cell['learning_rate']:g}, {cell['dtype']}: {examples} "
-        f"examples of all tasks in half of the rows, text in the other. The loss counts {counted['answers']} "
-        f"tokens of answers and {counted['text']} of text. Attention's rotary base is {cell['rope_theta']:,}.\n\n"
-        + markdown_table(["mixer", "last training loss, nats", "peak GB"], rows)
+        f"rows of {cell['seq_len']}, learning rate {cell['learning_rate']:g}, {cell['dtype']}: {examples:,} "
+        f"examples of all tasks in half of the rows, text in the other. The loss counts {counted['answers']:,} "
+        f"tokens of answers and {counted['text']:,} of text. Attention's rotary base is {cell['rope_theta']:,}."
+        "\n\n" + markdown_table(["mixer", "last training loss, nats", "peak GB"], rows)
     )
 
 
 def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
-    """GKA's mean over the needle tasks beside each other mixer's, at the length of the training and the last."""
+    """GKA's needles beside each other mixer's, at the length of the training and behind it; the questions."""
     found = []
-    for T in sorted({trained, _lengths(scores)[-1]}):
-        ours = _needle_mean(scores, "gka", T)
-        theirs = {mixer: _needle_mean(scores, mixer, T) for mixer in mixers if mixer != "gka"}
-        apart = [
-            f"{100 * (ours - value):+.1f} beside {STYLE[mixer][0]}"
-            for mixer, value in theirs.items()
-            if ours is not None and value is not None
-        ]
-        if apart:
-            found.append(f"at {T} tokens {', '.join(apart)}")
-    if not found:
-        return ""
-    return (
-        f"GKA's needle score, in points of a hundred: {'; '.join(found)}. One training each, of small models: the "
-        "scores say nothing of what a mixer can do at scale. The paper's models have 2.8 billion parameters, and "
-        "RULER's wording is another."
-    )
+    for T in (T for T in _lengths(scores) if T >= trained):
+        apart = {mixer: _apart(scores, mixer, T) for mixer in mixers if mixer != "gka"}
+        said = [f"{each} beside {STYLE[mixer][0]}" for mixer, each in apart.items() if each]
+        if said:
+            found.append(f"at {T} tokens {', '.join(said)}")
+    parts = []
+    if found:
+        parts.append(
+            "GKA's needle score beside each other's, in points of a hundred, with the standard error over the "
+            f"examples: {'; '.join(found)}. Lengths above {trained} are beyond the training, and so are softmax "
+            "attention's positions there."
+        )
+    exact = {round(100 * result["exact match"]) for (_, task, _), result in scores.items() if task in _ASKED}
+    if exact:
+        share = span(sorted(exact))
+        parts.append(f"Questions are answered exactly in {share} percent of the examples of a length.")
+    if parts:
+        parts.append(
+            "One training each, of small models: the scores say nothing of what a mixer can do at scale. The "
+            "paper's models have 2.8 billion parameters, and RULER's wording is another."
+        )
+    return " ".join(parts)
+
+
+def _apart(scores: _Scores, mixer: str, length: int) -> str:
+    """GKA's mean over the needle tasks less a mixer's, example by example; "" if something is missing."""
+    tasks = _needles(scores)
+    both = [[scores.get((name, task, length)) for name in ("gka", mixer)] for task in tasks]
+    means, variance = [], 0.0
+    for ours, theirs in both:
+        if ours is None or theirs is None:
+            return ""
+        each = [a - b for a, b in zip(ours["each"], theirs["each"], strict=True)]
+        means.append(statistics.mean(each))
+        variance += statistics.variance(each) / len(each) if len(each) > 1 else 0.0
+    error = math.sqrt(variance) / len(tasks) if tasks else 0.0
+    return f"{100 * statistics.mean(means):+.1f} ± {100 * error:.1f}" if means else ""
 
 
 def _lengths(scores: _Scores) -> list[int]:
@@ -336,6 +357,7 @@ def _both(result: dict[str, Any] | None) -> str:
 
 def _draw(scores: _Scores, mixers: list[str], trained: int, path: Path) -> None:
     figure, panels = new_panels(1, 3, (13, 4.0), 120, sharey=True)
+    highest = 10.0
     titles = ("needles, mean of the tasks", *(f"{name}, F1" for name in _ASKED.values()))
     for axes, task, title in zip(panels, (None, *_ASKED), titles, strict=True):
         for mixer in mixers:
@@ -347,12 +369,13 @@ def _draw(scores: _Scores, mixers: list[str], trained: int, path: Path) -> None:
                 if share is not None:
                     points.append((T, 100 * share))
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name) if points else None
+            highest = max([highest, *(value for _, value in points)])
         axes.axvline(trained, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_xscale("log", base=2)
-        axes.set_ylim(-2, 5 + max((100 * result["score"] for result in scores.values()), default=95))
         axes.set_xlabel("tokens; dotted: trained at")
         axes.set_title(title, loc="left", fontsize=11)
     panels[0].set_ylabel("percent")
+    panels[0].set_ylim(-2, 1.08 * highest)
     if scores:
         panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)

@@ -36,7 +36,7 @@ from ..trainer import on_one_gpu
 from .picture import new_panels, save
 from .record import Cell, Record
 from .skeleton import skeleton
-from .table import markdown_table, span
+from .table import markdown_table
 
 SUMMARY = "accuracy on multi-query associative recall against model dim"
 BY_MACHINE = False
@@ -209,7 +209,7 @@ def _mean(entry: dict[str, Any]) -> float:
 
 
 def best(entries: Entries) -> list[dict[str, Any]]:
-    """Of each mixer and dim the best learning rate and, by task, the accuracies of the seeds with it."""
+    """Of each mixer and dim the mean accuracy by rate, the best rate, and by task the accuracies with it."""
     groups: dict[tuple[int, str], Entries] = defaultdict(list)
     for entry in entries:
         groups[entry["cell"]["dim"], entry["cell"]["mixer"]].append(entry)
@@ -218,50 +218,59 @@ def best(entries: Entries) -> list[dict[str, Any]]:
         tried = [entry for entry in group if "learning_rate" in entry["cell"]]
         if not tried:
             continue
-        rate = max(tried, key=_mean)["result"]["learning_rate"]
+        rates = {entry["result"]["learning_rate"]: _mean(entry) for entry in tried}
+        rate = max(rates, key=rates.__getitem__)
         chosen = [entry for entry in group if entry["result"]["learning_rate"] == rate]
         by_task: dict[Task, list[float]] = defaultdict(list)
         for entry in chosen:
             for T, P, accuracy in entry["result"]["accuracy"]:
                 by_task[T, P].append(accuracy)
         found.append(
-            {"dim": dim, "mixer": mixer, "learning_rate": rate, "rates": len(tried), "accuracies": dict(by_task)}
+            {"dim": dim, "mixer": mixer, "learning_rate": rate, "rates": rates, "accuracies": dict(by_task)}
         )
     return found
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """A table with a column per mixer; the picture has a panel per task."""
+    """Tables of means, of all places and of the rates; the picture has a panel per task."""
     found = best(entries)
     mixers = [mixer for mixer in ALL_MIXERS if any(row["mixer"] == mixer for row in found)]
     tasks = sorted({task for row in found for task in row["accuracies"]})
     _draw(found, [task for task in tasks if 4 * task[1] == task[0]], mixers, picture)
     at = {(row["dim"], row["mixer"]): row for row in found}
     dims = sorted({dim for dim, _ in at})
+    means = [[str(dim), *(_percent(_over_tasks(at.get((dim, mixer)))) for mixer in mixers)] for dim in dims]
     rows = [
-        [str(T), str(P), str(dim), *(_shown(at.get((dim, mixer)), (T, P)) for mixer in mixers)]
+        [str(T), str(P), str(dim), *(_percent(_of_task(at.get((dim, mixer)), (T, P))) for mixer in mixers)]
         for (T, P), dim in itertools.product(tasks, dims)
     ]
-    rates = [
-        [str(dim), *(f"{at[dim, mixer]['learning_rate']:g}" if (dim, mixer) in at else "" for mixer in mixers)]
-        for dim in dims
+    rates = sorted({rate for row in found for rate in row["rates"]})
+    tried = [
+        [
+            str(row["dim"]),
+            STYLE[row["mixer"]][0],
+            *(f"{100 * row['rates'][rate]:.1f}" if rate in row["rates"] else "" for rate in rates),
+        ]
+        for row in found
     ]
     cell = entries[0]["cell"]
     names = [STYLE[mixer][0] for mixer in mixers]
     return "\n\n".join(
         (
-            f"{LAYERS} layers of {HEADS} heads, above dim {HEADS * WIDEST_HEAD} of more with {WIDEST_HEAD} dims; "
+            f"{LAYERS} layers of {HEADS} heads, or of as many with {WIDEST_HEAD} dims as the model has room for; "
             f"{cell['vocab_size']} tokens in the vocabulary; {cell['steps']} steps of "
             f"{cell['batch_tokens']:,} tokens each, of sequences of "
             f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens in one training, float32. "
             "Accuracy in percent on sequences never trained on: "
             f"mean over the seeds ({_counts(found)}), least and largest in brackets. Differences below what "
             "the seeds of one mixer differ by decide nothing. The rate was chosen by these accuracies "
-            "with the first seed.",
-            markdown_table(["tokens", "pairs", "dim", *names], rows),
+            f"with the first seed. Mean of the {len(tasks)} places:",
+            markdown_table(["dim", *names], means),
             _findings(found),
-            f"Learning rates, the best of {span(sorted({row['rates'] for row in found}))} with the first seed:",
-            markdown_table(["dim", *names], rates),
+            "Every place:",
+            markdown_table(["tokens", "pairs", "dim", *names], rows),
+            "Mean accuracy with each learning rate, first seed; the best was taken:",
+            markdown_table(["dim", "mixer", *(f"{rate:g}" for rate in rates)], tried),
         )
     )
 
@@ -279,23 +288,27 @@ def _counts(found: list[dict[str, Any]]) -> str:
     )
 
 
+def _is_lost(row: dict[str, Any]) -> bool:
+    """Whether the best training does not even solve the easiest place."""
+    return statistics.mean(row["accuracies"][min(row["accuracies"])]) < _LEARNT
+
+
 def _lost(found: list[dict[str, Any]]) -> str:
-    """Whose best training does not even solve the easiest place."""
-    easiest = min(task for row in found for task in row["accuracies"])
+    """Who did not learn the task, at which dims."""
     dims: dict[str, list[str]] = defaultdict(list)
-    for row in found:
-        if statistics.mean(row["accuracies"].get(easiest, [1.0])) < _LEARNT:
-            dims[row["mixer"]].append(str(row["dim"]))
-    said = "; ".join(f"{STYLE[mixer][0]} at dim {', '.join(where)}" for mixer, where in dims.items())
+    for row in filter(_is_lost, found):
+        dims[row["mixer"]].append(str(row["dim"]))
+    said = "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
     return said and (
-        f" Not learnt with any of the rates, below {100 * _LEARNT:g} percent even at the easiest place: {said}. "
-        "That is what this training does, with its steps and first weights, and no limit of a mixer."
+        f" Not learnt, even with the best rate below {100 * _LEARNT:g} percent at the easiest place: {said}. That "
+        "is what this training does, with its steps and first weights, and no limit of a mixer."
     )
 
 
 def _findings(found: list[dict[str, Any]]) -> str:
-    """In how many places of the grid GKA is at or above each other mixer."""
-    seeds = {(row["mixer"], row["dim"], task): a for row in found for task, a in row["accuracies"].items()}
+    """In how many places of the grid GKA is above and below each other mixer, what was expected, who failed."""
+    learnt = [row for row in found if not _is_lost(row)]
+    seeds = {(row["mixer"], row["dim"], task): a for row in learnt for task, a in row["accuracies"].items()}
     parts, holds, fails = [], [], []
     for other in ALL_MIXERS:
         pairs = [
@@ -303,34 +316,47 @@ def _findings(found: list[dict[str, Any]]) -> str:
             for (mixer, dim, task), theirs in seeds.items()
             if mixer == other and ("gka", dim, task) in seeds
         ]
-        if other != "gka" and pairs:
-            name = STYLE[other][0]
-            apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
-            above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
-            parts.append(f"{name}: above in {above}, level in {len(apart) - above - below}, below in {below}")
-            clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
-            if other != "attention":
-                fails.append(f"{name} in {clear}") if clear else holds.append(name)
-    if not parts:
-        return ""
-    expected = "Expected was GKA at or above every linear mixer in every place"
-    if fails:
-        expected += f": refuted, for every seed of it lies below all of {', '.join(fails)}"
-    if holds:
-        expected += f"{';' if fails else ':'} beside {', '.join(holds)} it holds, within the spread of the seeds"
+        if other == "gka" or not pairs:
+            continue
+        name = STYLE[other][0]
+        apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
+        above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
+        parts.append(f"{name}: above in {above}, level in {len(apart) - above - below}, below in {below}")
+        clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
+        if other != "attention":
+            fails.append(f"{name} in {clear}") if clear else holds.append(name)
+    expected = [f"refuted beside {', '.join(fails)} places, where all seeds of GKA lie below all others"] * bool(
+        fails
+    )
+    expected += [f"not refuted beside {', '.join(holds)}"] * bool(holds)
+    said = [f"GKA beside each other mixer, by more than half a percent: {'; '.join(parts)} of the places."] * bool(
+        parts
+    )
+    if expected:
+        said.append(
+            f"Expected was GKA at or above every linear mixer in every place, as in the paper's figure 3a, whose "
+            f"models, schedule and number of examples are not these: {'; '.join(expected)}."
+        )
+    return " ".join(said) + _lost(found)
+
+
+def _over_tasks(row: dict[str, Any] | None) -> list[float]:
+    """The mean over all tasks by seed, of the seeds that have all."""
     return (
-        f"GKA beside each other mixer, by more than half a percent, places of the grid: {'; '.join(parts)}. "
-        f"{expected}. The expectation is the paper's figure 3a, whose models, schedule and number of examples are "
-        f"not these.{_lost(found)}"
+        [] if row is None else [statistics.mean(seed) for seed in zip(*row["accuracies"].values(), strict=False)]
     )
 
 
-def _shown(row: dict[str, Any] | None, task: Task) -> str:
-    if row is None or task not in row["accuracies"]:
+def _of_task(row: dict[str, Any] | None, task: Task) -> list[float]:
+    return [] if row is None else row["accuracies"].get(task, [])
+
+
+def _percent(accuracies: list[float]) -> str:
+    if not accuracies:
         return ""
-    accuracies = [100 * value for value in row["accuracies"][task]]
-    ends = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(accuracies) > 1 else ""
-    return f"{statistics.mean(accuracies):.1f}{ends}"
+    least, most = 100 * min(accuracies), 100 * max(accuracies)
+    ends = f" ({least:.1f} to {most:.1f})" if len(accuracies) > 1 else ""
+    return f"{100 * statistics.mean(accuracies):.1f}{ends}"
 
 
 def _draw(found: list[dict[str, Any]], tasks: list[Task], mixers: list[str], path: Path) -> None:

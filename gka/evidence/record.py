@@ -1,7 +1,7 @@
 """What an experiment measured: one JSON file, whole at every moment, in which nothing is measured twice.
 
     {"experiment": "numerics",
-     "runs":    [{"command", "commit", "date", "process", "machine", "versions", "seconds"}, ...],
+     "runs":    [{"command", "commit", "date", "started", "process", "machine", "versions", "seconds"}, ...],
      "cells":   [{"cell": {...}, "run": 0, "seconds": 1.5, "result": ...}, ...]}
 
 A cell is one measurement or training, described by a dict of numbers, strings and lists: two cells are the same if
@@ -45,7 +45,7 @@ class Record:
         self.content: dict[str, Any] = {"experiment": experiment, "runs": [], "cells": []}
         if path.exists():
             self.content = self._read()
-        self._start = time.perf_counter()
+        self._start, self._started = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
         self._process = uuid.uuid4().hex  # tells the runs of a file apart
 
     @property
@@ -109,6 +109,7 @@ class Record:
             "command": describe_command(),
             "commit": describe_commit(),
             "date": datetime.date.today().isoformat(),
+            "started": self._started.isoformat(timespec="seconds"),  # with seconds: what ran at the same time
             "process": self._process,
             "machine": describe_machine(),
             "versions": describe_versions(),
