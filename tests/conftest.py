@@ -6,6 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What torch.compile keeps on disk knows operators by name: with other arguments than now it would be wrong.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 
@@ -15,8 +16,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: they run on the CPU
+import quick_interpreter
 from transformers.utils import logging as transformers_logging
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    quick_interpreter.install()
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "gka",
