@@ -1,6 +1,6 @@
 """Run a `gka` command and kill it with SIGKILL in the middle of something.
 
-    python kill_at.py MODULE:NAME CALL COMMAND ...
+    python -m kill_at MODULE:NAME CALL COMMAND ...
 
 The CALL-th call of that function (counted from 1) kills the process after half of its work would
 have been done: a function that writes a file leaves half a file.

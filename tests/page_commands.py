@@ -1,26 +1,15 @@
-"""`gka` commands of the pages, each in a process of its own, forked from one that has imported the libraries.
+"""`gka` commands of the pages, each in a process of its own (forked.py).
 
-Importing them takes some seconds, a command on a small model less than one. The commands are those of a page, word
-for word; what needs bash (loops, pipes, redirections) is left to it: `simple_commands` says which is which.
+The commands are those of a page, word for word; what needs bash (loops, pipes, redirections) is left to it:
+`simple_commands` says which is which.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shlex
-import sys
-import traceback
 from pathlib import Path
 
-PRELOADED = [
-    "gka.train",
-    "gka.distill",
-    "gka.rank_layers",
-    "gka.convert_command",
-    "gka.export",
-    "matplotlib.figure",
-]
+from forked import run_forked
 
 
 def simple_commands(code: str) -> list[list[str]] | None:
@@ -38,33 +27,7 @@ def simple_commands(code: str) -> list[list[str]] | None:
     return commands
 
 
-def _run(arguments: list[str], folder: str, log: str) -> None:
-    """In the new process: the command, its output in a file."""
-    with open(log, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(folder)
-    sys.argv = ["gka", *arguments]
-    from gka.cli import main
-
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
-
-
-def run_gka(arguments: list[str], folder: Path, log: Path) -> tuple[int, str]:
+def run_gka(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Run `gka` with these arguments in a folder; its exit status and what it printed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(arguments, str(folder), str(log)))
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode, log.read_text(encoding="utf-8") if log.exists() else ""
+    done = run_forked("-m", "gka", *arguments, folder=folder, check=False)
+    return done.returncode, done.stdout + done.stderr

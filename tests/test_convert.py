@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from model_helpers import FULL, GKA, SLIDING, random_tokens, tiny_model
-from tiny_run import run_process
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -345,7 +345,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
         "chat_template.jinja", *(path.name for path in folder.glob("*added_tokens.json")),
     }  # fmt: skip
-    done = run_process("generate", str(out), "--prompt", "ab", "--max-new-tokens", "2", "--seed", "0")
+    done = run_forked("-m", "gka", "generate", str(out), "--prompt", "ab", "--max-new-tokens", "2", "--seed", "0")
     assert done.stdout.startswith("ab")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked, run_ranks
 from model_helpers import assert_near, random_tokens
 from test_convert import small
-from tiny_run import SETTINGS, command, logged, run_process, train, write_texts
+from tiny_run import SETTINGS, command, logged, train, write_texts
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from gka import GKAForCausalLM, cli, convert
@@ -243,9 +244,8 @@ def test_the_divergence_is_part_of_the_loss(place: Path, tmp_path: Path) -> None
     ],
 )
 def test_killed_and_resumed_gives_the_same_report(place: Path, tmp_path: Path, target: str, call: int) -> None:
-    script = str(Path(__file__).with_name("kill_at.py"))
     output = tmp_path / "run"
-    killed = run_process(target, str(call), *arguments(place, output), launcher=(script,), check=False)
+    killed = run_forked("-m", "kill_at", target, str(call), *arguments(place, output), check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (output / "report.json").exists()
     assert cli.main(command("distill", output=output, resume=True)) == 0
@@ -256,8 +256,7 @@ def test_killed_and_resumed_gives_the_same_report(place: Path, tmp_path: Path, t
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_with_the_double_batch(place: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gka")
-    done = run_process(*arguments(place, tmp_path / "run", batch_size=2), launcher=launcher)
+    done = run_ranks("-m", "gka", *arguments(place, tmp_path / "run", batch_size=2))
     assert done.stdout.count("held-out text") == 1, "one process reports"
     two, one = (report(output)["loss"] for output in (tmp_path / "run", place / "distilled"))
     for name, entry in one.items():

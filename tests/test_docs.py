@@ -80,7 +80,7 @@ def run_bash(code: str, folder: Path, where: str) -> list[int]:
     for paragraph in re.split(r"\n\s*\n", code):
         commands = simple_commands(paragraph)
         for arguments in commands or []:
-            status, output = run_gka(arguments, folder, log)
+            status, output = run_gka(arguments, folder)
             assert status == 0, f"{where}\ngka {' '.join(arguments)}\n{output}"
         if commands is not None:
             continue

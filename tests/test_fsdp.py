@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_ranks
 from fsdp_run import SAVED, STEPS, losses, make_trainer, run
 from helpers import relative_error
 from safetensors.torch import load_file
-from tiny_run import run_process
 
 from gka.resume import fit_checkpoint
 
@@ -27,8 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     for precision in BOUNDS:
         run(folder / f"one {precision}", precision == "bfloat16", False)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run_process(str(folder), launcher=(*launcher, str(Path(__file__).with_name("fsdp_run.py"))))
+    run_ranks("-m", "fsdp_run", str(folder))
     return folder
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import run_forked, run_ranks
 from tiny_run import SETTINGS, command, logged, run_process, train, write_texts
 from transformers import AutoTokenizer, TrainingArguments
 
@@ -132,8 +133,7 @@ def test_killed_and_resumed_gives_the_same_losses(
     # 12 steps of 4 sequences are more than one pass over the texts, so the data order of a second
     # pass is resumed too.
     arguments = command("train", output=tmp_path / "run", data=[place / "texts"], **SETTINGS)
-    script = str(Path(__file__).with_name("kill_at.py"))
-    killed = run_process(target, str(call), *arguments, launcher=(script,), check=False)
+    killed = run_forked("-m", "kill_at", target, str(call), *arguments, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     assert (checkpoints[-1].name if checkpoints else None) == newest
@@ -179,10 +179,9 @@ def test_a_time_budget_ends_the_run_and_is_resumed(place: Path, tmp_path: Path) 
 def test_two_processes_give_the_losses_of_one_with_the_double_batch(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gka")
     arguments = command("train", output=tmp_path / "run", data=[place / "texts"],
                         **{**SETTINGS, "batch_size": 2, "max_steps": 6})  # fmt: skip
-    done = run_process(*arguments, launcher=launcher)
+    done = run_ranks("-m", "gka", *arguments)
     assert train(tmp_path / "one", place / "texts", max_steps=6) == 0
     two, one = logged(tmp_path / "run"), logged(tmp_path / "one")
     assert list(two) == list(one)

@@ -5,9 +5,6 @@ On a machine with a GPU the same kernels run compiled, in `test_gpu.py`.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from decode_helpers import (
     step_arguments,
 )
 from families import FAMILIES, Family, family_inputs
+from forked import run_forked
 from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, run
 
 from gka.ops import State, gated_kalmanet
@@ -156,27 +154,20 @@ def test_what_there_are_no_kernels_for(change: dict[str, Any], message: str) -> 
         gated_kalmanet(q, q, q, -torch.rand(1, 4, 1), backend="triton", chunk_size=change.get("chunk_size"))
 
 
-def run_alone(*command: str) -> subprocess.CompletedProcess[str]:
-    """In a process without the interpreter."""
-    alone = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=280, check=False
-    )
-
-
 def test_tensors_on_the_cpu_get_an_error() -> None:
     code = (
         "import torch; from gka.ops import gated_kalmanet; q = torch.randn(1, 2, 1, 8);"
         "gated_kalmanet(q, q, q, -torch.rand(1, 2, 1), backend='triton')"
     )
-    done = run_alone("-c", code)
+    done = run_forked("-c", code, check=False)
     assert done.returncode != 0 and 'backend "triton" needs tensors on a GPU, not on cpu' in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100"])
 def test_registers_and_spills_are_no_worse_than_committed(architecture: str) -> None:
-    done = run_alone("-m", "benchmarks.compile_kernels", "--check", "--arch", architecture)
+    check = ("-m", "benchmarks.compile_kernels", "--check", "--arch", architecture)
+    done = run_forked(*check, folder=ROOT, check=False, timeout=280)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
 
@@ -280,5 +271,4 @@ for steps in ((16, 16), ()):
     assert run and keys(run) <= keys(ahead), keys(run) - keys(ahead)
     assert not again
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)
+    run_forked("-c", script, folder=ROOT)
