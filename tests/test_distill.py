@@ -355,7 +355,7 @@ def test_half_of_the_layers_replaced_recover_the_teacher(tmp_path: Path) -> None
     assert cli.main(command("train", output=teacher, family="qwen3", **size, **lessons, **shared)) == 0
     assert cli.main(["convert", str(teacher), "--layers", "1,3", str(hybrid)]) == 0
     rates = {"layer_steps": 100, "layer_learning_rate": 5e-3, "tune_steps": 40, "learning_rate": 1e-3}
-    more = {"teacher": teacher, "output": output, "eval_bytes": 20_000, "batch_size": 8, **rates, **shared}
+    more = {"teacher": teacher, "output": output, "eval_bytes": 10_000, "batch_size": 8, **rates, **shared}
     assert cli.main(command("distill", str(hybrid), **more)) == 0
     found = report(output)
     assert all(errors["after"]["share"] < 0.25 < 0.9 < errors["before"]["share"] for errors in

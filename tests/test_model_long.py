@@ -88,7 +88,7 @@ def measure_alone(layer_type: str, rows: int, early: int, tokens: int) -> tuple[
 
 @pytest.mark.slow
 def test_memory_is_constant() -> None:
-    rows, early, tokens = 8, 200, 2000
+    rows, early, tokens = 16, 100, 1000
     cache_growth, process_growth = measure_alone(GKA, rows, early, tokens)
     assert cache_growth == 0
     assert process_growth < keys_and_values(rows, early, tokens) / 3

@@ -65,7 +65,8 @@ def test_a_training_learns_the_task() -> None:
 @pytest.mark.parametrize("mixer", ALL_MIXERS)
 def test_a_training_is_reproducible(mixer: str) -> None:
     def train(seed: int) -> list[list[float]]:
-        return train_cell(tiny(), Cell(mixer, 16, 1e-2, seed), silent)["history"]
+        options = tiny(train_examples=96, eval_every=4)
+        return train_cell(options, Cell(mixer, 16, 1e-2, seed), silent)["history"]
 
     assert train(0) == train(0) != train(1)
 
@@ -177,7 +178,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
 
 
 def test_results_hold_every_cell_and_what_made_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = tiny(epochs=1, dims=[8, 16], mixers=list(ALL_MIXERS), output=str(tmp_path / "new" / "folder"))
+    small = {"train_examples": 96, "epochs": 1, "dims": [8, 16], "mixers": list(ALL_MIXERS)}
+    options = tiny(**small, output=str(tmp_path / "new" / "folder"))
     assert main(options) == 0
     results = json.loads((tmp_path / "new" / "folder" / "mqar.json").read_text())
     assert [_axes(entry) for entry in results["cells"]] == [dataclasses.astuple(cell) for cell in cells(options)]
