@@ -40,7 +40,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tests/fetch_transformers_tests.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
