@@ -271,20 +271,17 @@ def _findings(by_name: dict[str, Results]) -> str:
     if not seeds:
         return ""
     middle = {name: statistics.median(found) for name, found in apart.items()}
-    single, median = (
-        max(seeds),
-        max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0),
-    )
-    sides: dict[str, list[str]] = {}
-    for name in (name for name in apart if name not in alike):
-        side = "worse" if middle[name] > 0 else "better"
-        if abs(middle[name]) > single:
-            sides.setdefault(f"by more than any of these, {side} than the base: ", []).append(name)
-        elif abs(middle[name]) > median:
-            sides.setdefault(f"by more than their medians alone, {side}: ", []).append(name)
-        else:
-            sides.setdefault("by no more: ", []).append(name)
-    said = "; ".join(side + _listed(sides[side]) for side in sorted(sides, key=_ORDER.index))
+    single = max(seeds)
+    median = max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0)
+    others = {name: middle[name] for name in middle if name not in alike}
+    sides = {
+        "by more than any of these, worse than the base": [n for n, x in others.items() if x > single],
+        "by more than any of these, better than the base": [n for n, x in others.items() if -x > single],
+        "by more than their medians alone, worse": [n for n, x in others.items() if single >= x > median],
+        "by more than their medians alone, better": [n for n, x in others.items() if single >= -x > median],
+        "by no more": [n for n, x in others.items() if abs(x) <= median],
+    }
+    said = "; ".join(f"{side}: {_listed(names)}" for side, names in sides.items() if names)
     spiky = [
         f"{sum(len(r['spikes']) for r in results.values())} with {_listed([name])}"
         for name, results in by_name.items()
@@ -297,12 +294,6 @@ def _findings(by_name: dict[str, Results]) -> str:
         " The paper's models have 440 million parameters and more; it reports loss spikes with a constant lambda, "
         "and weaker long context without alpha, which windows of this length cannot show."
     )
-
-
-_ORDER = [
-    "by more than any of these, worse than the base: ", "by more than any of these, better than the base: ",
-    "by more than their medians alone, worse: ", "by more than their medians alone, better: ", "by no more: ",
-]  # fmt: skip
 
 
 def _verdicts(by_name: dict[str, Results], chance: float) -> str:
@@ -330,7 +321,7 @@ def _listed(names: Sequence[str]) -> str:
 
 _CURVES = {
     BASE: "#1d3557", "no forget gate": "#b8860b", "steps (31,)": "#7aa6c2", "steps (8,)": "#2a9d8f",
-    "lambda = 0.25": "#c8553d", "conjugate gradient": "#7b4f9d",
+    _CONSTANT: "#c8553d", "conjugate gradient": "#7b4f9d",
 }  # fmt: skip
 
 

@@ -69,7 +69,6 @@ def cells(size: str) -> list[Cell]:
     rates = RATES if size == "full" else RATES[1:3]
     rest = {**_SIZES[size], **training, "seed": SEEDS[0]}
     found: list[Cell] = []
-    others: list[Cell] = []
     for mixer in ALL:
         search = [
             {"mixer": mixer, "part": "rate", "learning_rate": rate, "tokens": search_tokens, **rest}
@@ -77,8 +76,9 @@ def cells(size: str) -> list[Cell]:
         ]
         model = {"mixer": mixer, "part": "model", "rates": list(rates), "tokens": tokens, **rest}
         found += [*search, model, {"mixer": mixer, "part": "speed", "tokens": speed_tokens, **rest}]
-        others += [{**model, "seed": seed} for seed in SEEDS[1:] if size == "full"]
-    return [*found, *sorted(others, key=lambda cell: cell["seed"])]
+    models = [cell for cell in found if cell["part"] == "model"]
+    others = SEEDS[1:] if size == "full" else ()
+    return [*found, *({**model, "seed": seed} for seed in others for model in models)]
 
 
 def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
@@ -244,9 +244,14 @@ def _row(models: dict[int, dict[str, Any]]) -> list[str]:
         return spread(values, form) if any(value is not None for value in values) else ""
 
     norms = [max(norm for _, norm in entry["result"]["gradient norms"]) for entry in models.values()]
-    losses = [of(*column) for column in (("loss", ".4f"), ("bits_per_byte", ".4f"))]
-    parts = [of(*column) for column in (("recall_loss", ".3f"), ("other_loss", ".3f"))]
-    return [*head, *losses, *parts, spread(norms, ".2f")]
+    return [
+        *head,
+        of("loss", ".4f"),
+        of("bits_per_byte", ".4f"),
+        of("recall_loss", ".3f"),
+        of("other_loss", ".3f"),
+        spread(norms, ".2f"),
+    ]
 
 
 def _nats(value: float | None) -> str:

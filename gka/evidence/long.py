@@ -313,17 +313,17 @@ def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
 
 def _apart(scores: _Scores, mixer: str, length: int) -> str:
     """GKA's mean over the needle tasks less a mixer's, example by example; "" if something is missing."""
-    tasks = _needles(scores)
-    both = [[scores.get((name, task, length)) for name in ("gka", mixer)] for task in tasks]
     means, variance = [], 0.0
-    for ours, theirs in both:
+    for task in _needles(scores):
+        ours, theirs = (scores.get((name, task, length)) for name in ("gka", mixer))
         if ours is None or theirs is None:
             return ""
         each = [a - b for a, b in zip(ours["each"], theirs["each"], strict=True)]
         means.append(statistics.mean(each))
         variance += statistics.variance(each) / len(each) if len(each) > 1 else 0.0
-    error = math.sqrt(variance) / len(tasks) if tasks else 0.0
-    return f"{100 * statistics.mean(means):+.1f} ± {100 * error:.1f}" if means else ""
+    if not means:
+        return ""
+    return f"{100 * statistics.mean(means):+.1f} ± {100 * math.sqrt(variance) / len(means):.1f}"
 
 
 def _lengths(scores: _Scores) -> list[int]:
