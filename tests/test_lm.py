@@ -107,6 +107,11 @@ def test_models_are_equal_in_size() -> None:
     assert [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"] == [6]
 
 
+def test_mixers_take_turns_in_the_measurement_of_speed() -> None:
+    turns = [cell["mixer"] for cell in lm.cells("full") if cell["part"] == "speed"]
+    assert turns == [*lm.ALL] * lm.ROUNDS and lm.ROUNDS >= 3
+
+
 def test_the_best_rate_trains_the_model_that_is_kept(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,8 +7,9 @@ the lowest held-out loss trains the models that are compared, from the start, on
 seed decides the first weights and the order of the text. The first seed's model is kept in
 OUTPUT/lm-models/SIZE/MIXER for what follows, as the experiment `long`.
 
-Speed and memory are those of a short training of their own, "part=speed", which on a GPU that nothing else uses
-can be measured after the others: `--only part=speed`.
+Speed and memory are those of short trainings of their own, "part=speed", which on a GPU that nothing else uses
+can be measured after the others: `--only part=speed`. The mixers take turns, three times over, so that what else
+the machine does meets them alike.
 
 Held-out files are read in windows of the training's length: loss and bits per byte, by position, and of recall
 tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
@@ -38,6 +39,7 @@ SUMMARY = "language models of equal size on the same text"
 BY_MACHINE = False
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
+ROUNDS = 3  # of speed
 ALL = (*MIXERS, "hybrid")
 STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
 Entries = list[dict[str, Any]]
@@ -61,7 +63,7 @@ prepare = text.prepare
 
 
 def cells(size: str) -> list[Cell]:
-    """Of every mixer the rates, its model and its speed, then the other seeds; small: two rates, one seed."""
+    """Of every mixer the rates and its model, all speeds, then the other seeds; small: two rates, one seed."""
     training = dict(_TRAINING[size])
     tokens, search_tokens, speed_tokens = (
         training.pop(name) for name in ("tokens", "search_tokens", "speed_tokens")
@@ -75,10 +77,15 @@ def cells(size: str) -> list[Cell]:
             for rate in rates
         ]
         model = {"mixer": mixer, "part": "model", "rates": list(rates), "tokens": tokens, **rest}
-        found += [*search, model, {"mixer": mixer, "part": "speed", "tokens": speed_tokens, **rest}]
+        found += [*search, model]
     models = [cell for cell in found if cell["part"] == "model"]
+    speeds = [
+        {"mixer": mixer, "part": "speed", "tokens": speed_tokens, "round": number, **rest}
+        for number in range(ROUNDS if size == "full" else 1)
+        for mixer in ALL
+    ]
     others = SEEDS[1:] if size == "full" else ()
-    return [*found, *({**model, "seed": seed} for seed in others for model in models)]
+    return [*found, *speeds, *({**model, "seed": seed} for seed in others for model in models)]
 
 
 def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
@@ -160,7 +167,8 @@ def section(entries: Entries, picture: Path) -> str:
     by_seed = {mixer: _by_seed(entries, mixer) for mixer in ALL}
     by_seed = {mixer: found for mixer, found in by_seed.items() if found}
     models = {mixer: found[min(found)] for mixer, found in by_seed.items()}
-    speeds = {entry["cell"]["mixer"]: entry["result"] for entry in entries if entry["cell"]["part"] == "speed"}
+    measured = [entry for entry in entries if entry["cell"]["part"] == "speed"]
+    speeds = {m: [entry["result"] for entry in measured if entry["cell"]["mixer"] == m] for m in ALL if measured}
     _draw(models, picture)
     parts = [_rates(entries)]
     if models:
@@ -171,10 +179,7 @@ def section(entries: Entries, picture: Path) -> str:
             _described(some["cell"], some["result"].get("corpus"), counts, bool(speeds)),
             markdown_table(
                 [*_HEAD, *(_SPEED_HEAD if speeds else [])],
-                [
-                    [*_row(found), *(_speeds(speeds.get(mixer)) if speeds else [])]
-                    for mixer, found in by_seed.items()
-                ],
+                [[*_row(found), *(_speeds(speeds[mixer]) if speeds else [])] for mixer, found in by_seed.items()],
             ),
             _findings(by_seed, entries),
             f"Held-out loss of recall tokens in nats, by the distance to where their bigram stands last{first}:",
@@ -204,7 +209,8 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
     read = speed = ""
     if with_speed:
         speed = (
-            " Tokens per second and memory are those of a short training; they depend on what a mixer runs by: "
+            " Tokens per second and memory are those of short trainings, in which the mixers take turns: the "
+            "median, least and largest in brackets. They depend on what a mixer runs by: "
             "Gated DeltaNet by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where they are "
             "installed, else by transformers' PyTorch code."
         )
@@ -222,10 +228,10 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
     )
 
 
-def _speeds(measured: dict[str, Any] | None) -> list[str]:
+def _speeds(rounds: list[dict[str, Any]]) -> list[str]:
     """Tokens per second and peak memory, where they were measured."""
-    speed, peak = (None if measured is None else measured[key] for key in _SPEED)
-    return ["" if speed is None else f"{speed:,}", "" if peak is None else f"{peak / 1e9:.1f}"]
+    speeds, peaks = ([found[name] for found in rounds if found[name] is not None] for name in _SPEED)
+    return [spread(speeds, ",.0f"), f"{max(peaks) / 1e9:.1f}" if peaks else ""]
 
 
 def _row(models: dict[int, dict[str, Any]]) -> list[str]:
