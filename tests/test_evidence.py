@@ -356,7 +356,7 @@ def test_mqar_says_what_is_refuted_and_what_was_not_learnt(tmp_path: Path) -> No
             entries.append({"cell": cell, "result": {"accuracy": [[16, 4, accuracy]], "learning_rate": 0.1}})
     text = mqar.section(entries, tmp_path / "picture.png")
     assert "mean over the seeds (2; 1 of Mamba-2 at dim 32)" in text
-    assert "refuted beside GLA (no solve) in 1 places, where all seeds of GKA lie below all others" in text
+    assert "refuted beside GLA (no solve) in 1 of 1 places, where all seeds of GKA lie below all others" in text
     assert "; not refuted beside Gated DeltaNet, Mamba-2." in text
     assert "softmax attention: above" not in text and "easiest place: softmax attention at dim 32." in text
     alone = [entry for entry in entries if entry["cell"]["mixer"] in ("gka", "attention")]

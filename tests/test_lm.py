@@ -176,13 +176,16 @@ def test_other_seeds_are_shown_beside_the_first(tmp_path: Path) -> None:
     for cell in models:
         if loss := losses.get((cell["mixer"], cell["seed"])):
             held_out = {"loss": loss, "bits_per_byte": loss / 2, "recall_loss": 3.0, "other_loss": 1.0}
+            bins = [{"first": 2, "last": 3, "loss": loss, "tokens": 1}]
+            bins += [{"first": 4, "last": 7, "loss": None, "tokens": 0}]
             result = {
                 "learning_rate": 0.01, "parameters": 1, "train loss": [[1, 2.0]], "gradient norms": [[1, loss]],
-                "diverged": None, "held out": {**held_out, "recall": [], "positions": []},
+                "diverged": None, "held out": {**held_out, "recall": bins, "positions": bins[:1]},
             }  # fmt: skip
             entries.append({"cell": cell, "result": result})
     page = lm.section(entries, tmp_path / "lm.png")
-    assert "seeds: 2 to 3." in page and "by position in the window, first seed:" in page
+    assert "seeds: 2 to 3." in page and "by position in the window, median of the seeds:" in page
+    assert page.count("| 2 to 3 | 2.100 | 2.150 |") == 2 and page.count("| 4 to 7 |  |  |") == 1
     assert "| 2.1000 (2.0000 to 2.2000) | 1.0500 (1.0000 to 1.1000) | 3.000 (3.000 to 3.000) |" in page
     assert "+0.0500 (-0.1000 to +0.2000) for Gated DeltaNet" in page
     assert "Gated DeltaNet: so it is with 1 of 2 seeds." in page and "One training each" not in page

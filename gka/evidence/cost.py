@@ -173,8 +173,7 @@ def section(entries: Entries, picture: Path) -> str:
             "that are ready at every length: cuDNN's, PyTorch's first choice on a Hopper GPU, plan anew at each "
             "length.",
             markdown_table(head, times),
-            "Megabytes: peak above parameters and input where it was measured; for decoding the cache. Where "
-            "kernels choose among forms of themselves, the first lengths hold up to 300 MB that this takes once.",
+            "Megabytes: peak above parameters and input where it was measured; for decoding the cache.",
             markdown_table(head, memory),
             _findings(entries),
         )
@@ -201,11 +200,11 @@ def _bytes_of(result: dict[str, Any]) -> int | None:
 def _findings(entries: Entries) -> str:
     """How time of GKA and of attention grows to the last length, and whether GKA's cache grows; as expected?"""
     parts = []
-    for mixer in ("gka", "attention"):
-        points = _points(entries, mixer, "forward")[-2:]
+    for what, mixer in itertools.product(WHAT[:2], ("gka", "attention")):
+        points = _points(entries, mixer, what)[-2:]
         if len(points) == 2:
             (T, before), (last, after) = points
-            parts.append(f"{last} tokens take {STYLE[mixer][0]} {after / before:.3g} times as long as {T}")
+            parts.append(f"{what}, {last} tokens take {STYLE[mixer][0]} {after / before:.3g} times as long as {T}")
     caches = {
         e["result"]["cache bytes"]
         for e in entries

@@ -18,6 +18,7 @@ tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ ROUNDS = 3  # of speed
 ALL = (*MIXERS, "hybrid")
 STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
 Entries = list[dict[str, Any]]
+BySeed = dict[str, dict[int, dict[str, Any]]]  # models by mixer and seed
 _SPEED = (SPEED, "peak bytes")
 _SIZES: dict[str, dict[str, Any]] = {
     "small": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
@@ -166,15 +168,14 @@ def section(entries: Entries, picture: Path) -> str:
     """A table of the models, one of the rates, one of recall by distance; pictures of training and of recall."""
     by_seed = {mixer: _by_seed(entries, mixer) for mixer in ALL}
     by_seed = {mixer: found for mixer, found in by_seed.items() if found}
-    models = {mixer: found[min(found)] for mixer, found in by_seed.items()}
     measured = [entry for entry in entries if entry["cell"]["part"] == "speed"]
     speeds = {m: [entry["result"] for entry in measured if entry["cell"]["mixer"] == m] for m in ALL if measured}
-    _draw(models, picture)
+    _draw(by_seed, picture)
     parts = [_rates(entries)]
-    if models:
-        some = next(iter(models.values()))
+    if by_seed:
+        some = next(iter(next(iter(by_seed.values())).values()))
         counts = span(sorted({len(found) for found in by_seed.values()}))
-        first = "" if counts == "1" else ", first seed"
+        middle = "" if counts == "1" else ", median of the seeds"
         parts = [
             _described(some["cell"], some["result"].get("corpus"), counts, bool(speeds)),
             markdown_table(
@@ -182,10 +183,10 @@ def section(entries: Entries, picture: Path) -> str:
                 [[*_row(found), *(_speeds(speeds[mixer]) if speeds else [])] for mixer, found in by_seed.items()],
             ),
             _findings(by_seed, entries),
-            f"Held-out loss of recall tokens in nats, by the distance to where their bigram stands last{first}:",
-            markdown_table(*_bins(models, "distance")),
-            f"Held-out loss by position in the window{first}:",
-            markdown_table(*_bins(models, "position")),
+            f"Held-out loss of recall tokens in nats, by the distance to where their bigram stands last{middle}:",
+            markdown_table(*_bins(by_seed, "distance")),
+            f"Held-out loss by position in the window{middle}:",
+            markdown_table(*_bins(by_seed, "position")),
             *parts,
         ]
     return "\n\n".join(parts)
@@ -201,7 +202,10 @@ _HEAD = [
     "mixer", "million parameters", "learning rate", "held-out loss", "bits per byte", "recall tokens",
     "other tokens", "largest gradient norm",
 ]  # fmt: skip
-_OF_SEEDS = ": the median of the seeds, least and largest in brackets"
+_OF_SEEDS = (
+    ": the median of the seeds, least and largest in brackets. The picture shows training with the first seed, "
+    "recall with all"
+)
 _SPEED_HEAD = ["tokens/s", "peak GB"]
 
 
@@ -210,7 +214,9 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
     if with_speed:
         speed = (
             " Tokens per second and memory are those of short trainings, in which the mixers take turns: the "
-            "median, least and largest in brackets. They depend on what a mixer runs by: "
+            "median, least and largest in brackets. On a large GPU models so small wait for Python and for the "
+            "launching of kernels, whose time varies with all that the machine does. Both depend on what a mixer "
+            "runs by: "
             "Gated DeltaNet by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where they are "
             "installed, else by transformers' PyTorch code."
         )
@@ -260,10 +266,6 @@ def _row(models: dict[int, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
 def _rates(entries: Entries) -> str:
     """The held-out loss of the short trainings."""
     short = {
@@ -288,22 +290,33 @@ def _shown(loss: float | None) -> str:
     return "" if loss is None else "diverged" if loss == float("inf") else f"{loss:.3f}"
 
 
-def _bins(models: dict[str, dict[str, Any]], kind: str) -> tuple[list[str], list[list[str]]]:
+def _bins(by_seed: BySeed, kind: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table: the loss in every bin of `kind`, "distance" or "position"."""
-    order = [mixer for mixer in models if models[mixer]["result"]["held out"] is not None]
-    by_first: dict[int, dict[str, dict[str, Any]]] = {}
-    for mixer in order:
-        for part in models[mixer]["result"]["held out"][{"distance": "recall", "position": "positions"}[kind]]:
-            by_first.setdefault(part["first"], {})[mixer] = part
-    rows = []
-    for first, parts in sorted(by_first.items()):
-        last = next(iter(parts.values()))["last"]
-        losses = [_nats(parts[mixer]["loss"]) if mixer in parts else "" for mixer in order]
-        rows.append([f"{first} to {last}", *losses])
-    return [kind, *(STYLE[mixer][0] for mixer in order)], rows
+    losses = {mixer: found for mixer in by_seed if (found := _losses_by(by_seed[mixer], kind))}
+    bins = sorted({span for found in losses.values() for span in found})
+    rows = [
+        [f"{first} to {last}", *(_middle(found.get((first, last), [])) for found in losses.values())]
+        for first, last in bins
+    ]
+    return [kind, *(STYLE[mixer][0] for mixer in losses)], rows
 
 
-def _findings(by_seed: dict[str, dict[int, dict[str, Any]]], entries: Entries) -> str:
+def _losses_by(models: dict[int, dict[str, Any]], kind: str) -> dict[tuple[int, int], list[float]]:
+    """The losses of a mixer's seeds, by the first and last distance or position of a bin."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for entry in models.values():
+        held_out = entry["result"]["held out"] or {"recall": [], "positions": []}
+        for part in held_out[{"distance": "recall", "position": "positions"}[kind]]:
+            losses = found.setdefault((part["first"], part["last"]), [])
+            losses += [] if part["loss"] is None else [part["loss"]]
+    return found
+
+
+def _middle(losses: list[float]) -> str:
+    return f"{statistics.median(losses):.3f}" if losses else ""
+
+
+def _findings(by_seed: BySeed, entries: Entries) -> str:
     """GKA's held-out loss beside each other's, seed by seed, and whose model is not there yet."""
     losses = {mixer: {seed: _loss(entry) for seed, entry in found.items()} for mixer, found in by_seed.items()}
     ours = {seed: loss for seed, loss in losses.get("gka", {}).items() if math.isfinite(loss)}
@@ -333,18 +346,24 @@ def _findings(by_seed: dict[str, dict[int, dict[str, Any]]], entries: Entries) -
     return " ".join(part for part in said if part)
 
 
-def _draw(models: dict[str, dict[str, Any]], path: Path) -> None:
+def _draw(by_seed: BySeed, path: Path) -> None:
+    """Curves of the first seed; of recall the median of the seeds, in a band from the least to the largest."""
     figure, panels = new_panels(1, 3, (14, 4.2), 120)
     curve, norms, recall = panels
-    for mixer, model in models.items():
+    for mixer, found in by_seed.items():
         name, colour, marker = STYLE[mixer]
+        model = found[min(found)]
         entry, result = model["cell"], model["result"]
         per_step = entry["seq_len"] * entry["batch_size"] / 1e6
         curve.plot(*_smooth(result["train loss"], per_step), color=colour, label=name, linewidth=1.2)
         norms.plot(*_smooth(result["gradient norms"], per_step), color=colour, linewidth=1.0)
-        if result["held out"] is not None:
-            points = [(part["first"], part["loss"]) for part in result["held out"]["recall"] if part["tokens"]]
-            recall.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
+        losses = {first: values for (first, _), values in sorted(_losses_by(found, "distance").items()) if values}
+        if losses:
+            x, columns = list(losses), list(losses.values())
+            recall.plot(x, [statistics.median(v) for v in columns], color=colour, marker=marker, markersize=4)
+            recall.fill_between(
+                x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, lw=0
+            )
     curve.set_title("training loss, nats", loc="left", fontsize=11)
     norms.set_title("gradient norm", loc="left", fontsize=11)
     norms.set_yscale("log")
@@ -353,7 +372,7 @@ def _draw(models: dict[str, dict[str, Any]], path: Path) -> None:
     recall.set_title("held-out loss of recall tokens", loc="left", fontsize=11)
     recall.set_xscale("log", base=2)
     recall.set_xlabel("tokens since their bigram")
-    if models:
+    if by_seed:
         curve.legend(frameon=False, fontsize=8)
     save(figure, path)
 

@@ -324,7 +324,7 @@ def _findings(found: list[dict[str, Any]]) -> str:
         parts.append(f"{name}: above in {above}, level in {len(apart) - above - below}, below in {below}")
         clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
         if other != "attention":
-            fails.append(f"{name} in {clear}") if clear else holds.append(name)
+            fails.append(f"{name} in {clear} of {len(pairs)}") if clear else holds.append(name)
     said = []
     if parts:
         said.append(f"GKA beside each other mixer, by more than half a percent: {'; '.join(parts)} of the places.")
