@@ -1,5 +1,6 @@
 """Settings and fixtures of the whole suite."""
 
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +36,20 @@ hypothesis.settings.load_profile("gka")
 
 LOGGERS = [logging.getLogger(name) for name in ("torch", "accelerate", "transformers")]
 LEVELS = [logger.level for logger in LOGGERS]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collections, which every training of transformers asks for."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """The same for what the tests of a module leave, such as compiled graphs."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

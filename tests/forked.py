@@ -7,6 +7,7 @@ one thread, and Triton's compiler in place of its interpreter.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -37,6 +38,7 @@ def _run(command: list[str], folder: str, streams: list[str], environment: dict[
     for descriptor, name in enumerate(streams, start=1):
         with open(name, "w", encoding="utf-8") as file:
             os.dup2(file.fileno(), descriptor)
+    gc.freeze()  # what is imported is no garbage
     os.chdir(folder)
     os.environ.update(environment)
     kind, what, *arguments = command
