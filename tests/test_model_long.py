@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from forked import run_forked
 from model_helpers import FULL, GKA, cache_tensors, random_tokens, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -72,16 +69,7 @@ def measure(layer_type: str, rows: int, early: int, tokens: int) -> tuple[int, i
 def measure_alone(layer_type: str, rows: int, early: int, tokens: int) -> tuple[int, int]:
     """`measure` in a process of its own, which holds no freed memory of other tests to take from."""
     arguments = f"{layer_type!r}, {rows}, {early}, {tokens}"
-    code = f"import json, test_model_long as t; print(json.dumps(t.measure({arguments})))"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_forked("-c", f"import json, test_model_long as t; print(json.dumps(t.measure({arguments})))")
     cache_growth, process_growth = json.loads(done.stdout.splitlines()[-1])
     return cache_growth, process_growth
 
