@@ -1,0 +1,54 @@
+"""The interpreter of the tests computes what Triton's own does, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from decode_helpers import StepCase, step_arguments
+from helpers import Case, converted, make_inputs, run
+from tiny_run import run_process
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, kernels are not interpreted")
+CASES = {
+    torch.float32: Case(lengths=(2, 0, 17), D=7, V=3, H=1, packed=True),
+    torch.bfloat16: Case(lengths=(5,), H=2, D=12, V=20, normalize_qk=True),
+}
+
+
+def outcomes() -> dict[str, Tensor]:
+    """What the kernels give: of the op and the short convolution, with gradients, and of a step."""
+    from gka.conv_kernels import short_conv
+    from gka.ops import triton_step
+
+    found: dict[str, Tensor] = {}
+    for dtype, case in CASES.items():
+        out = run(converted(make_inputs(case), dtype), backend="triton", chunk_size=16, steps=(3, 2))
+        found |= {f"{dtype} {name}": value.detach() for name, value in out.items()}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = step_arguments(StepCase(D=5, V=9, dtype=dtype))
+        o, state = triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=False, **given)
+        found |= {f"step {dtype} {name}": value for name, value in {"o": o, **state._asdict()}.items()}
+        x = make_inputs(Case(lengths=(11,), D=5), torch.float32)["q"].detach().flatten(2).to(dtype)
+        x.requires_grad_()
+        y = short_conv(x, torch.linspace(-1, 1, 4 * x.shape[2]).view(-1, 4).to(dtype), None)
+        y.backward(y.detach())
+        found |= {f"convolution {dtype}": y.detach(), f"convolution {dtype} dx": x.grad}
+    return found
+
+
+def test_it_is_triton_s_own_to_the_bit(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, test_quick_interpreter\n"
+        "torch.set_num_threads(1)\n"
+        f"torch.save(test_quick_interpreter.outcomes(), {str(tmp_path / 'outcomes')!r})\n"
+        "assert 'quick_interpreter' not in sys.modules and 'triton.runtime.interpreter' in sys.modules\n"
+    )
+    run_process(launcher=("-c", code), env={"TRITON_INTERPRET": "1"})
+    theirs, ours = torch.load(tmp_path / "outcomes"), outcomes()
+    assert ours.keys() == theirs.keys() and all(value.isfinite().all() for value in ours.values())
+    differ = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not differ, differ
