@@ -7,7 +7,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What torch.compile keeps on disk knows operators by name: with other arguments than now it would be wrong.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 
@@ -20,7 +19,7 @@ if not torch.cuda.is_available():
 import quick_interpreter
 from transformers.utils import logging as transformers_logging
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+if os.environ.get("TRITON_INTERPRET") == "1" and quick_interpreter.is_made_for_this():
     quick_interpreter.install()
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(

@@ -10,17 +10,30 @@ Nearly all of its time goes to finding out types and to calls of functions by fu
 - Every value gets types and shapes made anew. Here a type of blocks is made once, with its values' shape.
 - What has one type already needs no promotion: such operands go to NumPy at once.
 - bfloat16 is the upper half of float32: only numbers below the normal ones take more than a shift.
+
+All this is made for the inside of one version of Triton; others interpret as they are, in more time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+VERSION = "3.9."
+
+
+def is_made_for_this() -> bool:
+    """Whether the installed Triton is the version that this is made for."""
+    try:
+        return importlib.metadata.version("triton").startswith(VERSION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def install() -> None:
