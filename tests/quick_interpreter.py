@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-VERSION = "3.9."
+VERSION = "3.9.0"
 
 
 def is_made_for_this() -> bool:
     """Whether the installed Triton is the version that this is made for."""
     try:
-        return importlib.metadata.version("triton").startswith(VERSION)
+        return importlib.metadata.version("triton") == VERSION
     except importlib.metadata.PackageNotFoundError:
         return False
 
@@ -108,7 +108,7 @@ def _keep_types() -> None:
 
     core.block_type.__new__, core.block_type.__init__ = keep, make_once
     core.block_type.with_element_ty = functools.cache(core.block_type.with_element_ty)
-    core.block_type.__hash__ = core.pointer_type.__hash__ = object.__hash__
+    core.block_type.__hash__, core.pointer_type.__hash__ = object.__hash__, core.dtype.__hash__
 
     def shape_of(kind: Any) -> tuple[Any, Any]:
         shape = kind.shape if kind.is_block() else ()
@@ -190,11 +190,11 @@ def _compute_at_once() -> None:
     def quick(name: str, operation: Any, compares: bool = False) -> None:
         general = getattr(semantic, name)
 
-        def compute(a: Any, b: Any, *options: Any) -> Any:
+        def compute(a: Any, b: Any, *options: Any, **named: Any) -> Any:
             x = a if type(a) is tensor else as_tensor(a, b)
             y = b if type(b) is tensor else as_tensor(b, a)
             if x is None or y is None:
-                return general(a, b, *options)
+                return general(a, b, *options, **named)
             if x.dtype is y.dtype and id(x.dtype) in limits and is_simple(x, y):
                 kind = together(x.type, y.type)
                 if kind is not None:
@@ -204,7 +204,7 @@ def _compute_at_once() -> None:
                 kind = together(x.type, y.type)
                 if kind is not None and is_simple(x, y):
                     return tensor(builder.create_addptr(x.handle, y.handle), kind)
-            return general(a, b, *options)
+            return general(a, b, *options, **named)
 
         setattr(semantic, name, compute)
 

@@ -183,9 +183,18 @@ def test_other_seeds_are_shown_beside_the_first(tmp_path: Path) -> None:
                 "diverged": None, "held out": {**held_out, "recall": bins, "positions": bins[:1]},
             }  # fmt: skip
             entries.append({"cell": cell, "result": result})
+    for cell in lm.cells("full"):
+        if cell["part"] == "speed" and cell["mixer"] == "gka":
+            speed = {"tokens per second": (3000, 1000, 2500)[cell["round"]], "peak bytes": 4_000_000_000}
+            entries.append({"cell": cell, "result": speed})
     page = lm.section(entries, tmp_path / "lm.png")
+    assert "| 2,500 (1,000 to 3,000) | 4.0 |" in page and "(1.90 to 2.40) |  |  |" in page
     assert "seeds: 2 to 3." in page and "by position in the window, median of the seeds:" in page
     assert page.count("| 2 to 3 | 2.100 | 2.150 |") == 2 and page.count("| 4 to 7 |  |  |") == 1
     assert "| 2.1000 (2.0000 to 2.2000) | 1.0500 (1.0000 to 1.1000) | 3.000 (3.000 to 3.000) |" in page
     assert "+0.0500 (-0.1000 to +0.2000) for Gated DeltaNet" in page
     assert "Gated DeltaNet: so it is with 1 of 2 seeds." in page and "One training each" not in page
+    gdn = next(entry for entry in entries if entry["cell"]["mixer"] == "gdn")
+    gdn["result"] |= {"held out": None, "diverged": 2}
+    page = lm.section(entries, tmp_path / "lm.png")
+    assert "| not finite in 1 of 2 |" in page and page.count("| 2 to 3 | 2.100 |\n") == 2

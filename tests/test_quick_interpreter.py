@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import quick_interpreter
 import torch
@@ -45,16 +46,47 @@ def outcomes() -> dict[str, Tensor]:
     return found
 
 
+def conversions() -> dict[str, Tensor]:
+    """Every bfloat16 number in float32, and numbers of every exponent back, infinity and NaN among them."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    wholes = (halves.astype(np.uint32) << 16) | np.random.default_rng(0).integers(1 << 16, size=1 << 16).astype(
+        "uint32"
+    )
+    found: dict[str, Tensor] = {}
+    for source, target, bits, exponent, rest in (
+        (core.bfloat16, core.float32, halves, 0x7F80, 0x7F),
+        (core.float32, core.bfloat16, np.append(wholes, [0, 1 << 31]).astype("uint32"), 0x7F800000, 0x7FFFFF),
+    ):
+        subnormal = ((bits & exponent) == 0) & ((bits & rest) != 0)
+        for name, given in (("normal", bits[~subnormal]), ("subnormal", bits[subnormal])):
+            result = interpreter._convert_float(given.reshape(2, -1), source, target, None)
+            found[f"{name} {source} as {result.dtype}"] = torch.tensor(result.astype(np.int64))
+    return found
+
+
+def as_bytes(value: Tensor) -> Tensor:
+    return value.contiguous().view(torch.uint8)
+
+
 def test_it_is_triton_s_own_to_the_bit(tmp_path: Path) -> None:
     code = (
         "import torch, test_quick_interpreter\n"
         "from triton.runtime import interpreter\n"
         "torch.set_num_threads(1)\n"
-        f"torch.save(test_quick_interpreter.outcomes(), {str(tmp_path / 'outcomes')!r})\n"
+        "found = test_quick_interpreter.outcomes() | test_quick_interpreter.conversions()\n"
+        f"torch.save(found, {str(tmp_path / 'outcomes')!r})\n"
         "assert interpreter._patch_lang.__module__ == interpreter.__name__  # it is Triton's own\n"
     )
+    from triton.runtime import interpreter
+
+    assert interpreter._patch_lang.__module__ == quick_interpreter.__name__
     run_process(launcher=("-c", code), env={"TRITON_INTERPRET": "1"})
     theirs, ours = torch.load(tmp_path / "outcomes"), outcomes()
-    assert ours.keys() == theirs.keys() and all(value.isfinite().all() for value in ours.values())
-    differ = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert all(value.isfinite().all() for value in ours.values())
+    ours |= conversions()
+    assert ours.keys() == theirs.keys()
+    differ = [name for name in theirs if not torch.equal(as_bytes(ours[name]), as_bytes(theirs[name]))]
     assert not differ, differ

@@ -204,7 +204,9 @@ def _findings(entries: Entries) -> str:
         points = _points(entries, mixer, what)[-2:]
         if len(points) == 2:
             (T, before), (last, after) = points
-            parts.append(f"{what}, {last} tokens take {STYLE[mixer][0]} {after / before:.3g} times as long as {T}")
+            parts.append(
+                f"{what}: {last:,} tokens take {STYLE[mixer][0]} {after / before:.3g} times as long as {T:,}"
+            )
     caches = {
         e["result"]["cache bytes"]
         for e in entries

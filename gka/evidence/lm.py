@@ -8,8 +8,8 @@ seed decides the first weights and the order of the text. The first seed's model
 OUTPUT/lm-models/SIZE/MIXER for what follows, as the experiment `long`.
 
 Speed and memory are those of short trainings of their own, "part=speed", which on a GPU that nothing else uses
-can be measured after the others: `--only part=speed`. The mixers take turns, three times over, so that what else
-the machine does meets them alike.
+can be measured after the others: `--only part=speed`. The mixers take turns, three times over, so that a
+drift of the machine does not fall on one of them alone.
 
 Held-out files are read in windows of the training's length: loss and bits per byte, by position, and of recall
 tokens, whose bigram stands in the window before (gka/tasks/recall_loss.py).
@@ -213,12 +213,12 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
     read = speed = ""
     if with_speed:
         speed = (
-            " Tokens per second and memory are those of short trainings, in which the mixers take turns: the "
-            "median, least and largest in brackets. On a large GPU models so small wait for Python and for the "
-            "launching of kernels, whose time varies with all that the machine does. Both depend on what a mixer "
-            "runs by: "
-            "Gated DeltaNet by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where they are "
-            "installed, else by transformers' PyTorch code."
+            " Tokens per second and peak memory are those of short trainings, in which the mixers take turns: of "
+            "the speeds the median, least and largest in brackets. On a large GPU models so small wait for "
+            "Python and for the launching of kernels, whose time varies with all that the machine does: mixers "
+            "whose ranges overlap are not told apart. What a mixer runs by decides, too: Gated DeltaNet by "
+            "flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where they are installed, else by "
+            "transformers' PyTorch code."
         )
     if counts:
         train, held = counts["train"], counts["validation"]
@@ -293,7 +293,7 @@ def _shown(loss: float | None) -> str:
 def _bins(by_seed: BySeed, kind: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table: the loss in every bin of `kind`, "distance" or "position"."""
     losses = {mixer: found for mixer in by_seed if (found := _losses_by(by_seed[mixer], kind))}
-    bins = sorted({span for found in losses.values() for span in found})
+    bins = sorted({ends for found in losses.values() for ends in found})
     rows = [
         [f"{first} to {last}", *(_middle(found.get((first, last), [])) for found in losses.values())]
         for first, last in bins
@@ -302,10 +302,10 @@ def _bins(by_seed: BySeed, kind: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _losses_by(models: dict[int, dict[str, Any]], kind: str) -> dict[tuple[int, int], list[float]]:
-    """The losses of a mixer's seeds, by the first and last distance or position of a bin."""
+    """The losses of a mixer's seeds, by the first and last distance or position of a bin; none if one diverged."""
     found: dict[tuple[int, int], list[float]] = {}
-    for entry in models.values():
-        held_out = entry["result"]["held out"] or {"recall": [], "positions": []}
+    read = [entry["result"]["held out"] for entry in models.values()]
+    for held_out in read if all(read) else []:
         for part in held_out[{"distance": "recall", "position": "positions"}[kind]]:
             losses = found.setdefault((part["first"], part["last"]), [])
             losses += [] if part["loss"] is None else [part["loss"]]

@@ -324,13 +324,16 @@ def _findings(found: list[dict[str, Any]]) -> str:
         parts.append(f"{name}: above in {above}, level in {len(apart) - above - below}, below in {below}")
         clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
         if other != "attention":
-            fails.append(f"{name} in {clear} of {len(pairs)}") if clear else holds.append(name)
+            fails.append(f"{name} ({clear} of {len(pairs)} places)") if clear else holds.append(name)
     said = []
     if parts:
         said.append(f"GKA beside each other mixer, by more than half a percent: {'; '.join(parts)} of the places.")
     expected = []
     if fails:
-        expected.append(f"refuted beside {', '.join(fails)} places, where all seeds of GKA lie below all others")
+        expected.append(
+            f"refuted beside {', '.join(fails)}, where each seed of GKA lies more than half a percent below each "
+            "of its"
+        )
     if holds:
         expected.append(f"not refuted beside {', '.join(holds)}")
     if expected:
