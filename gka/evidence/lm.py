@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..hf.config import MIXERS
 from ..loading import write_checkpoint
 from ..tasks.mqar_report import STYLE as MIXER_STYLE
 from . import corpus as text
-from .picture import new_panels, save
+from .picture import draw_band, new_panels, save
 from .record import Cell, Record
 from .skeleton import fresh_model, skeleton
 from .table import markdown_table, span, spread
@@ -166,10 +167,11 @@ def _loss(entry: dict[str, Any]) -> float:
 
 def section(entries: Entries, picture: Path) -> str:
     """A table of the models, one of the rates, one of recall by distance; pictures of training and of recall."""
-    by_seed = {mixer: _by_seed(entries, mixer) for mixer in ALL}
-    by_seed = {mixer: found for mixer, found in by_seed.items() if found}
-    measured = [entry for entry in entries if entry["cell"]["part"] == "speed"]
-    speeds = {m: [entry["result"] for entry in measured if entry["cell"]["mixer"] == m] for m in ALL if measured}
+    by_seed = {mixer: found for mixer in ALL if (found := _by_seed(entries, mixer))}
+    speeds: dict[str, Entries] = defaultdict(list)
+    for entry in entries:
+        if entry["cell"]["part"] == "speed":
+            speeds[entry["cell"]["mixer"]].append(entry["result"])
     _draw(by_seed, picture)
     parts = [_rates(entries)]
     if by_seed:
@@ -359,11 +361,7 @@ def _draw(by_seed: BySeed, path: Path) -> None:
         norms.plot(*_smooth(result["gradient norms"], per_step), color=colour, linewidth=1.0)
         losses = {first: values for (first, _), values in sorted(_losses_by(found, "distance").items()) if values}
         if losses:
-            x, columns = list(losses), list(losses.values())
-            recall.plot(x, [statistics.median(v) for v in columns], color=colour, marker=marker, markersize=4)
-            recall.fill_between(
-                x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, lw=0
-            )
+            draw_band(recall, list(losses), list(losses.values()), colour, marker=marker, markersize=4)
     curve.set_title("training loss, nats", loc="left", fontsize=11)
     norms.set_title("gradient norm", loc="left", fontsize=11)
     norms.set_yscale("log")

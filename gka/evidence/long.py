@@ -278,9 +278,9 @@ def _described(continued: dict[str, Any]) -> str:
     return (
         "The models of `lm`, those of its first seed, trained on for "
         f"{cell['rows'] * cell['seq_len'] / 1e6:.3g} million tokens in rows of {cell['seq_len']}, learning rate "
-        f"{cell['learning_rate']:g}, {cell['dtype']}: {examples:,} "
-        f"examples of all tasks in half of the rows, text in the other. The loss counts {counted['answers']:,} "
-        f"tokens of answers and {counted['text']:,} of text. Attention's rotary base is {cell['rope_theta']:,}."
+        f"{cell['learning_rate']:g}, {cell['dtype']}: {examples:,} examples of all tasks in half of the rows, "
+        f"text in the other. The loss counts {counted['answers']:,} tokens of answers and {counted['text']:,} of "
+        f"text. Attention's rotary base is {cell['rope_theta']:,}."
         "\n\n" + markdown_table(["mixer", "last training loss, nats", "peak GB"], rows)
     )
 

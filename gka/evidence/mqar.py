@@ -33,7 +33,7 @@ from ..tasks.mqar_report import STYLE
 from ..tasks.mqar_run import ALL_MIXERS
 from ..tasks.mqar_train import LAYERS, RecallTrainer, answers, state_size
 from ..trainer import on_one_gpu
-from .picture import new_panels, save
+from .picture import draw_band, new_panels, save
 from .record import Cell, Record
 from .skeleton import skeleton
 from .table import markdown_table
@@ -369,16 +369,8 @@ def _draw(found: list[dict[str, Any]], tasks: list[Task], mixers: list[str], pat
         for mixer in mixers:
             name, colour, marker = STYLE[mixer]
             points = [(row["dim"], row["accuracies"][task]) for row in found if row["mixer"] == mixer]
-            dims = [dim for dim, _ in points]
-            axes.plot(dims, [statistics.mean(a) for _, a in points], color=colour, marker=marker, label=name)
-            axes.fill_between(
-                dims,
-                [min(a) for _, a in points],
-                [max(a) for _, a in points],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
+            dims, accuracies = [dim for dim, _ in points], [values for _, values in points]
+            draw_band(axes, dims, accuracies, colour, statistics.mean, marker=marker, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("model dim")
         axes.set_ylim(-0.03, 1.04)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .picture import new_panels, save
+from .picture import draw_band, new_panels, save
 from .table import markdown_table, spread
 
 Entries = list[dict[str, Any]]
@@ -184,7 +184,4 @@ def _band(
         for n in range(len(x))
     ]
     label = name if style == "-" else None
-    axes.plot(
-        x, [statistics.median(column) for column in columns], style, color=colour, label=label, linewidth=1.6
-    )
-    axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0)
+    draw_band(axes, x, columns, colour, linestyle=style, label=label, linewidth=1.6)
