@@ -41,3 +41,23 @@ def family_inputs(family: Family, H: int = 2, D: int = 128, seed: int = 0) -> di
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     g = torch.nn.functional.logsigmoid(normal(1, family.T, H) + family.m)
     return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16(), "g": g.float()}
+
+
+def with_gates(inputs: dict[str, Tensor], random: bool, seed: int = 5) -> dict[str, Tensor]:
+    """The inputs with alpha and beta, [1, T, H] in float32: random between 0 and 1, or 1."""
+    generator, shape = torch.Generator().manual_seed(seed), inputs["g"].shape
+    alpha, beta = (
+        torch.sigmoid(torch.randn(shape, generator=generator)) if random else torch.ones(shape) for _ in range(2)
+    )
+    return {**inputs, "alpha": alpha, "beta": beta}
+
+
+def gradients_of(out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what `helpers.run` returns, the gradients, both ways."""
+    return {name: tensor for name, tensor in out.items() if name.split()[-1].startswith("d")}
+
+
+def first_tokens(sequences: int, length: int, H: int = 2, D: int = 128, seed: int = 0) -> dict[str, Tensor]:
+    """A packed batch of short sequences like the low-rank start, with `cu_seqlens`."""
+    inputs = family_inputs(Family(sequences * length, 4.0), H, D, seed)
+    return {**inputs, "cu_seqlens": torch.arange(sequences + 1) * length}

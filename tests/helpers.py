@@ -118,7 +118,7 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
 def run(
     arguments: dict[str, Any], function: Any = gated_kalmanet, seed: int = 1, **options: Any
 ) -> dict[str, Tensor]:
-    """Outputs o, final S_kk and S_kv, and the gradients of every input for random cotangents."""
+    """Outputs o, final S_kk and S_kv, and the gradients of every input, both ways: see `gradients`."""
     inputs = {name: arguments.get(name) for name in INPUTS}
     leaves = {
         name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items() if tensor is not None
@@ -139,14 +139,24 @@ def run(
 
 
 def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
-    """Gradients of sum <output, cotangent> with cotangents drawn in float64 in the order of the names."""
+    """Gradients of sum <output, cotangent>, "dq" and so on of o alone, "states dq" of the final states alone.
+
+    One loss through both would hide errors: a random cotangent on the states makes dg a hundred times as large.
+    Cotangents are drawn in the order of the names, and rounded to the output's dtype, but at least to bfloat16, so
+    that outputs of all dtypes get the same.
+    """
     generator = torch.Generator().manual_seed(seed)
-    loss = sum((0.0 * leaf.double().sum() for leaf in leaves.values()), start=torch.zeros(()))
+    losses: dict[str, Tensor] = {}
     for name in sorted(outputs):
         cotangent = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64)
-        loss = loss + (outputs[name].double() * cotangent.to(outputs[name].device)).sum()
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {
-        f"d{name}": torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }
+        if name == "o":
+            cotangent = cotangent.bfloat16().double()
+        way = "" if name == "o" else "states "
+        losses[way] = losses.get(way, 0.0) + (outputs[name].double() * cotangent.to(outputs[name].device)).sum()
+    found = {}
+    for way, loss in losses.items():
+        # Inputs that a loss does not depend on have gradients all the same, zeros.
+        loss = loss + sum((0.0 * leaf.double().sum() for leaf in leaves.values()), start=torch.zeros(()))
+        grads = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+        found.update({f"{way}d{name}": grad for name, grad in zip(leaves, grads, strict=True)})
+    return found

@@ -39,7 +39,7 @@ def test_no_tokens(packed: bool) -> None:
     assert out["o"].shape == (1 if packed else 2, 0, case.H, case.V)
     assert relative_error(out["final S_kk"], arguments["S_kk"]) < 1e-15
     assert relative_error(out["final S_kv"], arguments["S_kv"]) < 1e-15
-    assert out["dS_kv"].any() and out["dS_kk"].any()
+    assert out["states dS_kv"].any() and out["states dS_kk"].any()
 
 
 def test_no_sequences() -> None:
@@ -80,7 +80,7 @@ def test_extreme_decays_in_float32(decay: float) -> None:
     dg, dg_ref = out.pop("dg"), ref.pop("dg")
     assert_close(out, ref, 1e-4)
     # dg is a sum of terms of dbeta's size that cancel where the past is forgotten.
-    assert (dg - dg_ref).norm() <= 1e-4 * dg_ref.norm() + 1e-5 * ref["dbeta"].norm()
+    assert (dg - dg_ref).norm() <= 1e-4 * dg_ref.norm() + 2e-5 * ref["dbeta"].norm()
 
 
 def test_initial_state_is_not_written() -> None:

@@ -5,7 +5,9 @@ queries and gates read as zero, so they change no state and nothing of theirs is
 
 Two arithmetics, chosen by the constexpr WIDE:
     WIDE = False  (bfloat16 inputs): operands of products are bfloat16, sums are float32. What must be exact, a
-                  state or an iterate, is a pair hi + lo of bfloat16, and a product of pairs is three products.
+                  state, an iterate or a state's gradient, is a pair hi + lo of bfloat16, and a product of pairs is
+                  three products. In memory a pair takes three bytes: hi, and as int8 (`lo8`) the eight bits of the
+                  float32 number that follow those of hi.
     WIDE = True   (float32 and float16 inputs): operands are float32, products three-part TF32.
 
 Legend: C tokens of a chunk; c, j, i tokens in it; D key dim, V value dim; G_c = g_1 + ... + g_c.
@@ -69,11 +71,23 @@ def store_rows(ptr, x, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_pairs(hi_ptr, lo_ptr, start, end, H, h, dim, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """[C, BLOCK] float32 of rows that are kept as operands hi + lo; lo is not read if WIDE."""
-    x = load_rows(hi_ptr, start, end, H, h, dim, 0, C, BLOCK).to(tl.float32)
+    """[C, BLOCK] float32 of rows that are kept as pairs; the second pointer is not read if WIDE."""
+    hi = load_rows(hi_ptr, start, end, H, h, dim, 0, C, BLOCK)
+    if WIDE:
+        return hi.to(tl.float32)
+    else:
+        return joined(hi, load_rows(lo_ptr, start, end, H, h, dim, 0, C, BLOCK))
+
+
+@triton.jit
+def store_pairs(
+    hi_ptr, lo_ptr, x, start, end, H, h, dim, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """Keep rows x [C, BLOCK] in float32 as pairs."""
+    hi = rough(x, WIDE)
+    store_rows(hi_ptr, hi, start, end, H, h, dim, 0, C, BLOCK)
     if not WIDE:
-        x += load_rows(lo_ptr, start, end, H, h, dim, 0, C, BLOCK).to(tl.float32)
-    return x
+        store_rows(lo_ptr, lo8_of(x, hi), start, end, H, h, dim, 0, C, BLOCK)
 
 
 @triton.jit
@@ -100,6 +114,19 @@ def store_matrix(ptr, x, index, rows, columns, row, column, ROWS: tl.constexpr, 
     j = column + tl.arange(0, COLUMNS)
     place = ptr + index.to(tl.int64) * (rows * columns) + (i[:, None] * columns + j[None, :])
     tl.store(place, cast(x, ptr.dtype.element_ty), mask=(i < rows)[:, None] & (j < columns)[None, :])
+
+
+@triton.jit
+def store_matrix_pair(
+    hi_ptr, lo_ptr, x, index, rows, columns, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Keep x [ROWS, COLUMNS] in float32 as a pair; lo_ptr None keeps hi alone."""
+    hi = rough(x, WIDE)
+    store_matrix(hi_ptr, hi, index, rows, columns, row, column, ROWS, COLUMNS)
+    if not WIDE:
+        if lo_ptr is not None:
+            store_matrix(lo_ptr, lo8_of(x, hi), index, rows, columns, row, column, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -204,6 +231,26 @@ def split(x, WIDE: tl.constexpr):
             """,
             "=&r,=&r,r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
+
+
+@triton.jit
+def lo8_of(x, hi):
+    """int8: how many steps of 2^-8 of hi's last bit x, in float32, lies beyond hi, its bfloat16."""
+    beyond = x.to(tl.int32, bitcast=True) - (hi.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return tl.minimum((beyond + 128) >> 8, 127).to(tl.int8)
+
+
+@triton.jit
+def joined(hi, lo8):
+    """The float32 number of hi, bfloat16, and the eight bits after it."""
+    bits = (hi.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (lo8.to(tl.int32) << 8)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lo_of(hi, lo8):
+    """The operand lo of a pair that is kept as hi and lo8; bfloat16 holds it exactly."""
+    return cast(joined(hi, lo8) - hi.to(tl.float32), tl.bfloat16)
 
 
 @triton.jit

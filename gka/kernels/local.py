@@ -34,6 +34,7 @@ from .common import (
     future_mask,
     key_weights,
     last_of,
+    lo_of,
     load_matrix,
     load_rows,
     load_scalars,
@@ -47,13 +48,41 @@ from .common import (
 
 
 @triton.jit
-def _scores(K, hi_ptr, lo_ptr, start, end, H, h, dim, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """K X^T [C, C] with X = hi + lo."""
-    hi = load_rows(hi_ptr, start, end, H, h, dim, 0, C, BD)
-    scores = dot(K, tl.trans(rough(hi, WIDE)), tl.zeros([C, C], tl.float32), WIDE)
-    if not WIDE:
-        scores = dot(K, tl.trans(load_rows(lo_ptr, start, end, H, h, dim, 0, C, BD)), scores, WIDE)
+def _scores(
+    k_ptr, start, end, Hk, hk, hi_ptr, lo_ptr, row, stop, rows_H, rows_h, rows_D, D: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """K X^T [C, C] with rows X that are kept as pairs, 64 columns at a time."""
+    scores = tl.zeros([C, C], tl.float32)
+    for part in tl.static_range(BD // 64):
+        tl.debug_barrier()
+        K = rough(load_rows(k_ptr, start, end, Hk, hk, D, part * 64, C, 64), WIDE)
+        hi = load_rows(hi_ptr, row, stop, rows_H, rows_h, rows_D, part * 64, C, 64)
+        scores = dot(K, tl.trans(rough(hi, WIDE)), scores, WIDE)
+        if not WIDE:
+            lo = lo_of(hi, load_rows(lo_ptr, row, stop, rows_H, rows_h, rows_D, part * 64, C, 64))
+            scores = dot(K, tl.trans(lo), scores, WIDE)
     return scores
+
+
+@triton.jit
+def _from_end(
+    k_ptr, start, end, Hk, hk, hi_ptr, lo_ptr, program, acc, D: tl.constexpr, columns: tl.constexpr,
+    column: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """acc + K times a gradient [D, columns] that is kept as a pair, BLOCK columns from `column`.
+
+    64 rows at a time: more would not fit into registers.
+    """
+    for part in tl.static_range(BD // 64):
+        tl.debug_barrier()
+        K = rough(load_rows(k_ptr, start, end, Hk, hk, D, part * 64, C, 64), WIDE)
+        hi = load_matrix(hi_ptr, program, D, columns, part * 64, column, 64, BLOCK)
+        if not WIDE:
+            lo = lo_of(hi, load_matrix(lo_ptr, program, D, columns, part * 64, column, 64, BLOCK))
+            acc = dot(K, lo, acc, WIDE)
+        acc = dot(K, hi, acc, WIDE)
+    return acc
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -61,7 +90,7 @@ def value_gradients(
     q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr, query_scale_ptr, key_scale_ptr,
     x_hi_ptr, x_lo_ptr, z_hi_ptr, z_lo_ptr, do_ptr,  # [tokens, H, D], z [chunks, H, C, BD], [tokens, H, V]
     w_ptr,  # [tokens, H] float32, from `query_gradients`
-    d_kv_ptr,  # W_, [chunks, H, D, V]
+    d_kv_hi_ptr, d_kv_lo_ptr,  # W_, [chunks, H, D, V]
     dv_ptr, scores_ptr,  # out: [tokens, H, V]; of X, Z, K, Q in dk, [chunks, H, 4, C, C]
     written_ptr, written_end_ptr,  # out: <u, v> but for the term with W_, and that term, [tokens, H] float32
     along_ptr,  # out: part of <p, k>, [tokens, H] float32
@@ -96,11 +125,11 @@ def value_gradients(
         meeting = kept * meeting * (-2.0 * beta * beta * key_scale * key_scale)[None, :]
         along = tl.sum(meeting * kept, 1)
         store_matrix(scores_ptr, meeting * key_scale[:, None], first + 2, C, C, 0, 0, C, C)
-        x_scores = _scores(K, x_hi_ptr, x_lo_ptr, start, end, H, h, D, C, BD, WIDE)
+        x_scores = _scores(k_ptr, start, end, Hk, hk, x_hi_ptr, x_lo_ptr, start, end, H, h, D, D, C, BD, WIDE)
         unmasked = x_scores * alpha[None, :]
         x_scores = x_scores * -N
         store_matrix(scores_ptr, x_scores * key_scale[:, None], first + 1, C, C, 0, 0, C, C)
-        z_scores = _scores(K, z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, C, BD, WIDE)
+        z_scores = _scores(k_ptr, start, end, Hk, hk, z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, D, C, BD, WIDE)
         store_scalars(along_ptr, along + 2.0 * tl.sum(z_scores * x_scores, 1), start, end, H, h, C)
         z_scores = z_scores * -N * key_scale[:, None]
     share = query_scale
@@ -125,8 +154,8 @@ def value_gradients(
     to_end = tl.exp(last_of(G, C) - G)
     written_end = tl.zeros([C], tl.float32)
     for block in tl.static_range(BLOCKS):
-        W = load_matrix(d_kv_ptr, program, D, V, 0, block * BV, BD, BV)
-        u = dot(K, W, tl.zeros([C, BV], tl.float32), WIDE) * to_end[:, None]
+        u = _from_end(k_ptr, start, end, Hk, hk, d_kv_hi_ptr, d_kv_lo_ptr, program, tl.zeros([C, BV], tl.float32),
+                      D, V, block * BV, C, BD, BV, WIDE) * to_end[:, None]  # fmt: skip
         values = load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV).to(tl.float32)
         written_end += tl.sum(u * values, 1)
         dO = rough(load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV), WIDE)
@@ -141,7 +170,7 @@ def key_gradients(
     x_ptr, z_ptr,  # hi, [tokens, H, D], [chunks, H, C, BD]
     b_ptr, rest_ptr, written_ptr, written_end_ptr, along_ptr,  # [tokens, H] float32, from the kernels before
     scores_ptr,  # [chunks, H, 4, C, C], from `value_gradients`
-    kk_ptr, d_kk_ptr, d_kv_ptr,  # S_kk_0 (hi), G_, W_, [chunks, H, D, D | V]
+    kk_ptr, d_kk_hi_ptr, d_kk_lo_ptr, d_kv_hi_ptr, d_kv_lo_ptr,  # S_kk_0 (hi), G_, W_, [chunks, H, D, D | V]
     through_ptr,  # [chunks, H, 2, D] float32, from `scan_gradients`
     dk_ptr, dg_ptr, dbeta_ptr,  # out: [tokens, H, D], [tokens, H] twice
     chunk_ptr, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
@@ -162,18 +191,32 @@ def key_gradients(
     dk = tl.zeros([C, BD], tl.float32)
     along = tl.zeros([C], tl.float32)
     along_end = tl.zeros([C], tl.float32)
+    # What comes from the chunk's end: K G_ and V W_^T, each large where no key is, nearly cancel in their sum.
     if SOLVE:
         K = rough(keys, WIDE)
-        S = load_matrix(kk_ptr, program, D, D, 0, 0, BD, BD)
-        dk = dot(K, S, dk, WIDE) * (-2.0 * load_scalars(b_ptr, start, end, H, h, C))[:, None]
-        along = load_scalars(along_ptr, start, end, H, h, C) + tl.sum(
-            dk * load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32), 1
-        )
+        dk = _from_end(k_ptr, start, end, Hk, hk, d_kk_hi_ptr, d_kk_lo_ptr, program, dk, D, D, 0, C, BD, BD, WIDE)
+        along_end = tl.sum(dk * load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32), 1) * 2.0 * to_end
+        dk = dk * (2.0 * key_scale)[:, None]
+    for block in tl.static_range(BLOCKS):
+        for part in tl.static_range(BV // 64):
+            tl.debug_barrier()
+            column = block * BV + part * 64
+            values = rough(load_rows(v_ptr, start, end, Hk, hk, V, column, C, 64), WIDE)
+            W = load_matrix(d_kv_hi_ptr, program, D, V, 0, column, BD, 64)
+            if not WIDE:
+                W_lo = lo_of(W, load_matrix(d_kv_lo_ptr, program, D, V, 0, column, BD, 64))
+                dk = dot(values, tl.trans(W_lo), dk, WIDE)
+            dk = dot(values, tl.trans(W), dk, WIDE)
+    dk = dk * to_end[:, None]
+    if SOLVE:
         tl.debug_barrier()
-        S = load_matrix(d_kk_ptr, program, D, D, 0, 0, BD, BD)
-        S_keys = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE) * (2.0 * to_end)[:, None]
-        along_end = tl.sum(S_keys * load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32), 1)
-        dk = (dk + S_keys) * key_scale[:, None]
+        S = load_matrix(kk_ptr, program, D, D, 0, 0, BD, BD)
+        S_keys = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
+        S_keys = S_keys * (-2.0 * load_scalars(b_ptr, start, end, H, h, C))[:, None]
+        along = load_scalars(along_ptr, start, end, H, h, C) + tl.sum(
+            S_keys * load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32), 1
+        )
+        dk += S_keys * key_scale[:, None]
         tl.debug_barrier()
         weights = rough(load_matrix(scores_ptr, first + 2, C, C, 0, 0, C, C), WIDE)
         dk = dot(weights, K, dk, WIDE)
@@ -190,12 +233,6 @@ def key_gradients(
         Q = rough(load_rows(q_ptr, start, end, H, h, D, 0, C, BD), WIDE)
         weights = rough(load_matrix(scores_ptr, first + 3, C, C, 0, 0, C, C), WIDE)
         dk = dot(weights, Q, dk, WIDE)
-    for block in tl.static_range(BLOCKS):
-        tl.debug_barrier()
-        W = load_matrix(d_kv_ptr, program, D, V, 0, block * BV, BD, BV)
-        values = load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV).to(tl.float32)
-        dk = dot(rough(values * to_end[:, None], WIDE), tl.trans(W), dk, WIDE)
-
     dk = dk * (beta * beta)[:, None]
     if NORMALIZE:
         k = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32)

@@ -27,6 +27,7 @@ from .common import (
     dot,
     fine_dot,
     key_weights,
+    lo_of,
     load_matrix,
     load_pairs,
     load_rows,
@@ -70,7 +71,7 @@ def read_states(
         S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
         S_lo = S_hi
         if not WIDE:
-            S_lo = load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV)
+            S_lo = lo_of(S_hi, load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV))
         o = pair_dot(y, S_hi, S_lo, tl.zeros([C, BV], tl.float32), WIDE)
         values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         o = fine_dot(scores, values, o, WIDE)
@@ -80,7 +81,7 @@ def read_states(
 @triton.jit(do_not_specialize=["first_chunk"])
 def read_gradients(
     k_ptr, v_ptr, g_ptr, beta_ptr, key_scale_ptr, do_ptr,
-    kv_ptr,  # first states (hi), [chunks, H, D, V]
+    kv_hi_ptr, kv_lo_ptr,  # first states, [chunks, H, D, V]
     dy_ptr,  # out: [chunks, H, C, BD] float32
     chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
@@ -101,8 +102,11 @@ def read_gradients(
         dO = load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV)
         values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         scores = dot(rough(dO, WIDE), tl.trans(values), scores, WIDE)
-        S = load_matrix(kv_ptr, program, D, V, 0, block * BV, BD, BV)
-        dy = fine_dot(dO.to(tl.float32) * scaled_zeta[:, None], tl.trans(S), dy, WIDE)
+        S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
+        S_lo = S_hi
+        if not WIDE:
+            S_lo = lo_of(S_hi, load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV))
+        dy = pair_dot(dO.to(tl.float32) * scaled_zeta[:, None], tl.trans(S_hi), tl.trans(S_lo), dy, WIDE)
     scores = scores * past_mask(G, C) * (scale * beta * beta * key_scale)[None, :]
     K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     dy = fine_dot(scores, K, dy, WIDE)

@@ -34,7 +34,7 @@ from .common import (
     rough,
     rough_product,
     split,
-    store_rows,
+    store_pairs,
     store_scalars,
     widened,
 )
@@ -91,7 +91,7 @@ def solve_chunks(
     # these are [tokens, H, D], or [chunks, H, C, BD] if ADJOINT
     k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr,  # [tokens, Hk, D], [tokens, H], key_scale [tokens, Hk]
     norm_ptr,  # [tokens, H] float32, out unless ADJOINT
-    kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D]
+    kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D], lo bfloat16
     y_hi_ptr, y_lo_ptr, energy_ptr,  # if ADJOINT: y [tokens, H, D], and out: <A x, y> [tokens, H] float32
     tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
     chunk_ptr, ridge_ratio, first_chunk, H, Hk, D: tl.constexpr,
@@ -156,10 +156,7 @@ def solve_chunks(
             factor = inverse
             if HAS_SCALE:
                 factor *= load_scalars(rhs_scale_ptr, start, end, H, h, C)
-        hi, lo = split(x * factor[:, None], WIDE)
-        store_rows(x_hi_ptr, hi, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
-        if not WIDE:
-            store_rows(x_lo_ptr, lo, row, stop, rows_H, rows_h, rows_D, 0, C, BD)
+        store_pairs(x_hi_ptr, x_lo_ptr, x * factor[:, None], row, stop, rows_H, rows_h, rows_D, C, BD, WIDE)
     if ADJOINT:
         product = _residual(
             x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,

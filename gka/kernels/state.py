@@ -27,7 +27,10 @@ import triton.language as tl
 from .common import (
     chunk_of,
     dot,
+    joined,
     key_weights,
+    lo8_of,
+    lo_of,
     load_matrix,
     load_pairs,
     load_rows,
@@ -38,6 +41,7 @@ from .common import (
     rough,
     split,
     store_matrix,
+    store_matrix_pair,
     store_scalars,
 )
 
@@ -60,12 +64,12 @@ def scan_states(
     k_ptr, v_ptr, to_kk_ptr, to_kv_ptr, decay_ptr,  # [tokens, Hk, D], [tokens, Hk, V], [tokens, H] twice, [NT, H]
     initial_kk_ptr, initial_kv_ptr, final_kk_ptr, final_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32, or no use
     edge_kk_ptr, edge_kv_ptr, fade_ptr,  # before every EVERY-th chunk, [., H, D, D], [., H, D, V], [., H] float32
-    kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if WIDE, and
-    # kv_lo None for an S_kv of which hi is enough
+    kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if
+    # WIDE, kk_lo bfloat16
     chunk_ptr, offset_ptr, crossing_ptr,  # [NT, 2], [N + 1], [edges] int64: the sequence that crosses it, or -1
     first_of_all, last_of_all, chunks, N, H, Hk, D: tl.constexpr, V: tl.constexpr, tiles,
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr, PIPELINE: tl.constexpr,
-    SUM_ONLY: tl.constexpr, KV_LO: tl.constexpr, SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    SUM_ONLY: tl.constexpr, SOLVE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Chunks `first_of_all` to `last_of_all` in spans side by side: a program for each of the N sequences, from
@@ -107,9 +111,6 @@ def scan_states(
     edge_ptr = edge_kk_ptr if is_kk else edge_kv_ptr
     if not SUM_ONLY:
         hi_ptr = kk_hi_ptr if is_kk else kv_hi_ptr
-        lo_ptr = kk_lo_ptr
-        if KV_LO:
-            lo_ptr = kk_lo_ptr if is_kk else kv_lo_ptr
 
     S = tl.zeros([BM, BN], tl.float32)
     fade = tl.where(begin < first, 1.0, 0.0)
@@ -137,11 +138,14 @@ def scan_states(
             next_weight, next_decay = _weights(to_ptr, decay_ptr, start, next_stop, chunk + 1, h, H, C)
             if not SUM_ONLY:
                 index = (chunk - first_of_all) * H + h
-                hi, lo = split(S, WIDE)
+                hi = rough(S, WIDE)
                 store_matrix(hi_ptr, hi, index, D, width, row, column, BM, BN)
                 if not WIDE:
-                    if KV_LO or is_kk:
-                        store_matrix(lo_ptr, lo, index, D, width, row, column, BM, BN)
+                    if is_kk:
+                        lo = rough(S - hi.to(tl.float32), WIDE)
+                        store_matrix(kk_lo_ptr, lo, index, D, D, row, column, BM, BN)
+                    else:
+                        store_matrix(kv_lo_ptr, lo8_of(S, hi), index, D, V, row, column, BM, BN)
             hi, lo = split(right.to(tl.float32) * weight[:, None], WIDE)
             transposed = tl.trans(rough(keys, WIDE))
             S = dot(transposed, hi, S * decay, WIDE)
@@ -177,11 +181,46 @@ def join_edges(edge_ptr, fade_ptr, edges, H, elements, BLOCK: tl.constexpr):
         tl.store(edge_ptr + row * elements + place, S, mask=inside)
 
 
+@triton.jit
+def _operands(
+    hi_ptr, lo_ptr, start, stop, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """hi and lo [C, BLOCK] of rows that are kept as pairs, columns from `first`; lo is hi if WIDE."""
+    hi = load_rows(hi_ptr, start, stop, H, h, dim, first, C, BLOCK)
+    lo = hi
+    if not WIDE:
+        lo = lo_of(hi, load_rows(lo_ptr, start, stop, H, h, dim, first, C, BLOCK))
+    return hi, lo
+
+
+@triton.jit
+def _weighted(
+    hi_ptr, lo_ptr, weight, start, stop, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The same of weight [C] times the rows, split anew."""
+    hi = load_rows(hi_ptr, start, stop, H, h, dim, first, C, BLOCK)
+    if WIDE:
+        x = hi.to(tl.float32)
+    else:
+        x = joined(hi, load_rows(lo_ptr, start, stop, H, h, dim, first, C, BLOCK))
+    return split(x * weight[:, None], WIDE)
+
+
+@triton.jit
+def _cross(left_hi, left_lo, right_hi, right_lo, acc, WIDE: tl.constexpr):
+    """acc + left^T right of pairs."""
+    acc = dot(tl.trans(left_hi), right_hi, acc, WIDE)
+    if not WIDE:
+        acc = dot(tl.trans(left_lo), right_hi, acc, WIDE)
+        acc = dot(tl.trans(left_hi), right_lo, acc, WIDE)
+    return acc
+
+
 @triton.jit(do_not_specialize=["first_chunk"])
 def increments_kk(
-    k_ptr, x_ptr, z_ptr,  # [tokens, Hk, D], [tokens, H, D], [chunks, H, C, BD]; x and z: hi
+    k_ptr, x_hi_ptr, x_lo_ptr, z_hi_ptr, z_lo_ptr,  # [tokens, Hk, D], [tokens, H, D], [chunks, H, C, BD]
     g_ptr, beta_ptr, key_scale_ptr, w_ptr,  # [tokens, H], key_scale [tokens, Hk]
-    d_kk_ptr, b_ptr, pull_ptr,  # out: [chunks, H, D, D]; [tokens, H] and [chunks, H] float32
+    d_hi_ptr, d_lo_ptr, b_ptr, pull_ptr,  # out: [chunks, H, D, D]; [tokens, H] and [chunks, H] float32
     chunk_ptr, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -206,23 +245,27 @@ def increments_kk(
     b = b * beta * beta * key_scale * key_scale
     row = program * C
     dS = tl.zeros([BD, HALF], tl.float32)
-    left = load_rows(z_ptr, row, row + C, 1, 0, BD, 0, C, BD)
-    right = load_rows(x_ptr, start, stop, H, h, D, column, C, HALF).to(tl.float32) * half_zeta[:, None]
-    dS = dot(tl.trans(rough(left, WIDE)), rough(right, WIDE), dS, WIDE)
-    left = load_rows(x_ptr, start, stop, H, h, D, 0, C, BD)
-    right = load_rows(z_ptr, row, row + C, 1, 0, BD, column, C, HALF).to(tl.float32) * half_zeta[:, None]
-    dS = dot(tl.trans(rough(left, WIDE)), rough(right, WIDE), dS, WIDE)
+    z_hi, z_lo = _operands(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, 0, C, BD, WIDE)
+    x_hi, x_lo = _weighted(x_hi_ptr, x_lo_ptr, half_zeta, start, stop, H, h, D, 0, C, BD, WIDE)
+    if HALF == BD:
+        dS = _cross(z_hi, z_lo, x_hi, x_lo, dS, WIDE)
+        dS = _cross(x_hi, x_lo, z_hi, z_lo, dS, WIDE)
+    else:
+        right_hi, right_lo = _weighted(x_hi_ptr, x_lo_ptr, half_zeta, start, stop, H, h, D, column, C, HALF, WIDE)
+        dS = _cross(z_hi, z_lo, right_hi, right_lo, dS, WIDE)
+        right_hi, right_lo = _operands(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, column, C, HALF, WIDE)
+        dS = _cross(x_hi, x_lo, right_hi, right_lo, dS, WIDE)
     left = load_rows(k_ptr, start, stop, Hk, hk, D, 0, C, BD)
     right = load_rows(k_ptr, start, stop, Hk, hk, D, column, C, HALF).to(tl.float32) * -b[:, None]
     dS = dot(tl.trans(rough(left, WIDE)), rough(right, WIDE), dS, WIDE)
-    store_matrix(d_kk_ptr, rough(dS, WIDE), program, D, D, 0, column, BD, HALF)
+    store_matrix_pair(d_hi_ptr, d_lo_ptr, dS, program, D, D, 0, column, BD, HALF, WIDE)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def increments_kv(
-    q_ptr, x_ptr, do_ptr,  # [tokens, H, D] twice, x: hi; [tokens, H, V]
+    q_ptr, x_hi_ptr, x_lo_ptr, do_ptr,  # [tokens, H, D], [tokens, H, V]
     g_ptr, alpha_ptr, query_scale_ptr,  # [tokens, H]
-    d_kv_ptr,  # out: [chunks, H, D, V]
+    d_hi_ptr, d_lo_ptr,  # out: [chunks, H, D, V]
     chunk_ptr, scale, first_chunk, H, D: tl.constexpr, V: tl.constexpr, blocks,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -236,30 +279,43 @@ def increments_kv(
     if start >= stop:
         return
     zeta = tl.exp(log_decays(g_ptr, start, stop, H, h, C))
-    y = blend(q_ptr, x_ptr, x_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D,
-              C, BD, SOLVE, HAS_ALPHA, NORMALIZE, True)  # fmt: skip
-    dO = load_rows(do_ptr, start, stop, H, h, V, column, C, BV).to(tl.float32) * (scale * zeta)[:, None]
-    dS = dot(tl.trans(rough(y, WIDE)), rough(dO, WIDE), tl.zeros([BD, BV], tl.float32), WIDE)
-    store_matrix(d_kv_ptr, rough(dS, WIDE), program, D, V, 0, column, BD, BV)
+    y = blend(q_ptr, x_hi_ptr, x_lo_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D,
+              C, BD, SOLVE, HAS_ALPHA, NORMALIZE, WIDE)  # fmt: skip
+    hi, lo = split(y * (scale * zeta)[:, None], WIDE)
+    dO = rough(load_rows(do_ptr, start, stop, H, h, V, column, C, BV), WIDE)
+    dS = dot(tl.trans(hi), dO, tl.zeros([BD, BV], tl.float32), WIDE)
+    if not WIDE:
+        dS = dot(tl.trans(lo), dO, dS, WIDE)
+    store_matrix_pair(d_hi_ptr, d_lo_ptr, dS, program, D, V, 0, column, BD, BV, WIDE)
 
 
 @triton.jit
 def blend(
     q_ptr, x_hi_ptr, x_lo_ptr, alpha_ptr, query_scale_ptr, start, stop, H, h, D,
     C: tl.constexpr, BD: tl.constexpr, SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HI_ONLY: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """y = q + alpha (x - q) [C, BD] float32, with q = r_q times the query as it came."""
     if SOLVE and not HAS_ALPHA:
-        return load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, HI_ONLY)
+        return load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, WIDE)
     else:
         y = load_rows(q_ptr, start, stop, H, h, D, 0, C, BD).to(tl.float32)
         if NORMALIZE:
             y = y * load_scalars(query_scale_ptr, start, stop, H, h, C)[:, None]
         if SOLVE:
-            x = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, HI_ONLY)
+            x = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, WIDE)
             y += load_scalars(alpha_ptr, start, stop, H, h, C)[:, None] * (x - y)
         return y
+
+
+@triton.jit
+def _pair(hi_ptr, lo_ptr, index, rows, columns, row, BM: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr):
+    """hi and lo8 [BM, BV] of a matrix that is kept as a pair, as they are; lo8 is hi if WIDE."""
+    hi = load_matrix(hi_ptr, index, rows, columns, row, 0, BM, BV)
+    lo8 = hi
+    if not WIDE:
+        lo8 = load_matrix(lo_ptr, index, rows, columns, row, 0, BM, BV)
+    return hi, lo8
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -268,7 +324,7 @@ def scan_gradients(
     kk_ptr, kv_ptr,  # first states of the chunks (hi), [chunks, H, D, D], [chunks, H, D, V]
     d_final_kk_ptr, d_final_kv_ptr, d_initial_kk_ptr, d_initial_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32
     edge_in_kk_ptr, edge_in_kv_ptr, edge_out_kk_ptr, edge_out_kv_ptr,  # [H, D, D], [H, D, V] float32
-    d_kk_ptr, d_kv_ptr,  # increments, replaced by gradients at the chunks' ends
+    d_kk_hi_ptr, d_kk_lo_ptr, d_kv_hi_ptr, d_kv_lo_ptr,  # increments, replaced by gradients at the chunks' ends
     through_ptr,  # out: [chunks, H, 2, D] float32, e^{G_C} times sums over rows of <G_, S_0>, of S_kk and S_kv
     offset_ptr,  # [N + 1] int64
     first, last, H, D: tl.constexpr, V: tl.constexpr, tiles_kk, tiles_kv,
@@ -286,7 +342,8 @@ def scan_gradients(
     row = tl.where(is_kk, tile, tile - tiles_kk) * BM
     width = tl.where(is_kk, D, V)
     state_ptr = kk_ptr if is_kk else kv_ptr
-    d_ptr = d_kk_ptr if is_kk else d_kv_ptr
+    d_hi_ptr = d_kk_hi_ptr if is_kk else d_kv_hi_ptr
+    d_lo_ptr = d_kk_lo_ptr if is_kk else d_kv_lo_ptr
     rows = row + tl.arange(0, BM)
     sums_ptr = through_ptr + tl.where(is_kk, 0, D) + rows
 
@@ -304,23 +361,23 @@ def scan_gradients(
     steps = stop_chunk - tl.maximum(begin, first)
     if steps > 0:
         index = (stop_chunk - 1 - first) * H + h
-        added = load_matrix(d_ptr, index, D, width, row, 0, BM, BV)
+        added, more = _pair(d_hi_ptr, d_lo_ptr, index, D, width, row, BM, BV, WIDE)
         S = load_matrix(state_ptr, index, D, width, row, 0, BM, BV)
         decay = tl.load(decay_ptr + (stop_chunk - 1) * H + h)
         for step in range(0, steps):
             chunk = stop_chunk - 1 - step
             index = (chunk - first) * H + h
             before = tl.where(step + 1 < steps, index - H, index)
-            next_added = load_matrix(d_ptr, before, D, width, row, 0, BM, BV)
+            next_added, next_more = _pair(d_hi_ptr, d_lo_ptr, before, D, width, row, BM, BV, WIDE)
             next_S = load_matrix(state_ptr, before, D, width, row, 0, BM, BV)
             next_decay = tl.load(decay_ptr + tl.where(step + 1 < steps, chunk - 1, chunk) * H + h)
-            store_matrix(d_ptr, rough(dS, WIDE), index, D, width, row, 0, BM, BV)
+            store_matrix_pair(d_hi_ptr, d_lo_ptr, dS, index, D, width, row, 0, BM, BV, WIDE)
             faded, first_state = dS * decay, S.to(tl.float32)
             tl.store(sums_ptr + index * 2 * D, tl.sum(faded * first_state, 1), mask=rows < D)
-            dS = faded + added.to(tl.float32)
+            dS = faded + (added if WIDE else joined(added, more))
             if SOLVE:
                 dS -= tl.load(pull_ptr + index, mask=is_kk, other=0.0) * first_state
-            added, S, decay = next_added, next_S, next_decay
+            added, more, S, decay = next_added, next_more, next_S, next_decay
 
     if begin < first:
         edge_ptr = edge_out_kk_ptr if is_kk else edge_out_kv_ptr

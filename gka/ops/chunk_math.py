@@ -212,8 +212,11 @@ class SolveAdjoint:
         fade = (self.w * chunks.zeta.square()).sum(-1)[..., None, None]
         return -0.5 * (outer + outer.transpose(-1, -2)) - fade * self.systems.S_0 - through_ridge
 
-    def keys(self, G_plus: Tensor) -> Tensor:
-        """2 G_i k_i for every token, [b, R, C, D]; G_plus [b, R, D, D] comes from the future."""
+    def keys(self, G_plus: Tensor) -> tuple[Tensor, Tensor]:
+        """2 G_i k_i for every token, [b, R, C, D]; G_plus [b, R, D, D] comes from the future.
+
+        In two parts: of the chunk's tokens, and of G_plus.
+        """
         chunks = self.systems.chunks
         K, M = chunks.K, chunks.M
         local = heads((cross(self.Z, K) * M).transpose(-1, -2), self.X)
@@ -221,8 +224,8 @@ class SolveAdjoint:
         meeting = heads((M * self.w.unsqueeze(-1)).transpose(-1, -2), chunks.Mb)
         meeting *= torch.bmm(K, K.transpose(1, 2)).unsqueeze(1)
         through_ridge = self.b.unsqueeze(-1) * self.systems.KS + mix(meeting, K)
-        future = torch.matmul(K.unsqueeze(1), G_plus) * chunks.to_end.unsqueeze(-1)
-        return 2.0 * (future - through_ridge) - local
+        future = torch.matmul(K.unsqueeze(1), G_plus) * (2.0 * chunks.to_end.unsqueeze(-1))
+        return -2.0 * through_ridge - local, future
 
 
 @dataclass
@@ -247,8 +250,8 @@ class ReadoutAdjoint:
         future = torch.matmul(chunks.Vv.unsqueeze(1), W_plus.transpose(-1, -2))
         return local + future * chunks.to_end.unsqueeze(-1)
 
-    def values(self, W_plus: Tensor) -> Tensor:
-        """W_i^T k_i for every token, [b, R, C, V]."""
+    def values(self, W_plus: Tensor) -> tuple[Tensor, Tensor]:
+        """W_i^T k_i for every token, [b, R, C, V], in two parts: of the chunk's tokens, and of W_plus."""
         chunks = self.chunks
         local = heads((cross(self.Y, chunks.K) * chunks.M).transpose(-1, -2), self.dO)
-        return local + torch.matmul(chunks.K.unsqueeze(1), W_plus) * chunks.to_end.unsqueeze(-1)
+        return local, torch.matmul(chunks.K.unsqueeze(1), W_plus) * chunks.to_end.unsqueeze(-1)

@@ -11,10 +11,14 @@ the gradients of the states, carried backwards in time:
     dk = beta^2 (2 G k + W v)      dv = beta^2 W^T k      dbeta = beta (<2 G k + W v, k> + <W^T k, v>)
     then G <- e^{g} G,  W <- e^{g} W
 
-The gate's gradient is a reverse cumulative sum inside each chunk, started from the chunk's last state:
+A gate's gradient is what passes it, from earlier to later. Let f_s = beta^2 (<W^T k, v> + <2 G k, k> / 2)_s, in two
+parts: f' from the gradients G_+, W_+ at the chunk's end (what a key gives to the state there), and f'' from the
+chunk's own tokens:
 
-    dg_t = sum_{s >= t in chunk} (<y, dy> - beta^2 <W^T k, v> - <z, A x> - beta^2 <2 G k, k> / 2)_s
-           + <G_+, S_kk> + <W_+, S_kv>     with the gradients and states at the chunk's end
+    dg_t = sum_{s >= t in chunk} (<y, dy> - <z, A x> - f'')_s + sum_{s < t in chunk} f'_s
+           + zeta_C (<G_+, S_kk_0> + <W_+, S_kv_0>)     with the states at the chunk's start
+
+No sum is taken from a larger one.
 
 <z, A x> stands for <z, q>: they differ by the solver's truncation, and this one is exact for the gradient
 defined above.
@@ -150,11 +154,12 @@ def _block_backward(
     through_readout = ReadoutAdjoint(chunks, Y, dO)
     W_plus = p.scan(block, decay, through_readout.carry(), W, reverse=True)
     dk = through_readout.keys(W_plus)
-    dv = through_readout.values(W_plus)
-    written = (dv * chunks.Vv.unsqueeze(1)).sum(-1)
-    dg = (Y * dY).sum(-1) - chunks.weight * written
-    end_kv = decay[..., None, None] * S_kv + chunks.increment(chunks.Vv)
-    at_end = (W_plus * end_kv).sum((-1, -2))
+    parts = through_readout.values(W_plus)
+    dv = parts[0] + parts[1]
+    later, earlier = ((part * chunks.Vv.unsqueeze(1)).sum(-1) for part in parts)
+    sum_vu = later + earlier
+    later = (Y * dY).sum(-1) - chunks.weight * later
+    passing = (W_plus * S_kv).sum((-1, -2))
     dQ, dalpha = dY, None
     if p.steps:
         systems = p.systems(chunks, S_kk)
@@ -166,18 +171,19 @@ def _block_backward(
             dQ = torch.addcmul(dY + Z, alpha, dY, value=-1.0)
         through_solve = SolveAdjoint(systems, X, Z)
         G_plus = p.scan(block, decay, through_solve.carry(), G, reverse=True)
-        through_keys = through_solve.keys(G_plus)
-        end_kk = decay[..., None, None] * S_kk + chunks.increment(chunks.K)
-        at_end = at_end + (G_plus * end_kk).sum((-1, -2))
-        squeezed = (through_keys * chunks.K.unsqueeze(1)).sum(-1)
-        dg = dg - systems.energy(Z, X) - 0.5 * chunks.weight * squeezed
-        dk = dk + through_keys
+        parts = through_solve.keys(G_plus)
+        inside, from_end = ((part * chunks.K.unsqueeze(1)).sum(-1) for part in parts)
+        later = later - systems.energy(Z, X) - 0.5 * chunks.weight * inside
+        earlier = earlier + 0.5 * from_end
+        passing = passing + (G_plus * S_kk).sum((-1, -2))
+        dk = dk + parts[0] + parts[1]
     elif p.alpha is not None:
-        dalpha = torch.zeros_like(dg)
-    dg = dg.flip(-1).cumsum(-1).flip(-1) + at_end.unsqueeze(-1)
+        dalpha = torch.zeros_like(later)
+    earlier = chunks.weight * earlier
+    dg = later.flip(-1).cumsum(-1).flip(-1) + earlier.cumsum(-1) - earlier + (decay * passing).unsqueeze(-1)
     dbeta = None
     if p.beta is not None:
-        dbeta = p.read(p.beta, index) * ((dk * chunks.K.unsqueeze(1)).sum(-1) + written)
+        dbeta = p.read(p.beta, index) * ((dk * chunks.K.unsqueeze(1)).sum(-1) + sum_vu)
     weight = chunks.weight.unsqueeze(-1)
     dK, dV = (weight * dk).sum(1, keepdim=True), (weight * dv).sum(1, keepdim=True)
     if p.normalize_qk:

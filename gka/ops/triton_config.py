@@ -42,7 +42,6 @@ class Config:
     share: int
     pipeline: int
     scan: dict[str, int]
-    rescan: dict[str, int]
     spans: dict[str, int]
     solve: dict[str, int]
     read: dict[str, int]
@@ -114,14 +113,13 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
         share=16,
         pipeline=3,
         scan=three if hopper else few,
-        rescan=few,
         spans=few,
         solve=few if hopper else many,
         read=few if hopper else many,
         rowwise=few,
         gradients=many,
-        increments_kk=many if hopper else few,
-        increments=three if hopper else few,
+        increments_kk={**many, "maxnreg": 128} if hopper else few,
+        increments={**many, "maxnreg": 128} if hopper else few,
         local=few if hopper else many,
     )
 

@@ -17,6 +17,7 @@ tokens.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -114,14 +115,15 @@ class _Call:
         kv = self.empty(*shape, self.V, dtype=self.state_type)
         return self.empty(*shape, self.D, dtype=self.state_type) if self.solve else kv, kv
 
-    def state_pairs(self, *, kv_lo: bool) -> list[Tensor | None]:
-        """The same in pairs: S_kk, its lo, S_kv, and its lo or None."""
+    def state_pairs(self, kk_lo: torch.dtype = torch.int8) -> list[Tensor]:
+        """The same in pairs: S_kk, its lo, S_kv, its lo."""
         kk, kv = self.states()
-        return [*(self.pair(kk) if self.solve else (kk, kk)), *(self.pair(kv) if kv_lo else (kv, None))]
+        kv_pair = self.pair(kv)
+        return [*(self.pair(kk, kk_lo) if self.solve else kv_pair), *kv_pair]
 
-    def pair(self, hi: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, hi: Tensor, lo: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
         """hi and room for its lo, which is hi where there is none."""
-        return hi, hi if self.config.wide else torch.empty_like(hi)
+        return hi, hi if self.config.wide else torch.empty_like(hi, dtype=lo)
 
     def local(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Workspace for rows of one part, [chunks, H, C, BD]."""
@@ -155,14 +157,14 @@ class _Call:
     def scan(
         self, chunks: tuple[int, int], weights: tuple[Tensor, Tensor, Tensor],
         edges: tuple[Tensor | None, Tensor | None, Tensor | None], final: tuple[Tensor | None, Tensor | None],
-        states: list[Tensor | None] | None,
+        states: Sequence[Tensor | None] | None,
     ) -> None:  # fmt: skip
         """Scan the states of chunks first to last from the edges; without `states`, for the edges alone."""
         inputs, config, (first, last) = self.inputs, self.config, chunks
         if states is None:
             (BM, BN), warps = config.span_tile, config.spans
         else:
-            (BM, BN), warps = config.tile, config.scan if states[3] is not None else config.rescan
+            (BM, BN), warps = config.tile, config.scan
         columns = (-(-self.D // BN) if self.solve else 0) + -(-self.V // BN)
         tiles, spans = -(-self.D // BM) * columns, -(-max(1, last - first) // EDGE_EVERY)
         if not tiles * self.H * self.N:
@@ -172,7 +174,7 @@ class _Call:
             *both(*edges[:2]), edges[2], *(states if states is not None else 4 * (None,)),
             self.chunks, self.offsets, self.crossing, first, last, self.NT, self.N, self.H, self.Hk,
             self.D, self.V, tiles, BM=BM, BN=BN, EVERY=EDGE_EVERY, PIPELINE=config.pipeline,
-            SUM_ONLY=states is None, KV_LO=states is None or states[3] is not None, HAS_FINAL=final[1] is not None,
+            SUM_ONLY=states is None, HAS_FINAL=final[1] is not None,
             **self.flags("SOLVE", "HAS_INITIAL"), **self.arithmetic, **warps,
         )  # fmt: skip
 
@@ -202,7 +204,7 @@ class _Call:
 
     def solve_part(
         self, part: int, rhs: Tensor, x: tuple[Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None],
-        norm: Tensor, states: list[Tensor | None], adjoint: tuple[Tensor | None, ...] | None = None,
+        norm: Tensor, states: Sequence[Tensor | None], adjoint: tuple[Tensor | None, ...] | None = None,
     ) -> None:  # fmt: skip
         """x = A^{-1} rhs, times the first of `scales`, as a pair; the second one is that of keys.
 
@@ -243,7 +245,7 @@ def empty_saved(inputs: Inputs, options: Options) -> Saved:
     in_pairs = q.dtype == torch.bfloat16
     return Saved(
         q.new_empty(q.shape, dtype=torch.bfloat16 if in_pairs else torch.float32) if solve else None,
-        q.new_empty(q.shape, dtype=torch.bfloat16) if solve and in_pairs else None,
+        q.new_empty(q.shape, dtype=torch.int8) if solve and in_pairs else None,
         q.new_empty(q.shape[:3], dtype=torch.float32) if solve else None,
         q.new_empty(edges, H, D, D, dtype=torch.float32) if solve else None,
         q.new_empty(edges, H, D, V, dtype=torch.float32),
@@ -292,7 +294,7 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
         final_kv = call.empty(call.N, call.H, call.D, call.V)
         final_kk = call.empty(call.N, call.H, call.D, call.D) if call.solve else None
     with on_device(inputs.q.device):
-        states, edges = call.state_pairs(kv_lo=True), (saved.edge_kk, saved.edge_kv)
+        states, edges = call.state_pairs(torch.bfloat16), (saved.edge_kk, saved.edge_kv)
         x, x_lo = saved.x, saved.x if saved.x_lo is None else saved.x_lo
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
@@ -344,7 +346,7 @@ def backward(
     if not call.solve and dalpha is not None:
         dalpha.zero_()
     with on_device(q.device):
-        states, (d_kk, d_kv) = call.state_pairs(kv_lo=False), call.states()
+        states, d_states = call.state_pairs(torch.bfloat16), call.state_pairs()
         query_scale, key_scale = call.scales()
         weights = call.weights(key_scale)
         edges = (saved.edge_kk if call.solve else None, saved.edge_kv)
@@ -367,7 +369,7 @@ def backward(
             call.scan((first, last), weights, (*edges, None), (None, None), states)
             if programs:
                 launch(read_gradients, programs,
-                    k, v, g, beta, key_scale, do, states[2], dy, call.chunks, options.scale,
+                    k, v, g, beta, key_scale, do, *states[2:], dy, call.chunks, options.scale,
                     first, H, Hk, D, V, **call.flags("HAS_BETA", "NORMALIZE"),
                     **call.blocks, **call.arithmetic, **call.config.read,
                 )  # fmt: skip
@@ -384,12 +386,12 @@ def backward(
                 )  # fmt: skip
                 if call.solve:
                     launch(increments_kk, programs * per_block,
-                        k, x, z, g, beta, key_scale, w, d_kk, b, pull,
+                        k, x, x_lo, z, z_lo, g, beta, key_scale, w, *d_states[:2], b, pull,
                         call.chunks, first, H, Hk, D, BD=call.config.BD, HALF=call.config.half,
                         **call.flags("HAS_BETA", "NORMALIZE"), **call.arithmetic, **call.config.increments_kk,
                     )  # fmt: skip
                 launch(increments_kv, programs * blocks,
-                    q, x, do, g, inputs.alpha, query_scale, d_kv, call.chunks, options.scale,
+                    q, x, x_lo, do, g, inputs.alpha, query_scale, *d_states[2:], call.chunks, options.scale,
                     first, H, D, V, blocks, BD=call.config.BD, BV=call.config.BV,
                     **call.flags("SOLVE", "HAS_ALPHA", "NORMALIZE"), **call.arithmetic, **call.config.increments,
                 )  # fmt: skip
@@ -397,7 +399,7 @@ def backward(
                 launch(scan_gradients, (tiles_kk + tiles_kv) * H * call.N,
                     weights[2], pull, states[0], states[2], *both(*d_given), *both(dS_kk, dS_kv),
                     *both(*_edge(d_edges, part + 1)), *both(*_edge(d_edges, part)),
-                    d_kk, d_kv, through, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
+                    *d_states, through, call.offsets, first, last, H, D, V, tiles_kk, tiles_kv,
                     BM=call.config.rows, BV=call.config.wide_row, HAS_FINAL=has_final,
                     WIDE=call.config.wide, **call.flags("SOLVE", "HAS_INITIAL"), **call.config.gradients,
                 )  # fmt: skip
@@ -406,12 +408,12 @@ def backward(
                 flags: dict[str, Any] = call.flags("SOLVE", "HAS_ALPHA", "HAS_BETA", "NORMALIZE")
                 flags |= {**call.blocks, **call.arithmetic, **call.config.local}
                 launch(value_gradients, programs,
-                    q, k, v, g, inputs.alpha, beta, query_scale, key_scale, x, x_lo, z, z_lo, do, w, d_kv,
+                    q, k, v, g, inputs.alpha, beta, query_scale, key_scale, x, x_lo, z, z_lo, do, w, *d_states[2:],
                     dv, scores, written, written_end, along, call.chunks, options.scale, *sizes, **flags,
                 )  # fmt: skip
                 launch(key_gradients, programs,
                     q, k, v, g, beta, key_scale, x, z, b, rest, written, written_end, along, scores,
-                    states[0], d_kk, d_kv, through, dk, dg, dbeta, call.chunks, *sizes, **flags,
+                    states[0], *d_states, through, dk, dg, dbeta, call.chunks, *sizes, **flags,
                 )  # fmt: skip
     dk, dv = (_sum_groups(tensor, Hk) for tensor in (dk, dv))
     return Gradients(dq, dk, dv, dg, dalpha, dbeta, dS_kk, dS_kv)
