@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..folders import begin_folder, end_folder
+from .folders import begin_folder, end_folder
 from .published import MODEL_TYPE, write_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..ops import MAX_DIM
+from ..ops.checks import MAX_DIM
 from ..ops.solvers import RIDGE_RATIO
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..layer import GatedKalmaNet
+from ..nn.layer import GatedKalmaNet
 from .config import OURS, GKAConfig
 from .model import GKAForCausalLM
 

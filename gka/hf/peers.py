@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from ..layer import fresh_A_log, fresh_dt_bias
+from ..nn.layer import fresh_A_log, fresh_dt_bias
 from .cache_name import CACHE, NEW
 
 LAYERS = (Qwen3NextGatedDeltaNet, Mamba2Mixer)
