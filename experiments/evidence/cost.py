@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gka.cli.generate import ready_attention
-from gka.hf.config import MIXERS
 from gka.hf.model import GKAModel
 
+from ..peers import MIXERS
 from ..tasks.mqar_report import STYLE
 from .picture import new_panels, save
 from .record import Cell

@@ -28,8 +28,8 @@ from transformers import set_seed
 
 from gka.cli.loading import write_checkpoint
 from gka.hf import GKAConfig
-from gka.hf.config import MIXERS
 
+from ..peers import MIXERS
 from ..tasks.mqar_report import STYLE as MIXER_STYLE
 from . import corpus as text
 from .picture import draw_band, new_panels, save

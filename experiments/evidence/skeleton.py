@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from gka.hf import GKAConfig, GKAForCausalLM
-from gka.hf.config import MIXERS
+
+from ..peers import MIXERS, mixer_config
 
 TOLERANCE = 0.02  # of the parameters
 _OUTPUTS = ("o_proj.weight", "out_proj.weight", "down_proj.weight")  # into the residual stream
@@ -49,11 +50,11 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
     hidden_size = GKAConfig(mixer="gka", **fields).hidden_size
     fields = {"initializer_range": round(hidden_size**-0.5, 5), **fields}
     wanted = count_parameters(GKAConfig(mixer="gka", **fields))
-    config = GKAConfig(mixer=mixer, **fields)
+    config = mixer_config(mixer, **fields)
     width = config.intermediate_size
     per_column = 3 * config.hidden_size * config.num_hidden_layers
     missing = (wanted - count_parameters(config)) / per_column
-    config = GKAConfig(mixer=mixer, **{**fields, "intermediate_size": _nearest(width + missing, missing)})
+    config = mixer_config(mixer, **{**fields, "intermediate_size": _nearest(width + missing, missing)})
     have = count_parameters(config)
     if abs(have - wanted) > TOLERANCE * wanted:
         raise ValueError(

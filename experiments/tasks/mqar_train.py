@@ -28,6 +28,7 @@ from gka.nn.layer import decayed
 from gka.training.errors import UserError
 from gka.training.trainer import on_one_gpu
 
+from ..peers import mixer_config
 from .mqar import IGNORE, MQAR, make_mqar
 
 if TYPE_CHECKING:
@@ -42,11 +43,12 @@ def model_config(options: MQAROptions, mixer: str, dim: int) -> GKAConfig:
     Raises:
         UserError: with the configuration's own message, for sizes that do not fit.
     """
-    own: dict[str, Any] = {"mixer": mixer}
+    own: dict[str, Any] = {}
     if options.head_dim is not None:
         own["head_dim"] = options.head_dim
     try:
-        return GKAConfig(
+        return mixer_config(
+            mixer,
             vocab_size=options.vocab_size,
             hidden_size=dim,
             intermediate_size=2 * dim,

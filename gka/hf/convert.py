@@ -29,7 +29,8 @@ from transformers import (
 from transformers.utils import logging
 
 from ..nn.layer import GatedKalmaNet
-from .config import OURS, GKAConfig
+from .config import GKAConfig
+from .mixers import OURS
 from .model import GKAForCausalLM
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,6 @@ from ..ops.checks import check_cu_seqlens
 from . import gated_norm
 from .padding import RealFirst
 from .short_conv import ShortConv, last_inputs, packing
-
-if TYPE_CHECKING:
-    from ..hf.config import GKAConfig
 
 BETA_FLOOR = 1e-6
 UNDECAYED = ("A_log", "dt_bias")
@@ -156,14 +153,14 @@ class GatedKalmaNet(nn.Module):
     """The Gated KalmaNet layer.
 
     Args:
-        config: sizes, solver and switches.
+        config: sizes, solver and switches, a GKAConfig.
         layer_idx: the layer's place in `past_key_values`.
 
     The parameters are named as in the published checkpoints. `A_log` and `dt_bias` carry the attribute
     `_no_weight_decay = True`.
     """
 
-    def __init__(self, config: GKAConfig, layer_idx: int = 0) -> None:
+    def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__()
         config.check()
         self.hidden_size, self.layer_idx = config.hidden_size, layer_idx

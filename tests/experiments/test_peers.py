@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import relative_error
 from model_helpers import random_tokens
 from transformers import TrainingArguments
 
 import gka
+from experiments.peers import MIXERS, mixer_config
 from experiments.tasks.mqar_train import RecallTrainer
-from gka.hf.config import MIXERS
 
 PEERS = ("gdn", "mamba2")
 
@@ -27,7 +28,7 @@ def config(mixer: str, **changes: Any) -> gka.GKAConfig:
         num_attention_heads=3,
         head_dim=12,
     )
-    return gka.GKAConfig(**{**sizes, "mixer": mixer, **changes})
+    return mixer_config(mixer, **{**sizes, **changes})
 
 
 def model(mixer: str, **changes: Any) -> gka.GKAForCausalLM:
@@ -93,7 +94,7 @@ def test_saved_and_loaded(mixer: str, tmp_path: Path) -> None:
     loaded = gka.GKAForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, made(tokens).logits)
-    assert loaded.config.mixer == mixer and loaded.config.layer_types == made.config.layer_types
+    assert loaded.config.mixer == made.config.mixer and loaded.config.layer_types == made.config.layer_types
 
 
 def test_starts_like_a_gka_layer() -> None:
@@ -122,10 +123,9 @@ def test_states_have_the_same_size() -> None:
     [
         ("gdn", {"ridge_ratio": 0.1}, "ridge_ratio is 0.1; expected 0.02 with mixer='gdn'"),
         ("mamba2", {"steps": [31]}, "expected None with mixer='mamba2'"),
-        ("attention", {"use_beta_gate": False}, "use_beta_gate is False; expected True"),
+        ("gdn", {"use_beta_gate": False}, "use_beta_gate is False; expected True"),
         ("gdn", {"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ("mamba2", {"head_dim": 10}, "head_dim is 10; expected hidden_size / num_attention_heads"),
-        ("attention", {"layer_types": ["full_attention", "linear_attention"]}, "no linear_attention"),
     ],
 )
 def test_fields_of_a_gka_layer_are_refused(mixer: str, changes: dict[str, Any], message: str) -> None:
@@ -147,3 +147,13 @@ def test_weight_decay_is_of_matrices_alone(mixer: str, tmp_path: Path) -> None:
 def test_steps_cannot_be_set() -> None:
     with pytest.raises(ValueError, match="no layer of the model is a GKA layer"):
         model("gdn").set_steps([8])
+
+
+def test_loads_after_the_import_of_the_experiments(tmp_path: Path) -> None:
+    """The library alone knows gka and gla, and says so."""
+    model("gdn").save_pretrained(tmp_path)
+    load = f"from gka import GKAForCausalLM; GKAForCausalLM.from_pretrained({str(tmp_path)!r})"
+    failed = run_forked("-c", load, check=False)
+    assert failed.returncode == 1
+    assert "mixer is 'gdn'; expected one of ('gka', 'gla'), or a layer given to register_mixer" in failed.stderr
+    run_forked("-c", f"import experiments; {load}")

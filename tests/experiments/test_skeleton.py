@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gka
 from experiments.evidence.skeleton import TOLERANCE, count_parameters, fresh_model, skeleton
-from gka.hf.config import MIXERS
+from experiments.peers import MIXERS
 
 SIZES: dict[str, Any] = dict(
     vocab_size=101, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
