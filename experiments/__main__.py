@@ -13,7 +13,7 @@ COMMANDS = {
     "mqar": Command(
         "Train two-layer models on multi-query associative recall and compare mixers.",
         f"  {PROGRAM} mqar\n  {PROGRAM} mqar --help              the settings of the task",
-        "experiments.tasks.mqar_run:MQAROptions",
+        "experiments.tasks.mqar_options:MQAROptions",
         "experiments.tasks.mqar_run:main",
     ),
     "evidence": Command(

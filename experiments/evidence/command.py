@@ -9,7 +9,7 @@ An experiment is a module with
     run(cell, folder, device) -> Any  measure one cell; the folder is its own, for checkpoints of long trainings
     section(entries, picture) -> str  markdown from what was measured; draws the picture
 
-and is listed in EXPERIMENTS. Cells get their size, and where it matters the machine, as parts of what they are. A
+and is listed in catalogue.py. Cells get their size, and where it matters the machine, as parts of what they are. A
 run that is cut off is gone on with by the same command; so is one of which cells failed, after all others.
 """
 
@@ -30,9 +30,8 @@ from typing import Any, Literal
 from gka.cli.options import nearest, option
 from gka.training.errors import UserError
 
-EXPERIMENTS = {
-    name: f"experiments.evidence.{name}" for name in ("numerics", "mqar", "lm", "long", "ablations", "cost")
-}
+from .catalogue import EXPERIMENTS
+
 PAGE = "page"
 
 

@@ -31,8 +31,8 @@ from gka.hf import GKAForCausalLM
 from gka.training.trainer import on_one_gpu
 
 from ..tasks.mqar import IGNORE, make_mqar
+from ..tasks.mqar_options import ALL_MIXERS
 from ..tasks.mqar_report import STYLE
-from ..tasks.mqar_run import ALL_MIXERS
 from ..tasks.mqar_train import LAYERS, RecallTrainer, answers, state_size
 from .picture import draw_band, new_panels, save
 from .record import Cell, Record

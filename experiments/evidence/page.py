@@ -12,7 +12,7 @@ from typing import Any
 
 from gka.training.errors import UserError
 
-from .command import EXPERIMENTS
+from .catalogue import EXPERIMENTS
 from .record import Record
 
 _HEAD = """# Evidence

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .mqar_run import ALL_MIXERS, MQAROptions
+from .mqar_options import ALL_MIXERS, MQAROptions
 
 _INK = "#333333"
 STYLE = {

@@ -32,7 +32,7 @@ from ..peers import mixer_config
 from .mqar import IGNORE, MQAR, make_mqar
 
 if TYPE_CHECKING:
-    from .mqar_run import Cell, MQAROptions
+    from .mqar_options import Cell, MQAROptions
 
 LAYERS = 2
 

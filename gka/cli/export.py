@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..hf.checkpoint import read_headers, restore_dtypes, write_published
 from ..hf.folders import begin_folder, end_folder
-from ..hf.published import write_config
+from ..hf.published_writer import write_config
 from ..training.errors import UserError
 from .commands import ExportOptions
 from .loading import copy_tokenizer, find_checkpoint, load_model

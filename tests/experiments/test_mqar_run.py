@@ -16,8 +16,9 @@ from transformers import DynamicCache
 from experiments import __main__ as command_line
 from experiments.tasks import mqar_train
 from experiments.tasks.mqar import IGNORE, make_mqar
+from experiments.tasks.mqar_options import ALL_MIXERS, MIXERS, Cell, MQAROptions, cells
 from experiments.tasks.mqar_report import format_table, summarise
-from experiments.tasks.mqar_run import ALL_MIXERS, MIXERS, Cell, MQAROptions, cells, main
+from experiments.tasks.mqar_run import main
 from experiments.tasks.mqar_train import answers, model_config, state_size, steps_of, train_cell
 from gka import GKAForCausalLM
 from gka.cli.options import build_parser, parse_options
