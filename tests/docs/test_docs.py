@@ -156,9 +156,19 @@ def test_a_failing_block_is_seen(tmp_path: Path) -> None:
 
 
 def test_which_scripts_are_commands_alone() -> None:
-    code = "gka train --data a 'b c' \\\n    --steps 8  # small\n\ngka eval a\n"
-    assert simple_commands(code) == [["train", "--data", "a", "b c", "--steps", "8"], ["eval", "a"]]
-    for other in ("mkdir a\n", "gka serve a &\n", "gka eval a > b\n", "gka eval $A\n", "gka eval a; false\n"):
+    code = "gka train --data 'b c' \\\n    --steps 8  # small\n\npython -m experiments mqar\n"
+    assert simple_commands(code) == [
+        ["gka", "train", "--data", "b c", "--steps", "8"],
+        ["experiments", "mqar"],
+    ]
+    for other in (
+        "mkdir a\n",
+        "gka serve a &\n",
+        "gka eval a > b\n",
+        "gka eval $A\n",
+        "gka eval a; false\n",
+        "python -m gka\n",
+    ):
         assert simple_commands(other) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -69,7 +70,11 @@ def measure(layer_type: str, rows: int, early: int, tokens: int) -> tuple[int, i
 def measure_alone(layer_type: str, rows: int, early: int, tokens: int) -> tuple[int, int]:
     """`measure` in a process of its own, which holds no freed memory of other tests to take from."""
     arguments = f"{layer_type!r}, {rows}, {early}, {tokens}"
-    done = run_forked("-c", f"import json, test_model_long as t; print(json.dumps(t.measure({arguments})))")
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import test_model_long; print(json.dumps(test_model_long.measure({arguments})))"
+    )
+    done = run_forked("-c", code)
     cache_growth, process_growth = json.loads(done.stdout.splitlines()[-1])
     return cache_growth, process_growth
 

@@ -73,6 +73,7 @@ def as_bytes(value: Tensor) -> Tensor:
 
 def test_it_is_triton_s_own_to_the_bit(tmp_path: Path) -> None:
     code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import torch, test_quick_interpreter\n"
         "from triton.runtime import interpreter\n"
         "torch.set_num_threads(1)\n"
