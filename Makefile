@@ -17,7 +17,7 @@ help:
 	@echo "               make demo ARGS='--data my/texts'  takes your own files (gka train --help)"
 	@echo "make test      run the whole test suite, 10 minutes on 2 cores"
 	@echo "make test-gpu  run the tests that need a CUDA device"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and the layers of imports"
 	@echo "make docs      build the site of the guides into site/"
 	@echo "make setup     only set up $(VENV)"
 	@echo "make clean     delete $(VENV), caches and build files; runs/ stays"
@@ -49,6 +49,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

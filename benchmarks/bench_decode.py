@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.common import medians, write_result
 from gka.ops import State, gated_kalmanet_step
-from gka.ops import step as pytorch_step
+from gka.ops.torch import step as pytorch_step
 
 STEPS = ((16, 16), (31,), (8,))
 PEER = "gated delta rule (flash-linear-attention)"

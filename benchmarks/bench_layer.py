@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import gka
 from benchmarks.calls import allow_fla_backward, first_calls, fla_is_missing, gpu_seconds
 from benchmarks.common import medians, write_result
-from gka import fused
+from gka.nn import gated_norm
 
 Call = Callable[[], object]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -89,7 +89,7 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     torch.manual_seed(0)
     size = (options.hidden, options.heads, options.head_dim)
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    extra = options.device.type == "cuda" and fused.ENABLED and fused.installed()
+    extra = options.device.type == "cuda" and gated_norm.ENABLED and gated_norm.installed()
     for steps in ((16, 16), (16, 8)):
         layer = our_layer(options, steps)
         if extra:
@@ -112,7 +112,10 @@ def call(layer: nn.Module, x: Tensor, extra: bool, cotangent: Tensor | None) -> 
     leaves = [x, *layer.parameters()]
 
     def run() -> object:
-        with mock.patch.object(fused, "installed", lambda: extra), torch.set_grad_enabled(cotangent is not None):
+        with (
+            mock.patch.object(gated_norm, "installed", lambda: extra),
+            torch.set_grad_enabled(cotangent is not None),
+        ):
             y = layer(x)
         return y if cotangent is None else torch.autograd.grad(y, leaves, cotangent)
 
@@ -127,14 +130,16 @@ def part_of(kernel: str, ours: set[str]) -> str:
 
 
 def our_kernels() -> set[str]:
-    """Names of everything for the op in gka.kernels that can be launched, and of what it calls."""
+    """Names of everything for the op in gka.ops.triton.kernels that can be launched, and of what it calls."""
     import triton
 
-    import gka.kernels
+    import gka.ops.triton.kernels
 
     kinds = (triton.JITFunction, triton.runtime.KernelInterface)
-    names = (module.name for module in pkgutil.iter_modules(gka.kernels.__path__) if module.name != "conv")
-    modules = [importlib.import_module(f"gka.kernels.{name}") for name in names]
+    names = (
+        module.name for module in pkgutil.iter_modules(gka.ops.triton.kernels.__path__) if module.name != "conv"
+    )
+    modules = [importlib.import_module(f"gka.ops.triton.kernels.{name}") for name in names]
     return {name for module in modules for name, value in vars(module).items() if isinstance(value, kinds)}
 
 

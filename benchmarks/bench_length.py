@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.calls import forward, make_inputs, op_peers, with_gradients, without_gradients
 from benchmarks.common import medians
-from gka.evidence.timing import seconds
+from experiments.evidence.timing import seconds
 
 HEADS, DIM, STEPS = 8, 128, (16, 16)
 SLOW, FEW = 1.0, 2  # a call of more than SLOW seconds is repeated FEW times

@@ -44,7 +44,7 @@ from benchmarks.calls import (
     without_gradients,
 )
 from benchmarks.common import medians, write_result
-from gka.ops.chunked import default_chunk_size
+from gka.ops.torch.chunked import default_chunk_size
 
 
 def delta_rule(inputs: Inputs) -> Tensor:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_reliability
 
-The cases are those of tests/test_interrupted_saves.py and tests/test_bad_checkpoints.py. Here are also the tables
-of docs/reliability.md, into which `python -m benchmarks.table` writes them; that of long decoding is made from the
-result of benchmarks/bench_long_decode.py.
+The cases are those of tests/training/test_interrupted_saves.py and tests/hf/test_bad_checkpoints.py. Here are also
+the tables of docs/reliability.md, into which `python -m benchmarks.table` writes them; that of long decoding is
+made from the result of benchmarks/bench_long_decode.py.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import write_result
-from gka.evidence.table import markdown_table
-from gka.quiet import quiet
+from experiments.evidence.table import markdown_table
+from gka.cli.quiet import quiet
 
-TESTS = str(Path(__file__).parent.parent / "tests")
+TESTS = Path(__file__).parent.parent / "tests"
 
 
 def corruptions() -> dict[str, int]:
@@ -124,7 +124,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     ).parse_args()
-    sys.path.insert(0, TESTS)
+    sys.path[:0] = [str(TESTS), str(TESTS / "hf"), str(TESTS / "training")]
     torch.set_num_threads(1)
     quiet()
     write_result("reliability", rows(), "python -m benchmarks.bench_reliability")

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-import gka.layer
+import gka.nn.layer
 from benchmarks.common import write_result
 from gka import GKAConfig, GKAForCausalLM
-from gka.data import document_token, encode, validation_texts
-from gka.evaluate import score_texts, total_score
-from gka.loading import find_checkpoint, load_checkpoint
+from gka.cli.evaluate import score_texts, total_score
+from gka.cli.loading import find_checkpoint, load_checkpoint
 from gka.ops import gated_kalmanet, reference
+from gka.training.data import document_token, encode, validation_texts
 
 STEPS = ([31], [24], [16], [12], [8], [4], [2], [1], [16, 16], [16, 8], [8, 8])
 DECODED = 16  # tokens per timed call
@@ -48,11 +48,11 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
         calls.append({**dict(zip(INPUTS, tensors, strict=True)), "ridge_ratio": options["ridge_ratio"]})
         return gated_kalmanet(*tensors, **options)
 
-    gka.layer.gated_kalmanet = op
+    gka.nn.layer.gated_kalmanet = op
     try:
         yield calls
     finally:
-        gka.layer.gated_kalmanet = gated_kalmanet
+        gka.nn.layer.gated_kalmanet = gated_kalmanet
 
 
 def errors(calls: list[dict[str, Any]], dtype: torch.dtype, steps: list[list[int]]) -> list[float]:

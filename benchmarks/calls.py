@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka.evidence.timing import seconds
+from experiments.evidence.timing import seconds
 from gka.ops import gated_kalmanet
 
 Inputs = dict[str, Tensor]

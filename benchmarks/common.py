@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from gka.evidence.timing import seconds
-from gka.machine import describe_commit, describe_machine, describe_versions
+from experiments.evidence.timing import seconds
+from gka.cli.machine import describe_commit, describe_machine, describe_versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -88,7 +88,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...], architecture: int) -> list[Launch]:
     """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
-    from gka.ops import State, gated_kalmanet, triton_op
+    from gka.ops import State, gated_kalmanet
+    from gka.ops.triton import op as triton_op
 
     q, k, v = (torch.randn(1, 4224, 16, D, dtype=dtype, requires_grad=True) for _ in range(3))
     gates = [torch.rand(1, 4224, 16, requires_grad=True) for _ in range(3)]
@@ -108,7 +109,8 @@ def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...], architecture: i
 
 def step_launches(state: torch.dtype, D: int) -> list[Launch]:
     """The kernel of a decode step, as a layer with gates launches it."""
-    from gka.ops import State, triton_step
+    from gka.ops import State
+    from gka.ops.triton import step as triton_step
 
     q, k, v = (torch.randn(1, 16, D, dtype=torch.bfloat16) for _ in range(3))
     gates = [torch.rand(1, 16) for _ in range(3)]
@@ -123,7 +125,7 @@ def step_launches(state: torch.dtype, D: int) -> list[Launch]:
 
 def conv_launches(packed: bool) -> list[Launch]:
     """Kernels of the short convolution's forward and backward pass."""
-    from gka.conv_kernels import short_conv
+    from gka.ops.triton.conv import short_conv
 
     x = torch.zeros(1, 300, 2048, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(2048, 4, dtype=torch.bfloat16, requires_grad=True)

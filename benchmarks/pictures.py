@@ -4,7 +4,7 @@
 
 state: S_kk after some tokens of a sequence whose keys change their subject half-way, without and with decay.
 spectrum: eigenvalues of S_hat = S_kk / ||S_kk||_F, alone and with the ridge a added, on the systems of
-    `gka evidence numerics`.
+    `python -m experiments evidence numerics`.
 convergence: on the same systems, error of the iterate after each step, with the nodes in the order of
     `node_steps` and in increasing order, in float32; and error of the solve against the number of products, in
     one stage and in two, with products in bfloat16, beside the bound.
@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gka.evidence.numerics import systems, token_inputs
+from experiments.evidence.numerics import systems, token_inputs
 from gka.ops import gated_kalmanet
 from gka.ops.solvers import RIDGE_RATIO, Chebyshev, Exact, node_steps
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
 from benchmarks.common import RESULTS
-from gka.evidence.table import markdown_table
+from experiments.evidence.table import markdown_table
 
 Result = dict[str, Any]
 PAGE = RESULTS.parent / "RESULTS.md"

@@ -8,7 +8,7 @@ from ._version import __version__
 from .hf import GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel
 from .hf.checkpoint import export_published
 from .hf.convert import convert
-from .layer import GatedKalmaNet
+from .nn.layer import GatedKalmaNet
 
 __all__ = [
     "GKAConfig",

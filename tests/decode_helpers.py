@@ -10,7 +10,7 @@ from helpers import assert_close
 from torch import Tensor
 
 from gka.ops import State
-from gka.ops import step as pytorch
+from gka.ops.torch import step as pytorch
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from typing import Any
 from unittest import mock
 
 PRELOADED = [
-    "gka.train",
-    "gka.distill",
-    "gka.rank_layers",
-    "gka.convert_command",
-    "gka.export",
+    "gka.cli.train",
+    "gka.cli.distill",
+    "gka.cli.rank_layers",
+    "gka.cli.convert",
+    "gka.cli.export",
     "matplotlib.figure",
 ]
 Done = subprocess.CompletedProcess[str]

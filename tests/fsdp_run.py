@@ -1,6 +1,6 @@
 """A small training by transformers' own Trainer, alone or under FSDP2 in several CPU processes.
 
-    torchrun --nproc_per_node 2 -m fsdp_run FOLDER     what tests/test_fsdp.py needs of FSDP2, in one launch
+    torchrun --nproc_per_node 2 -m fsdp_run FOLDER    what tests/training/test_fsdp.py needs, in one launch
 
 accelerate knows FSDP on accelerators only: on CPUs its AcceleratorState keeps the type MULTI_CPU, drops the plugin
 and the Trainer runs plain data parallelism without a word. `fsdp_on_cpus` gives these processes the type FSDP, as
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments, set_seed
 
 from gka import GKAForCausalLM
-from gka.resume import fit_checkpoint
+from gka.training.fsdp_checkpoint import fit_checkpoint
 
 STEPS, SAVED, TOKENS = 6, 3, 16
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gka.cli import main
+from gka.cli.main import main
 
 
 def kill_at(target: str, call: int) -> None:

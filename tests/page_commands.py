@@ -1,4 +1,4 @@
-"""`gka` commands of the pages, each in a process of its own (forked.py).
+"""`gka` and `python -m experiments` commands of the pages, each in a process of its own (forked.py).
 
 The commands are those of a page, word for word; what needs bash (loops, pipes, redirections) is left to it:
 `simple_commands` says which is which.
@@ -13,7 +13,10 @@ from forked import run_forked
 
 
 def simple_commands(code: str) -> list[list[str]] | None:
-    """The arguments of each line of a script in which every line is `gka ...` and nothing else, or None."""
+    """The module and the arguments of each line of a script, or None.
+
+    Every line must be `gka ...` or `python -m experiments ...`, and nothing else.
+    """
     commands = []
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -21,13 +24,15 @@ def simple_commands(code: str) -> list[list[str]] | None:
         words = list(lexer)
         if not words:
             continue
-        if words[0] != "gka" or any(set(word) & set("$`*?[{;&|<>~") for word in words):
+        if words[:3] == ["python", "-m", "experiments"]:
+            words = words[2:]
+        if words[0] not in ("gka", "experiments") or any(set(word) & set("$`*?[{;&|<>~") for word in words):
             return None
-        commands.append(words[1:])
+        commands.append(words)
     return commands
 
 
-def run_gka(arguments: list[str], folder: Path) -> tuple[int, str]:
-    """Run `gka` with these arguments in a folder; its exit status and what it printed."""
-    done = run_forked("-m", "gka", *arguments, folder=folder, check=False)
+def run_command(command: list[str], folder: Path) -> tuple[int, str]:
+    """Run a module with these arguments in a folder; its exit status and what it printed."""
+    done = run_forked("-m", *command, folder=folder, check=False)
     return done.returncode, done.stdout + done.stderr

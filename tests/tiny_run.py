@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gka.cli import main
+from gka.cli.main import main
 
 SETTINGS: dict[str, Any] = {
     "hidden_size": 16,

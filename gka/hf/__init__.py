@@ -3,9 +3,18 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .config import GKAConfig, PublishedConfig
+from .mixers import Mixer, register_mixer
 from .model import GKAForCausalLM, GKAForSequenceClassification, GKAModel, GKAPreTrainedModel
 
-__all__ = ["GKAConfig", "GKAForCausalLM", "GKAForSequenceClassification", "GKAModel", "GKAPreTrainedModel"]
+__all__ = [
+    "GKAConfig",
+    "GKAForCausalLM",
+    "GKAForSequenceClassification",
+    "GKAModel",
+    "GKAPreTrainedModel",
+    "Mixer",
+    "register_mixer",
+]
 
 AutoConfig.register(GKAConfig.model_type, GKAConfig)
 AutoConfig.register(PublishedConfig.model_type, PublishedConfig)

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..folders import begin_folder, end_folder
-from .published import MODEL_TYPE, write_config
+from .config import GKAConfig
+from .folders import begin_folder, end_folder
+from .published import MODEL_TYPE
+from .published_writer import write_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -176,8 +178,6 @@ def load_published(
         BadCheckpoint: of the files, which are fetched from the Hub if need be, or of what was loaded from them.
         ValueError: the configuration does not fit.
     """
-    from .config import GKAConfig
-
     config = kwargs.get("config")
     if not isinstance(config, GKAConfig):
         config = kwargs["config"] = GKAConfig.from_pretrained(

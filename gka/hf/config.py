@@ -12,13 +12,12 @@ from typing import Any, NoReturn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..ops import MAX_DIM
+from ..ops.checks import MAX_DIM
 from ..ops.solvers import RIDGE_RATIO
+from .mixers import OURS, known_mixers, registered_mixer
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
 
-MIXERS = ("gka", "gla", "gdn", "mamba2", "attention")
-OURS = ("gka", "gla")  # those that are GatedKalmaNet
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 _COUNTS = (
@@ -74,11 +73,10 @@ class GKAConfig(PreTrainedConfig):
         num_key_value_heads: key/value heads Hk, a divisor of H; None means H.
         head_dim: dim of queries, keys and values of a head; None means hidden_size // H.
         layer_types: one of "linear_attention" (a GKA layer), "full_attention" and
-            "sliding_attention" (softmax attention) for each block; None means GKA everywhere, with mixer
-            "attention" full_attention.
+            "sliding_attention" (softmax attention) for each block; None means GKA everywhere.
         mixer: what a "linear_attention" block is: "gka", or "gla", the same layer without the solve
-            (alpha = 0 and no S_kk); for comparisons "gdn" (Gated DeltaNet) or "mamba2", transformers' layers,
-            which take none of the fields that are a GKA layer's own; or "attention": no such block at all.
+            (alpha = 0 and no S_kk); or the name of a layer given to `register_mixer`, which takes none of the
+            fields that are a GKA layer's own.
         ridge_ratio: a of the paper: lambda_t = a * ||S_kk_t||_F, greater than 0.
         steps: Chebyshev nodes of each stage of the solve, e.g. [31] (the paper's 30 iterations) or
             [16, 16] (two stages with one refinement); None means what suits the input's dtype.
@@ -167,8 +165,7 @@ class GKAConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             self._check_counts("num_hidden_layers")
-            kind = "full_attention" if self.mixer == "attention" else "linear_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
         if isinstance(self.steps, tuple):
             self.steps = list(self.steps)
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
@@ -207,13 +204,13 @@ class GKAConfig(PreTrainedConfig):
                 self._refuse(name, "a finite number greater than 0")
         if not (self._is_number("attention_dropout") and 0.0 <= self.attention_dropout < 1.0):
             self._refuse("attention_dropout", "a number of at least 0 and less than 1")
-        if self.mixer not in MIXERS:
-            self._refuse("mixer", f"one of {MIXERS}")
+        if self.mixer not in known_mixers():
+            self._refuse("mixer", f"one of {known_mixers()}, or a layer given to register_mixer")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             self._refuse("hidden_act", f"one of {sorted(ACT2FN)}")
         self._check_steps()
         self._check_layers()
-        self._check_peer()
+        self._check_mixer()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             self._refuse("pad_token_id", f"None or a token id less than vocab_size, {self.vocab_size}")
 
@@ -245,19 +242,14 @@ class GKAConfig(PreTrainedConfig):
         if "sliding_attention" in types and self.sliding_window is None:
             self._refuse("sliding_window", "a number of tokens, as a layer is sliding_attention")
 
-    def _check_peer(self) -> None:
+    def _check_mixer(self) -> None:
         """Refuse fields of a GKA layer, changed, with a layer that does not have them."""
-        if self.mixer == "attention" and "linear_attention" in self.layer_types:
-            self._refuse("layer_types", "no linear_attention with mixer='attention'")
         if self.mixer in OURS:
             return
         for name in _OWN:
             if getattr(self, name) != getattr(type(self), name):
                 self._refuse(name, f"{getattr(type(self), name)} with mixer={self.mixer!r}")
-        if self.mixer == "mamba2" and self.num_attention_heads * self.head_dim != self.hidden_size:
-            self._refuse("head_dim", "hidden_size / num_attention_heads with mixer='mamba2'")
-        if self.mixer != "attention" and self.num_key_value_heads != self.num_attention_heads:
-            self._refuse("num_key_value_heads", f"num_attention_heads with mixer={self.mixer!r}")
+        registered_mixer(self.mixer).check(self)
 
     @property
     def number_of_conv_states(self) -> int:

@@ -28,8 +28,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..layer import GatedKalmaNet
-from .config import OURS, GKAConfig
+from ..nn.layer import GatedKalmaNet
+from .config import GKAConfig
+from .mixers import OURS
 from .model import GKAForCausalLM
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {

@@ -1,9 +1,9 @@
 """Language models of Gated KalmaNet layers, alone or with softmax attention at chosen layers, for transformers.
 
 Each block is pre-norm: x + mix(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); mix is a GKA layer (`.gka`), softmax
-attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`), or for comparisons
-another recurrent layer (`.peer`). All but the GKA layer is Qwen3's, with its module names; the cache, the masks,
-generation and loading are transformers'.
+attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`), or another
+recurrent layer that is registered (`.peer`). All but the GKA layer is Qwen3's, with its module names; the cache,
+the masks, generation and loading are transformers'.
 
 Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 """
@@ -33,14 +33,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repeated_heads
-from ..short_conv import ShortConv
-from . import peers
+from ..nn.layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repeated_heads
+from ..nn.short_conv import ShortConv
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .checkpoint import is_published, load_published
-from .config import OURS, GKAConfig
+from .config import GKAConfig
 from .inputs import check_keywords, padding_mask, positions
 from .length import add_counter, count_tokens
+from .mixers import OURS, registered_mixer
 from .packing import Packing, find_packing
 
 _LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -74,7 +74,7 @@ class GKABlock(GradientCheckpointingLayer):
         if self.layer_type == "linear_attention" and config.mixer in OURS:
             self.gka = GatedKalmaNet(config, layer_idx)
         elif self.layer_type == "linear_attention":
-            self.peer = peers.Peer(config, layer_idx)
+            self.peer = registered_mixer(config.mixer)(config, layer_idx)
         else:
             self.self_attn = SoftmaxAttention(config, layer_idx)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -183,8 +183,8 @@ class GKAPreTrainedModel(PreTrainedModel):
             device = module.A_log.device
             init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
             init.copy_(module.dt_bias, fresh_dt_bias(module.num_heads, device))
-        if isinstance(module, peers.LAYERS):
-            peers.initialise(module)
+        if self.config.mixer not in OURS:
+            registered_mixer(self.config.mixer).initialise(module)
 
 
 class GKAModel(GKAPreTrainedModel):

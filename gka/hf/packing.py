@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..short_conv import sequence_of_tokens
+from ..nn.short_conv import sequence_of_tokens
 
 
 class Packing(NamedTuple):

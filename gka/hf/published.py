@@ -1,4 +1,4 @@
-"""The configuration of published GKA hybrids, `model_type: hybrid_qwen3`, translated both ways.
+"""The configuration of published GKA hybrids, `model_type: hybrid_qwen3`, read; published_writer.py writes it.
 
 It has Qwen3's keys, the kinds of layers as symbols, `hybrid_override_pattern: "*-GKA-SWA"` and the same ones in
 `layer_types`, and the tables `gka_config` and `swa_config`. The tensors have the names that they have here. What
@@ -16,14 +16,11 @@ Switches that change the function, and are not here, are refused by name unless 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
-
-if TYPE_CHECKING:
-    from .config import GKAConfig
 
 logger = logging.get_logger(__name__)
 
@@ -129,7 +126,7 @@ def read_config(published: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(published, dict) or published.get("model_type") != MODEL_TYPE:
         return published
     fields: dict[str, Any] = {name: published.get(name, getattr(Qwen3Config, name, None)) for name in QWEN3}
-    _check_whole("num_hidden_layers", fields["num_hidden_layers"])
+    check_whole("num_hidden_layers", fields["num_hidden_layers"])
     _check_token_ids(fields)
     fields["layer_types"] = _read_layers(published, fields["num_hidden_layers"])
     fields["sliding_window"] = _read_window(published, fields["layer_types"])
@@ -157,7 +154,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_whole(key: str, value: Any, most: int | None = None) -> None:
+def check_whole(key: str, value: Any, most: int | None = None) -> None:
     if not _is_whole(value) or value < 1 or (most is not None and value > most):
         _refuse(key, value, "an integer of at least 1" if most is None else f"an integer from 1 to {most}")
 
@@ -168,7 +165,7 @@ def _check_positive(key: str, value: Any) -> None:
 
 
 def _check_token_ids(fields: dict[str, Any]) -> None:
-    _check_whole("vocab_size", fields["vocab_size"])
+    check_whole("vocab_size", fields["vocab_size"])
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = fields[name]
         several = name == "eos_token_id" and isinstance(value, list)
@@ -225,7 +222,7 @@ def _read_window(published: dict[str, Any], kinds: list[str]) -> int | None:
         key, window = "sliding_window", published.get("sliding_window")
     if window is None:
         _refuse("swa_config.window_size", None, "a number of tokens, as a layer is SWA")
-    _check_whole(key, window)
+    check_whole(key, window)
     return int(window)
 
 
@@ -284,73 +281,15 @@ def _read_gka(table: Any, fields: dict[str, Any]) -> dict[str, Any]:
     for key, field in REPEATED.items():
         if key in values and (values[key] != fields[field] or isinstance(values[key], bool)):
             _refuse(f"gka_config.{key}", values[key], f"{field}, {fields[field]!r}")
-    _check_whole("gka_config.num_iter", values["num_iter"], MOST_ITERATIONS)
+    check_whole("gka_config.num_iter", values["num_iter"], MOST_ITERATIONS)
     _check_positive("gka_config.ridge_strength", values["ridge_strength"])
     for key in ("chunk_size", "conv_size"):
-        _check_whole(f"gka_config.{key}", values[key])
+        check_whole(f"gka_config.{key}", values[key])
     if values["kv_proj_rank"] is not None:
-        _check_whole("gka_config.kv_proj_rank", values["kv_proj_rank"])
+        check_whole("gka_config.kv_proj_rank", values["kv_proj_rank"])
     for key in ("use_alpha_connection", "use_v_conv", "use_beta_gate", "use_gate", "kv_learnable_residual"):
         if not isinstance(values[key], bool):
             _refuse(f"gka_config.{key}", values[key], "true or false")
     if values["kv_learnable_residual"] and values["kv_proj_rank"] is None:
         values["kv_learnable_residual"] = False  # published: "only used when kv_proj_rank is set"
     return {**{RENAMED[key]: values[key] for key in RENAMED}, "steps": [values["num_iter"] + 1]}
-
-
-def write_config(config: GKAConfig, num_iter: int | None = None) -> dict[str, Any]:
-    """The published config.json of a configuration.
-
-    Args:
-        config: of the model.
-        num_iter: what to write; None takes it from config.steps, 30 where that is None.
-
-    Raises:
-        ValueError: the model has what the format cannot say.
-    """
-    _check_exportable(config)
-    if num_iter is None:
-        if config.steps is not None and (len(config.steps) != 1 or config.steps[0] < 2):
-            raise ValueError(
-                f"steps is {config.steps}; the published format has one stage of at least 2: say how many "
-                "iterations to write (num_iter)"
-            )
-        num_iter = DEFAULTS["num_iter"] if config.steps is None else config.steps[0] - 1
-    _check_whole("num_iter", num_iter, MOST_ITERATIONS)
-    symbols = {kind: symbol for symbol, kind in SYMBOLS.items()}
-    layers = [symbols[kind] for kind in config.layer_types]
-    fields = {name: getattr(config, name) for name in QWEN3}
-    gka = {key: fields[field] for key, field in REPEATED.items() if key not in DEFAULTS}
-    gka |= {**DEFAULTS, **{key: getattr(config, field) for key, field in RENAMED.items()}}
-    gka |= {"num_iter": num_iter, "norm_eps": config.rms_norm_eps}
-    if config.chunk_size is not None:
-        gka["chunk_size"] = config.chunk_size
-    written = {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        **fields,
-        "rope_parameters": dict(config.rope_parameters or {}),
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.num_hidden_layers,
-        "hybrid_override_pattern": "-".join(layers),
-        "layer_types": layers,
-        "gka_config": gka,
-        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
-    }
-    if "SWA" in layers:
-        written["swa_config"] = {"window_size": config.sliding_window}
-    return written
-
-
-def _check_exportable(config: GKAConfig) -> None:
-    has_gka = "linear_attention" in config.layer_types
-    for name, wrong in (
-        ("mixer", has_gka and config.mixer != "gka"),
-        ("use_forget_gate", has_gka and not config.use_forget_gate),
-        ("use_qk_norm", config.has_attention and not config.use_qk_norm),
-        ("attention_output_bias", config.attention_output_bias not in (None, config.attention_bias)),
-        ("mlp_bias", config.mlp_bias),
-    ):
-        if wrong:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; the published format cannot say that")

@@ -1,0 +1,351 @@
+"""What each part of the layer is worth: small language models that differ in one thing, trained alike.
+
+Four blocks of 256, four heads of 64, 8192 tokens with tied embeddings; ten million tokens in windows of 1024, one
+learning rate and three seeds for all. A seed decides the first weights and the order of the text. What is an
+option of the layer runs as the layer does; a constant ridge, a sketch and conjugate gradient are no options and
+run by `variants.py`, in PyTorch: their speed is not that of kernels.
+
+In bfloat16 the layer's kernels have bfloat16 products, which steps of two stages refine: "steps (31,)" is the
+plain solve, as the paper's. Where there are no kernels, on a CPU, a solve of one stage has float32 products.
+
+Gradient norms are those of every step before clipping to 1. A spike is a step whose norm is more than three times
+the median of the steps before it, up to 32 of them, from the ninth step on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from gka.hf import GKAForCausalLM
+
+from . import corpus as text
+from .picture import new_panels, save
+from .record import Cell
+from .skeleton import fresh_model, skeleton
+from .table import markdown_table, span, spread
+from .training import steps_of, train_on_text
+from .variants import Variant, with_variant
+
+SUMMARY = "what each part of the layer is worth in training"
+BY_MACHINE = False
+Entries = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing that is changed: fields of GKAConfig, the dtype of training, or what `variants.py` changes."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    change: Variant | None = None
+
+
+BASE, _FLOAT32, _CONSTANT = "base", "float32, steps (31,)", "lambda = 0.25"
+# The order of the table, and of the trainings: those with kernels first.
+TRIALS = {
+    BASE: Trial(),
+    "no forget gate": Trial({"use_forget_gate": False}),
+    "no alpha connection": Trial({"use_alpha_connection": False}),
+    "a = 0.01": Trial({"ridge_ratio": 0.01}),
+    "a = 0.05": Trial({"ridge_ratio": 0.05}),
+    "a = 0.1": Trial({"ridge_ratio": 0.1}),
+    "steps (31,)": Trial({"steps": [31]}),
+    "steps (16, 8)": Trial({"steps": [16, 8]}),
+    "steps (8,)": Trial({"steps": [8]}),
+    _FLOAT32: Trial({"steps": [31]}, dtype="float32"),
+    _CONSTANT: Trial(change=Variant(ridge=0.25)),
+    "sketch, d = 16": Trial(change=Variant(sketch=16)),
+    "sketch, d = 32": Trial(change=Variant(sketch=32)),
+    "sketch, d = 64": Trial(change=Variant(sketch=64)),
+    "conjugate gradient": Trial(change=Variant(solver="conjugate gradient")),
+    "conjugate gradient, float32 products": Trial(change=Variant(solver="conjugate gradient", wide=True)),
+}
+_SMALL = (BASE, "no alpha connection", "steps (8,)", _FLOAT32, _CONSTANT, "sketch, d = 16",
+          "conjugate gradient")  # fmt: skip
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, seq_len=64,
+        batch_size=2, tokens=384, eval_bytes=2_000, learning_rate=1e-3,
+    ),
+    "full": dict(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, seq_len=1024,
+        batch_size=16, tokens=10_000_000, eval_bytes=1_000_000, learning_rate=3e-3,
+    ),
+}  # fmt: skip
+# What solves the same system as the base, to a percent or better: how their losses differ tells what is chance.
+_ALIKE = ("steps (31,)", "steps (16, 8)", _FLOAT32, "conjugate gradient", "conjugate gradient, float32 products")
+_MODEL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_HELD_OUT = ("loss", "bits_per_byte", "tokens", "recall_loss", "recall_tokens", "other_loss")
+_LOSS_STEPS = 10  # of which an entry of the loss is the mean
+_WINDOW, _FIRST, _SPIKE = 32, 8, 3.0
+
+prepare = text.prepare
+
+
+def cells(size: str) -> list[Cell]:
+    """All trials of a seed before those of the next; small: one seed, three steps."""
+    names, seeds = (TRIALS, (0, 1, 2)) if size == "full" else (_SMALL, (0,))
+    return [
+        {"variant": name, "dtype": TRIALS[name].dtype, "seed": seed, **_SIZES[size]}
+        for seed in seeds
+        for name in names
+    ]
+
+
+def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """Train a model and read the held-out text with it."""
+    data = text.Corpus.load(folder.parents[1], cell["size"])
+    model = build(cell, len(data.tokenizer), data.tokenizer.eos_token_id)
+    trained, held_out = train_on_text(
+        model,  # type: ignore[arg-type]
+        data,
+        cell,
+        folder,
+        learning_rate=cell["learning_rate"],
+        eval_bytes=cell["eval_bytes"],
+        device=device,
+        log_every=1,
+    )
+    read = None if held_out is None else held_out.as_dict()
+    norms = [_rounded(norm) for _, norm in trained.grad_norms]
+    return {
+        "parameters": model.num_parameters(),
+        "train loss": _means(trained.loss),
+        "gradient norms": norms,
+        "spikes": spikes(norms),
+        "diverged": trained.diverged,
+        "held out": None if read is None else {name: read[name] for name in _HELD_OUT},
+    }
+
+
+def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
+    """The model of a cell with its first weights."""
+    trial = TRIALS[cell["variant"]]
+    set_seed(cell["seed"])
+    model = fresh_model(
+        skeleton(
+            "gka",
+            vocab_size=vocab_size,
+            max_position_embeddings=cell["seq_len"],
+            tie_word_embeddings=True,
+            eos_token_id=end,
+            bos_token_id=end,
+            **{name: cell[name] for name in _MODEL},
+            **trial.fields,
+        )
+    )
+    if trial.change is not None:
+        with_variant(model, trial.change)
+    return model
+
+
+def spikes(norms: Sequence[float | None]) -> list[int]:
+    """Steps, from 1 on, whose norm is a spike, or not finite (None); see the module."""
+    found = []
+    for number, norm in enumerate(norms):
+        before = [x for x in norms[max(0, number - _WINDOW) : number] if x is not None]
+        if norm is None or (number >= _FIRST and before and norm > _SPIKE * statistics.median(before)):
+            found.append(number + 1)
+    return found
+
+
+def _rounded(norm: float) -> float | None:
+    return float(f"{norm:.4g}") if math.isfinite(norm) else None
+
+
+def _means(loss: list[list[float]]) -> list[list[float]]:
+    """[step, mean of the steps up to it] of every _LOSS_STEPS."""
+    groups = [loss[i : i + _LOSS_STEPS] for i in range(0, len(loss), _LOSS_STEPS)]
+    return [[group[-1][0], round(statistics.fmean(x for _, x in group), 5)] for group in groups]
+
+
+# The page
+
+
+def section(entries: Entries, picture: Path) -> str:
+    """A table with a row per variant; the picture has the losses beside the base, and gradient norms."""
+    by_name = {name: _by_seed(entries, name) for name in TRIALS}
+    by_name = {name: results for name, results in by_name.items() if results}
+    _draw(by_name, picture)
+    cell = entries[-1]["cell"]
+    seeds = sorted({len(results) for results in by_name.values()})
+    counts = next((r["held out"] for e in entries if (r := e["result"])["held out"]), None)
+    read = "" if counts is None else (
+        f" Held out: {counts['tokens']:,} tokens, {counts['recall_tokens']:,} of them recall tokens, whose bigram "
+        "stands in the window before."
+    )  # fmt: skip
+    return "\n\n".join(
+        (
+            f"Blocks: {cell['num_hidden_layers']} of {cell['hidden_size']}, heads of "
+            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in "
+            f"{steps_of(cell)} steps, windows of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for "
+            f"all, seeds: {span(seeds)}. The base is the layer with its defaults in bfloat16: forget gate, alpha "
+            "connection, a = 0.02, steps "
+            f"(16, 16).{read} Losses are in nats per token: the median of the seeds, least and largest in "
+            "brackets; beside the base seed by seed. The training loss is that of the last tenth. A spike is a "
+            f"step whose gradient norm, before clipping, is above {_SPIKE:g} times the median of the {_WINDOW} "
+            "before; spikes are those of all seeds.",
+            markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
+            "A constant lambda, the sketch and conjugate gradient are no options of the layer. They run in "
+            "PyTorch around the chunk-wise form's own products; a test holds that path, with nothing changed, to "
+            "the layer's op, outputs and gradients, so that the base stands for it, too. With lambda = 0.25 each "
+            "token has the Chebyshev nodes of its own interval, "
+            "from lambda to ||S|| + lambda. The sketch is a learned map of each head to d dims, orthonormal at "
+            "first. Conjugate gradient makes as many products as the base's stages, without refinement, and its "
+            "gradient is the implicit one: the adjoint system, solved by conjugate gradient again.",
+            _findings(by_name),
+        )
+    ).rstrip()
+
+
+_HEAD = [
+    "variant", "held-out loss", "beside the base", "recall tokens", "training loss", "gradient norm, median",
+    "largest", "spikes",
+]  # fmt: skip
+Results = dict[int, dict[str, Any]]  # by seed
+
+
+def _by_seed(entries: Entries, name: str) -> Results:
+    return {e["cell"]["seed"]: e["result"] for e in entries if e["cell"]["variant"] == name}
+
+
+def _row(name: str, by_name: dict[str, Results]) -> list[str]:
+    results = list(by_name[name].values())
+
+    def of(measure: Callable[[dict[str, Any]], float | None], form: str) -> str:
+        return spread([measure(result) for result in results], form)
+
+    return [
+        name,
+        of(lambda r: _held_out(r, "loss"), ".4f"),
+        spread(list(_beside(name, by_name).values()), "+.4f") if name != BASE else "",
+        of(lambda r: _held_out(r, "recall_loss"), ".4f"),
+        of(_last_loss, ".4f"),
+        of(lambda r: statistics.median(_finite(r)) if _finite(r) else None, ".3f"),
+        of(lambda r: max(_finite(r), default=None), ".3g"),
+        str(sum(len(result["spikes"]) for result in results)),
+    ]
+
+
+def _held_out(result: dict[str, Any], name: str) -> float | None:
+    return None if result["held out"] is None else result["held out"][name]
+
+
+def _last_loss(result: dict[str, Any]) -> float | None:
+    losses = [loss for _, loss in result["train loss"]]
+    return None if result["diverged"] else statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
+def _finite(result: dict[str, Any]) -> list[float]:
+    return [norm for norm in result["gradient norms"] if norm is not None]
+
+
+def _beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
+    """By seed the held-out loss less the base's; None where one of both diverged."""
+    base = by_name.get(BASE, {})
+    found = {}
+    for seed, result in by_name[name].items():
+        if seed in base:
+            ours, theirs = _held_out(result, "loss"), _held_out(base[seed], "loss")
+            found[seed] = None if ours is None or theirs is None else ours - theirs
+    return found
+
+
+def _findings(by_name: dict[str, Results]) -> str:
+    """What lies farther from the base than by chance, once there are several seeds; what was expected."""
+    apart: dict[str, list[float]] = {}
+    for name in by_name:
+        found = [math.inf if x is None else x for x in _beside(name, by_name).values()]
+        if name != BASE and len(found) > 1:
+            apart[name] = found
+    alike = [name for name in _ALIKE if name in apart]
+    seeds = [abs(x) for name in alike for x in apart[name] if math.isfinite(x)]
+    if not seeds:
+        return ""
+    middle = {name: statistics.median(found) for name, found in apart.items()}
+    single = max(seeds)
+    median = max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0)
+    others = {name: middle[name] for name in middle if name not in alike}
+    sides = {
+        "by more than any of these, worse than the base": [n for n, x in others.items() if x > single],
+        "by more than any of these, better than the base": [n for n, x in others.items() if -x > single],
+        "by more than their medians alone, worse": [n for n, x in others.items() if single >= x > median],
+        "by more than their medians alone, better": [n for n, x in others.items() if single >= -x > median],
+        "by no more": [n for n, x in others.items() if abs(x) <= median],
+    }
+    said = "; ".join(f"{side}: {_listed(names)}" for side, names in sides.items() if names)
+    spiky = [
+        f"{sum(len(r['spikes']) for r in results.values())} with {_listed([name])}"
+        for name, results in by_name.items()
+        if any(r["spikes"] for r in results.values())
+    ]
+    return (
+        f"How much is chance: {_listed(alike)} solve the same system as the base. With the same seed their losses "
+        f"lie up to {single:.3f} from its, the medians of their seeds up to {median:.3f}. The medians of the "
+        f"others: {said}. Spikes of the gradient norm: {', '.join(spiky) or 'none'}. {_verdicts(by_name, median)}."
+        " The paper's models have 440 million parameters and more; it reports loss spikes with a constant lambda, "
+        "and weaker long context without alpha, which windows of this length cannot show."
+    )
+
+
+def _verdicts(by_name: dict[str, Results], chance: float) -> str:
+    """What was expected, and what came."""
+
+    def spiked(name: str) -> bool:
+        return any(result["spikes"] for result in by_name[name].values())
+
+    verdict = "refuted" if spiked(BASE) else "confirmed"
+    said = f"Expected were no spikes of the base, whose ridge is adaptive: {verdict}"
+    if _CONSTANT in by_name:
+        said += f", and a constant one has {'some' if spiked(_CONSTANT) else 'none here either'}"
+    wide = [-x for x in _beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
+    if wide:
+        more = statistics.median(wide)
+        verdict = "within chance" if abs(more) <= chance else "refuted" if more > 0 else "confirmed"
+        said += f"; and a base, refined in bfloat16, no worse than float32: {verdict}, {spread(wide, '+.4f')}"
+    return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names that may have commas of their own."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+_CURVES = {
+    BASE: "#1d3557", "no forget gate": "#b8860b", "steps (31,)": "#7aa6c2", "steps (8,)": "#2a9d8f",
+    _CONSTANT: "#c8553d", "conjugate gradient": "#7b4f9d",
+}  # fmt: skip
+
+
+def _draw(by_name: dict[str, Results], path: Path) -> None:
+    figure, (losses, norms) = new_panels(1, 2, (13, 5.0), 120)
+    others = [name for name in by_name if name != BASE]
+    for place, name in enumerate(others):
+        found = [x for x in _beside(name, by_name).values() if x is not None]
+        losses.plot(found, [place] * len(found), "o", color="#c8553d", markersize=4, alpha=0.7)
+        if found:
+            losses.plot([statistics.median(found)], [place], "|", color="#1d3557", markersize=14)
+    losses.axvline(0.0, color="#1d3557", linewidth=1.0)
+    losses.set_yticks(range(len(others)), others, fontsize=8)
+    losses.invert_yaxis()
+    losses.set_xlabel("nats per token")
+    losses.set_title("held-out loss beside the base, by seed and median", loc="left", fontsize=11)
+    for name in [name for name in by_name if name in _CURVES]:
+        runs = [result["gradient norms"] for result in by_name[name].values()]
+        largest = [max((x for x in column if x is not None), default=math.nan) for column in zip_longest(*runs)]
+        steps = range(1, 1 + len(largest))
+        norms.plot(steps, largest, color=_CURVES[name], linewidth=0.9, label=name)
+    norms.set_yscale("log")
+    norms.set_xlabel("step")
+    norms.set_title("gradient norm, largest of the seeds", loc="left", fontsize=11)
+    norms.legend(frameon=False, fontsize=8)
+    save(figure, path)

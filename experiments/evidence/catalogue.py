@@ -1,0 +1,7 @@
+"""The experiments: the module of each by its name, in the order of the page."""
+
+from __future__ import annotations
+
+EXPERIMENTS = {
+    name: f"experiments.evidence.{name}" for name in ("numerics", "mqar", "lm", "long", "ablations", "cost")
+}

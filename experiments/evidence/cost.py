@@ -1,0 +1,263 @@
+"""Time and memory against length for every mixer: forward, forward and backward, and a step of decoding.
+
+One block of the model (mixing and feed-forward) of the language models' width, one sequence, random input. Forward
+and backward give the gradients of the input and of all parameters. A step is that of one token behind T others,
+whose cache is made before and not timed. On a GPU everything is bfloat16, and memory is the peak above parameters
+and input; on a CPU float32, and memory is not measured.
+
+Mixers run by what is installed: Gated DeltaNet by flash-linear-attention's kernels, Mamba-2 by those of mamba_ssm,
+and without these packages by transformers' PyTorch code, which says little about what they could cost.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from gka.cli.generate import ready_attention
+from gka.hf.model import GKAModel
+
+from ..peers import MIXERS
+from ..tasks.mqar_report import STYLE
+from .picture import new_panels, save
+from .record import Cell
+from .skeleton import skeleton
+from .table import markdown_table
+from .timing import seconds
+
+SUMMARY = "time and memory against length"
+BY_MACHINE = True
+WHAT = ("forward", "forward+backward", "decode step")
+Entries = list[dict[str, Any]]
+_WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
+_NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+_LIMIT = 60.0  # seconds of one call; a length that takes longer is measured once
+_QUICK = 0.02  # seconds of one call; what takes less is measured more often
+_CALLS, _MORE_CALLS = 5, 50
+
+
+def cells(size: str) -> list[Cell]:
+    """1K to 1M tokens; small: 256 and 512 tokens of a narrow block."""
+    lengths, sizes = ([256, 512], _NARROW) if size == "small" else ([1 << n for n in range(10, 21)], _WIDE)
+    return [
+        {"mixer": mixer, "what": what, "tokens": T, **sizes}
+        for T, what, mixer in itertools.product(lengths, WHAT, MIXERS)
+    ]
+
+
+def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """Median, least and largest seconds, peak bytes, bytes of the cache, and by what the mixer ran.
+
+    Where the memory does not suffice, seconds and bytes are None.
+    """
+    fields = {name: cell[name] for name in _WIDE}
+    config = skeleton(
+        cell["mixer"], vocab_size=8192, num_hidden_layers=1, max_position_embeddings=1 << 20, **fields
+    )
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = GKAModel(config).eval()
+    model.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+    x = torch.randn(1, cell["tokens"], config.hidden_size, device=device, dtype=dtype)
+    try:
+        found = _measure(model, x, cell["what"])
+    except torch.OutOfMemoryError:
+        found = {"seconds": None, "peak bytes": None}
+    return {**found, "by": _implementation(cell["mixer"], device)}
+
+
+def _measure(model: GKAModel, x: Tensor, what: str) -> dict[str, Any]:
+    model.train(what == "forward+backward")  # where a layer has other kernels for it
+    if what == "decode step":
+        call, held = _step(model, x)
+    else:
+        call, held = _whole(model, x, backward=what == "forward+backward"), {}
+    before = _reset_peak(x)
+    times = [seconds(call, x.device)]
+    if times[0] <= _LIMIT:
+        before = _reset_peak(x)  # kernels that choose among forms of themselves take more in the first call
+        times = [seconds(call, x.device) for _ in range(_CALLS)]
+        if statistics.median(times) < _QUICK:  # the first ones may have been slow
+            times = [seconds(call, x.device) for _ in range(_MORE_CALLS)]
+    peak = torch.cuda.max_memory_allocated() - before if x.is_cuda and not held else None
+    return {"seconds": [statistics.median(times), min(times), max(times)], "peak bytes": peak, **held}
+
+
+def _reset_peak(x: Tensor) -> int:
+    """Bytes held now, from which on the peak counts; 0 on a CPU."""
+    if not x.is_cuda:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _whole(model: GKAModel, x: Tensor, backward: bool) -> Callable[[], object]:
+    leaves = [x.requires_grad_(), *(p for name, p in model.named_parameters() if "embed" not in name)]
+    cotangent = torch.randn_like(x) if backward else None
+
+    def call() -> object:
+        with torch.set_grad_enabled(backward):
+            y = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        return torch.autograd.grad(y, leaves, cotangent) if backward else y
+
+    return call
+
+
+def _step(model: GKAModel, x: Tensor) -> tuple[Callable[[], object], dict[str, Any]]:
+    """One token more behind those of x, every time; and what the cache holds before the first."""
+    cache = DynamicCache(config=model.config)
+    token = x[:, :1].clone()
+    with torch.no_grad():
+        model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+
+    def call() -> object:
+        with torch.no_grad(), ready_attention():
+            return model(inputs_embeds=token, past_key_values=cache, use_cache=True)
+
+    return call, {"cache bytes": _bytes(cache)}
+
+
+def _bytes(cache: DynamicCache) -> int:
+    """What the cache holds."""
+    held: list[Any] = []
+    for layer in cache.layers:
+        for name in ("conv_states", "recurrent_states"):
+            held += getattr(layer, name, {}).values()
+        held += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))
+
+
+def _implementation(mixer: str, device: torch.device) -> str:
+    package = {"gdn": "fla", "mamba2": "mamba_ssm"}.get(mixer)
+    if package is not None:
+        installed = device.type == "cuda" and importlib.util.find_spec(package) is not None
+        return package if installed else "transformers' PyTorch code"
+    return "gka" if mixer in ("gka", "gla") else "PyTorch's scaled_dot_product_attention"
+
+
+def section(entries: Entries, picture: Path) -> str:
+    """A table of milliseconds and one of memory; the picture has a panel for each thing measured."""
+    mixers = [mixer for mixer in MIXERS if any(e["cell"]["mixer"] == mixer for e in entries)]
+    _draw(entries, mixers, picture)
+    head = ["what", "tokens", *(STYLE[mixer][0] for mixer in mixers)]
+    times, memory = [], []
+    for what, T in itertools.product(WHAT, sorted({e["cell"]["tokens"] for e in entries})):
+        found = {
+            e["cell"]["mixer"]: e["result"]
+            for e in entries
+            if (e["cell"]["what"], e["cell"]["tokens"]) == (what, T)
+        }
+        if found:
+            results = [found.get(mixer) for mixer in mixers]
+            times.append([what, str(T), *map(_time, results)])
+            if any(map(_memory, results)):
+                memory.append([what, str(T), *map(_memory, results)])
+    ways = {STYLE[e["cell"]["mixer"]][0]: e["result"]["by"] for e in entries}
+    sizes = entries[0]["cell"]
+    return "\n\n".join(
+        (
+            f"One block, hidden size {sizes['hidden_size']}, {sizes['num_attention_heads']} heads, one sequence. "
+            f"By: {'; '.join(f'{mixer}, {by}' for mixer, by in ways.items())}.",
+            f"Milliseconds, median of {_CALLS} calls, of {_MORE_CALLS} below {1e3 * _QUICK:g}; what takes only a "
+            "few is the time of Python and of launching kernels, and varies with it. A step of softmax attention "
+            "is one on transformers' DynamicCache, which copies keys and values to append to them, by kernels "
+            "that are ready at every length: cuDNN's, PyTorch's first choice on a Hopper GPU, plan anew at each "
+            "length.",
+            markdown_table(head, times),
+            "Megabytes: peak above parameters and input where it was measured; for decoding the cache.",
+            markdown_table(head, memory),
+            _findings(entries),
+        )
+    )
+
+
+def _time(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    return "out of memory" if result["seconds"] is None else f"{result['seconds'][0] * 1e3:.4g}"
+
+
+def _memory(result: dict[str, Any] | None) -> str:
+    value = None if result is None else _bytes_of(result)
+    return "" if value is None else f"{value / 1e6:.4g}"
+
+
+def _bytes_of(result: dict[str, Any]) -> int | None:
+    """Of the cache where there is one, else the peak."""
+    value: int | None = result.get("cache bytes", result["peak bytes"])
+    return value
+
+
+def _findings(entries: Entries) -> str:
+    """How time of GKA and of attention grows to the last length, and whether GKA's cache grows; as expected?"""
+    parts = []
+    for what, mixer in itertools.product(WHAT[:2], ("gka", "attention")):
+        points = _points(entries, mixer, what)[-2:]
+        if len(points) == 2:
+            (T, before), (last, after) = points
+            parts.append(
+                f"{what}: {last:,} tokens take {STYLE[mixer][0]} {after / before:.3g} times as long as {T:,}"
+            )
+    caches = {
+        e["result"]["cache bytes"]
+        for e in entries
+        if e["cell"]["mixer"] == "gka" and e["result"].get("cache bytes")
+    }
+    if len(caches) == 1:
+        parts.append(f"the cache of a GKA block has {caches.pop():,} bytes at every length")
+    elif caches:
+        parts.append(f"the cache of a GKA block grows from {min(caches):,} to {max(caches):,} bytes")
+    if not parts:
+        return ""
+    return (
+        f"Expected of GKA were linear time and constant memory of decoding: {'; '.join(parts)}. The paper shows "
+        "throughput of whole models on other hardware; this is one block."
+    )
+
+
+def _points(entries: Entries, mixer: str, what: str, memory: bool = False) -> list[tuple[int, float]]:
+    """Tokens and median seconds, or bytes, where the memory sufficed and they were measured."""
+    found = []
+    for entry in entries:
+        if (entry["cell"]["mixer"], entry["cell"]["what"]) == (mixer, what):
+            times = entry["result"]["seconds"]
+            value = _bytes_of(entry["result"]) if memory else times and times[0]
+            if value:
+                found.append((entry["cell"]["tokens"], float(value)))
+    return sorted(found)
+
+
+def _draw(entries: Entries, mixers: list[str], path: Path) -> None:
+    """Milliseconds above, megabytes below, where they were measured."""
+    kinds = [("milliseconds", False, 1e3)]
+    if any(e["result"]["peak bytes"] for e in entries):
+        kinds.append(("megabytes", True, 1e-6))
+    figure, panels = new_panels(len(kinds), len(WHAT), (13, 4.2 * len(kinds)), 120)
+    for number, (unit, memory, scale) in enumerate(kinds):
+        row = panels[number * len(WHAT) : (number + 1) * len(WHAT)]
+        for axes, what in zip(row, WHAT, strict=True):
+            for mixer in mixers:
+                name, colour, marker = STYLE[mixer]
+                points = [(T, scale * value) for T, value in _points(entries, mixer, what, memory)]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            middle = math.sqrt(low * high)  # what differs by chance alone shall not fill the panel
+            axes.set_ylim(min(low, middle / 10), max(high, middle * 10))
+            axes.set_xlabel("tokens" if what != "decode step" else "tokens before it")
+            axes.set_title(what, loc="left", fontsize=11)
+        row[0].set_ylabel(unit)
+    panels[0].legend(frameon=False, fontsize=8)
+    save(figure, path)

@@ -1,0 +1,381 @@
+"""Accuracy on multi-query associative recall against model dim, for all mixers (figure 3a of arXiv 2511.21016).
+
+The grid of the figure: 128 to 1024 tokens with up to a quarter as many pairs of key and value, model dims 32 to
+256; so at dims up to 128 there are more pairs than dims in the longer sequences. One training serves all places of
+a column: its batches, of the same number of tokens each, have sequences of 64 to 1024 tokens with 4 pairs to a
+quarter as many, as Based mixes lengths (arXiv 2402.18668), for the shortest teach what the longest ask; the model
+is then tested at every place by itself.
+
+Two layers of two heads, at dim 256 of four, for no head has more than 64 dims; equal parameters (`skeleton.py`),
+the same batches in the same order. Every mixer is tried with the same four learning rates and the first seed; the
+rate with the best mean accuracy trains the other seeds. First weights have a standard deviation of 0.02, as
+Zoology's, and not that of the other models of `skeleton.py`: with those softmax attention did not learn the task.
+
+Legend: T tokens of a sequence, P pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from gka.hf import GKAForCausalLM
+from gka.training.trainer import on_one_gpu
+
+from ..tasks.mqar import IGNORE, make_mqar
+from ..tasks.mqar_options import ALL_MIXERS
+from ..tasks.mqar_report import STYLE
+from ..tasks.mqar_train import LAYERS, RecallTrainer, answers, state_size
+from .picture import draw_band, new_panels, save
+from .record import Cell, Record
+from .skeleton import skeleton
+from .table import markdown_table
+
+SUMMARY = "accuracy on multi-query associative recall against model dim"
+BY_MACHINE = False
+HEADS, WIDEST_HEAD = 2, 64
+FIRST_WEIGHTS = 0.02  # standard deviation, as Zoology's; softmax attention learns this task from small ones alone
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_APART = 0.005  # accuracies less apart are level
+_LEARNT = 0.2  # accuracy of what has begun to recall
+SEEDS = (0, 1, 2)
+Entries = list[dict[str, Any]]
+Task = tuple[int, int]  # T, P
+_FULL: dict[str, Any] = dict(
+    vocab_size=8192, longest=1024, steps=4000, batch_tokens=16_384, pool=64, test_tokens=65_536
+)
+_SMALL: dict[str, Any] = dict(vocab_size=256, longest=128, steps=8, batch_tokens=256, pool=2, test_tokens=256)
+
+
+def training_tasks(longest: int) -> list[Task]:
+    """T from a sixteenth of `longest`, P from 4 (less in the shortest) to T / 4, both doubling."""
+    lengths = [longest >> shift for shift in range(4, -1, -1)]
+    first = min(4, lengths[0] // 4)
+    return [(T, first << shift) for T in lengths for shift in range((T // 4 // first).bit_length())]
+
+
+def tested_tasks(longest: int) -> list[Task]:
+    """T from an eighth of `longest`, doubling, with a sixteenth, an eighth and a quarter as many pairs."""
+    return [(T, T // part) for T in (longest // 8, longest // 4, longest // 2, longest) for part in (16, 8, 4)]
+
+
+def cells(size: str) -> list[Cell]:
+    """Of every dim and mixer first the rates, then the other seeds; small: one dim, two rates, two seeds."""
+    small = size == "small"
+    dims, rates, seeds = ((32,), RATES[1:3], SEEDS[:2]) if small else ((32, 64, 128, 256), RATES, SEEDS)
+    rest = _SMALL if small else _FULL
+    found: list[Cell] = []
+    for dim, mixer in itertools.product(dims, ALL_MIXERS):
+        place = {"mixer": mixer, "dim": dim, **rest}
+        found += [{**place, "seed": seeds[0], "learning_rate": rate} for rate in rates]
+        found += [{**place, "seed": seed, "rates": list(rates)} for seed in seeds[1:]]
+    return found
+
+
+def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """Train a model and test it on sequences it has not seen."""
+    rate = cell["learning_rate"] if "learning_rate" in cell else _best_rate(folder.parents[1], cell)
+    set_seed(cell["seed"])
+    config = skeleton(
+        cell["mixer"],
+        vocab_size=cell["vocab_size"],
+        hidden_size=cell["dim"],
+        intermediate_size=2 * cell["dim"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=max(HEADS, cell["dim"] // WIDEST_HEAD),
+        max_position_embeddings=cell["longest"],
+        initializer_range=FIRST_WEIGHTS,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    model = GKAForCausalLM(config)
+    trainer = RecallTrainer(
+        model=model,
+        args=_arguments(cell, rate, folder, device),
+        train_dataset=Batches(cell),
+        data_collator=_only,
+    )
+    trainer.remove_callback(PrinterCallback)
+    diverged = None
+    try:
+        trainer.train()
+    except FloatingPointError:
+        diverged = trainer.state.global_step
+    tasks = tested_tasks(cell["longest"])
+    return {
+        "learning_rate": rate,
+        "accuracy": [[T, P, 0.0 if diverged is not None else _accuracy(model, cell, T, P)] for T, P in tasks],
+        "loss": [
+            [entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry
+        ],
+        "diverged": diverged,
+        "parameters": model.num_parameters(),
+        "state_size": state_size(config, cell["longest"]),
+    }
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """The batches of a training, an item each; the same for every mixer.
+
+    Of each task there are `pool` batches, of which a step takes one; tasks and batches are drawn uniformly.
+
+    Args:
+        cell: of the experiment.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        tasks, pool, tokens = training_tasks(cell["longest"]), cell["pool"], cell["batch_tokens"]
+        random = torch.Generator().manual_seed(cell["seed"])
+        self.order = torch.randint(len(tasks) * pool, (cell["steps"],), generator=random).tolist()
+        self.pool = pool
+        self.made = [
+            make_mqar(pool * max(1, tokens // T), seq_len=T, num_pairs=P, vocab_size=cell["vocab_size"], seed=n)
+            for n, (T, P) in enumerate(tasks, len(tasks) * cell["seed"])
+        ]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        task, number = divmod(self.order[step], self.pool)
+        rows = len(self.made[task].inputs) // self.pool
+        part = slice(number * rows, (number + 1) * rows)
+        return {"input_ids": self.made[task].inputs[part], "labels": self.made[task].labels[part]}
+
+
+def _only(items: list[Any]) -> Any:
+    (item,) = items
+    return item
+
+
+def _arguments(cell: Cell, rate: float, folder: Path, device: torch.device) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=cell["steps"],
+        per_device_train_batch_size=1,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=cell["steps"] // 20,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        seed=cell["seed"],
+        data_seed=cell["seed"],
+        use_cpu=device.type == "cpu",
+        logging_steps=max(1, cell["steps"] // 40),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+    )
+    return on_one_gpu(arguments)
+
+
+@torch.no_grad()
+def _accuracy(model: GKAForCausalLM, cell: Cell, T: int, P: int) -> float:
+    """Share of the queries of a task's test sequences whose value is right."""
+    model.eval()
+    device = model.device
+    rows = max(1, cell["batch_tokens"] // T)
+    test = make_mqar(
+        max(1, cell["test_tokens"] // T), seq_len=T, num_pairs=P, vocab_size=cell["vocab_size"], split="test"
+    )
+    right = 0
+    for inputs, labels in zip(test.inputs.split(rows), test.labels.split(rows), strict=True):
+        asked = (labels != IGNORE).to(device)
+        said = answers(model, inputs.to(device), asked).argmax(-1)
+        right += int((said == labels.to(device)[asked]).sum())
+    return round(right / (P * len(test.inputs)), 5)
+
+
+def _best_rate(output: Path, cell: Cell) -> float:
+    """The rate whose training with the first seed has the best mean accuracy. UserError if one is missing."""
+    same = {name: value for name, value in cell.items() if name not in ("seed", "rates")}
+    return Record(output / "mqar.json", "mqar").best_rate(same, cell["rates"], lambda entry: -_mean(entry))
+
+
+def _mean(entry: dict[str, Any]) -> float:
+    return statistics.mean(accuracy for _, _, accuracy in entry["result"]["accuracy"])
+
+
+# The page
+
+
+def best(entries: Entries) -> list[dict[str, Any]]:
+    """Of each mixer and dim the mean accuracy by rate, the best rate, and by task the accuracies with it."""
+    groups: dict[tuple[int, str], Entries] = defaultdict(list)
+    for entry in entries:
+        groups[entry["cell"]["dim"], entry["cell"]["mixer"]].append(entry)
+    found = []
+    for (dim, mixer), group in sorted(groups.items(), key=lambda item: (item[0][0], ALL_MIXERS.index(item[0][1]))):
+        tried = [entry for entry in group if "learning_rate" in entry["cell"]]
+        if not tried:
+            continue
+        rates = {entry["result"]["learning_rate"]: _mean(entry) for entry in tried}
+        rate = max(rates, key=rates.__getitem__)
+        chosen = [entry for entry in group if entry["result"]["learning_rate"] == rate]
+        by_task: dict[Task, list[float]] = defaultdict(list)
+        for entry in chosen:
+            for T, P, accuracy in entry["result"]["accuracy"]:
+                by_task[T, P].append(accuracy)
+        found.append(
+            {"dim": dim, "mixer": mixer, "learning_rate": rate, "rates": rates, "accuracies": dict(by_task)}
+        )
+    return found
+
+
+def section(entries: Entries, picture: Path) -> str:
+    """Tables of means, of all places and of the rates; the picture has a panel per task."""
+    found = best(entries)
+    mixers = [mixer for mixer in ALL_MIXERS if any(row["mixer"] == mixer for row in found)]
+    tasks = sorted({task for row in found for task in row["accuracies"]})
+    _draw(found, [task for task in tasks if 4 * task[1] == task[0]], mixers, picture)
+    at = {(row["dim"], row["mixer"]): row for row in found}
+    dims = sorted({dim for dim, _ in at})
+    means = [[str(dim), *(_percent(_over_tasks(at.get((dim, mixer)))) for mixer in mixers)] for dim in dims]
+    rows = [
+        [str(T), str(P), str(dim), *(_percent(_of_task(at.get((dim, mixer)), (T, P))) for mixer in mixers)]
+        for (T, P), dim in itertools.product(tasks, dims)
+    ]
+    rates = sorted({rate for row in found for rate in row["rates"]})
+    tried = [
+        [
+            str(row["dim"]),
+            STYLE[row["mixer"]][0],
+            *(f"{100 * row['rates'][rate]:.1f}" if rate in row["rates"] else "" for rate in rates),
+        ]
+        for row in found
+    ]
+    cell = entries[0]["cell"]
+    names = [STYLE[mixer][0] for mixer in mixers]
+    return "\n\n".join(
+        (
+            f"{LAYERS} layers of {HEADS} heads, or of as many with {WIDEST_HEAD} dims as the model has room for; "
+            f"{cell['vocab_size']} tokens in the vocabulary; {cell['steps']} steps of "
+            f"{cell['batch_tokens']:,} tokens each, of sequences of "
+            f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens in one training, float32. "
+            "Accuracy in percent on sequences never trained on: "
+            f"mean over the seeds ({_counts(found)}), least and largest in brackets. Differences below what "
+            "the seeds of one mixer differ by decide nothing. The rate was chosen by these accuracies "
+            f"with the first seed. Mean of the {len(tasks)} places:",
+            markdown_table(["dim", *names], means),
+            _findings(found),
+            "Every place:",
+            markdown_table(["tokens", "pairs", "dim", *names], rows),
+            "Mean accuracy with each learning rate, first seed; the best was taken:",
+            markdown_table(["dim", "mixer", *(f"{rate:g}" for rate in rates)], tried),
+        )
+    )
+
+
+def _counts(found: list[dict[str, Any]]) -> str:
+    """How many seeds there are: the most, then where there are fewer."""
+    seeds = {(row["mixer"], row["dim"]): min(map(len, row["accuracies"].values())) for row in found}
+    most = max(seeds.values())
+    fewer: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for (mixer, dim), count in seeds.items():
+        if count < most:
+            fewer[count, dim].append(STYLE[mixer][0])
+    return "; ".join(
+        [str(most), *(f"{count} of {', '.join(who)} at dim {dim}" for (count, dim), who in sorted(fewer.items()))]
+    )
+
+
+def _is_lost(row: dict[str, Any]) -> bool:
+    """Whether the best training does not even solve the easiest place."""
+    return statistics.mean(row["accuracies"][min(row["accuracies"])]) < _LEARNT
+
+
+def _lost(found: list[dict[str, Any]]) -> str:
+    """Who did not learn the task, at which dims."""
+    dims: dict[str, list[str]] = defaultdict(list)
+    for row in filter(_is_lost, found):
+        dims[row["mixer"]].append(str(row["dim"]))
+    said = "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
+    return said and (
+        f" Not learnt, even with the best rate below {100 * _LEARNT:g} percent at the easiest place: {said}. That "
+        "is what this training does, with its steps and first weights, and no limit of a mixer."
+    )
+
+
+def _findings(found: list[dict[str, Any]]) -> str:
+    """In how many places of the grid GKA is above and below each other mixer, what was expected, who failed."""
+    learnt = [row for row in found if not _is_lost(row)]
+    seeds = {(row["mixer"], row["dim"], task): a for row in learnt for task, a in row["accuracies"].items()}
+    parts, holds, fails = [], [], []
+    for other in ALL_MIXERS:
+        pairs = [
+            (seeds["gka", dim, task], theirs)
+            for (mixer, dim, task), theirs in seeds.items()
+            if mixer == other and ("gka", dim, task) in seeds
+        ]
+        if other == "gka" or not pairs:
+            continue
+        name = STYLE[other][0]
+        apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
+        above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
+        parts.append(f"{name}: above in {above}, level in {len(apart) - above - below}, below in {below}")
+        clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
+        if other != "attention":
+            fails.append(f"{name} ({clear} of {len(pairs)} places)") if clear else holds.append(name)
+    said = []
+    if parts:
+        said.append(f"GKA beside each other mixer, by more than half a percent: {'; '.join(parts)} of the places.")
+    expected = []
+    if fails:
+        expected.append(
+            f"refuted beside {', '.join(fails)}, where each seed of GKA lies more than half a percent below each "
+            "of its"
+        )
+    if holds:
+        expected.append(f"not refuted beside {', '.join(holds)}")
+    if expected:
+        said.append(
+            "Expected was GKA at or above every linear mixer in every place, as in the paper's figure 3a, whose "
+            f"models, schedule and number of examples are not these: {'; '.join(expected)}."
+        )
+    return " ".join(said) + _lost(found)
+
+
+def _over_tasks(row: dict[str, Any] | None) -> list[float]:
+    """The mean over all tasks by seed, of the seeds that have all."""
+    return (
+        [] if row is None else [statistics.mean(seed) for seed in zip(*row["accuracies"].values(), strict=False)]
+    )
+
+
+def _of_task(row: dict[str, Any] | None, task: Task) -> list[float]:
+    return [] if row is None else row["accuracies"].get(task, [])
+
+
+def _percent(accuracies: list[float]) -> str:
+    if not accuracies:
+        return ""
+    least, most = 100 * min(accuracies), 100 * max(accuracies)
+    ends = f" ({least:.1f} to {most:.1f})" if len(accuracies) > 1 else ""
+    return f"{100 * statistics.mean(accuracies):.1f}{ends}"
+
+
+def _draw(found: list[dict[str, Any]], tasks: list[Task], mixers: list[str], path: Path) -> None:
+    figure, panels = new_panels(1, len(tasks), (max(5.0, 3.6 * len(tasks)), 4.0), 130, sharey=True)
+    for axes, task in zip(panels, tasks, strict=True):
+        for mixer in mixers:
+            name, colour, marker = STYLE[mixer]
+            points = [(row["dim"], row["accuracies"][task]) for row in found if row["mixer"] == mixer]
+            dims, accuracies = [dim for dim, _ in points], [values for _, values in points]
+            draw_band(axes, dims, accuracies, colour, statistics.mean, marker=marker, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("model dim")
+        axes.set_ylim(-0.03, 1.04)
+        axes.set_title(f"{task[0]} tokens, {task[1]} pairs", loc="left", fontsize=10)
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(frameon=False, fontsize=8)
+    save(figure, path)

@@ -1,0 +1,176 @@
+"""Other recurrent layers in the place of GKA layers, for comparisons in one and the same model.
+
+    gdn      Gated DeltaNet (arXiv 2412.06464), Qwen3-Next's layer of transformers: its kernels are those of
+             flash-linear-attention where that is installed, else PyTorch
+    mamba2   Mamba-2 (arXiv 2405.21060), transformers' layer: kernels of mamba_ssm where installed, else PyTorch
+
+Gated DeltaNet has H heads with keys and values of head_dim D, as a GKA layer has. Mamba-2 has its usual expansion
+of 2, so 2 H heads of D where H D is the hidden size, and D numbers of state per channel, with B and C that all
+heads share: 2 H D^2 numbers of state, as many as S_kk and S_kv together.
+
+For Gated DeltaNet, decays and time steps start as those of a GKA layer (`fresh_A_log`, `fresh_dt_bias`, which are
+its own authors' too); for Mamba-2 as in its paper. Convolutions start as a GKA layer's.
+
+Importing this module registers them.
+
+Legend: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import Mamba2Config, Qwen3NextConfig
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from gka.hf import GKAConfig, Mixer, register_mixer
+from gka.hf.cache_name import CACHE, NEW
+from gka.nn.layer import fresh_A_log, fresh_dt_bias
+
+MIXERS = ("gka", "gla", "gdn", "mamba2", "attention")  # attention: softmax attention in every block
+PEER_CACHE = NEW if CACHE == NEW else "cache_params"  # what transformers' layers call a cache
+MAMBA_CHUNK = 64  # tokens; shorter than transformers' 256, for scores of [T, chunk, heads] in float32
+
+
+class Peer(Mixer):
+    """A layer of another kind, called as a GKA layer is; `inner` is transformers'."""
+
+    inner: Any
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.mixer = config.mixer
+
+    @classmethod
+    def check(cls, config: GKAConfig) -> None:
+        """These layers have no groups of heads."""
+        if config.num_key_value_heads != config.num_attention_heads:
+            _refuse(config, "num_key_value_heads", "num_attention_heads")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, hidden_size] -> the same.
+
+        Args:
+            hidden_states: [B, T, hidden_size], any float dtype.
+            attention_mask: [B, T], 0 for a pad; pads must stand on the left, where they write nothing.
+            past_key_values: the model's cache, brought up to date in place.
+            cu_seqlens: None.
+
+        Raises:
+            ValueError: packed sequences, which these layers' PyTorch forms cannot keep apart, or a pad that is not
+                on the left.
+        """
+        if cu_seqlens is not None:
+            raise ValueError(
+                f'a batch is packed, and mixer "{self.mixer}" cannot keep packed sequences apart; '
+                "pass the sequences as rows, padded, with an attention_mask"
+            )
+        if attention_mask is not None:
+            if not torch.compiler.is_compiling() and (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+                raise ValueError(
+                    f'a pad stands behind a token, and mixer "{self.mixer}" would let it change the state; '
+                    "pad on the left"
+                )
+            attention_mask = attention_mask.to(hidden_states.dtype)
+        out: Tensor = self.inner(hidden_states, attention_mask=attention_mask, **{PEER_CACHE: past_key_values})
+        return out
+
+
+class GatedDeltaNet(Peer):
+    """Gated DeltaNet."""
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        heads, dim = config.num_attention_heads, config.head_dim
+        self.inner = Qwen3NextGatedDeltaNet(
+            Qwen3NextConfig(
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                linear_num_key_heads=heads,
+                linear_num_value_heads=heads,
+                linear_key_head_dim=dim,
+                linear_value_head_dim=dim,
+                linear_conv_kernel_dim=config.conv_size,
+                hidden_act="silu",
+                rms_norm_eps=config.rms_norm_eps,
+                layer_types=["linear_attention"] * config.num_hidden_layers,
+            ),
+            layer_idx,
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def initialise(cls, module: nn.Module) -> None:
+        """The convolution's weight, decays and time steps."""
+        if isinstance(module, Qwen3NextGatedDeltaNet):
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5.0))
+            heads, device = module.A_log.shape[0], module.A_log.device
+            init.copy_(module.A_log, fresh_A_log(heads, device))
+            init.copy_(module.dt_bias, fresh_dt_bias(heads, device))
+
+
+class Mamba2(Peer):
+    """Mamba-2."""
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        dim = config.head_dim
+        inner = Mamba2Config(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            expand=2,
+            num_heads=2 * config.hidden_size // dim,
+            head_dim=dim,
+            state_size=dim,
+            n_groups=1,
+            conv_kernel=config.conv_size,
+            use_conv_bias=False,
+            use_bias=False,
+            hidden_act="silu",
+            layer_norm_epsilon=config.rms_norm_eps,
+            chunk_size=MAMBA_CHUNK,
+        )
+        self.inner = Mamba2Mixer(inner, layer_idx)
+
+    @classmethod
+    def check(cls, config: GKAConfig) -> None:
+        """Its heads divide the hidden size."""
+        if config.num_attention_heads * config.head_dim != config.hidden_size:
+            _refuse(config, "head_dim", "hidden_size / num_attention_heads")
+        super().check(config)
+
+    @classmethod
+    @torch.no_grad()
+    def initialise(cls, module: nn.Module) -> None:
+        """The convolution's weight, and the rest as in its paper."""
+        if isinstance(module, Mamba2Mixer):
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5.0))
+            module.init_mamba2_weights()
+
+
+def mixer_config(mixer: str, **fields: Any) -> GKAConfig:
+    """The configuration of a model of one of MIXERS; fields are GKAConfig's."""
+    if mixer != "attention":
+        return GKAConfig(mixer=mixer, **fields)
+    blocks = fields.get("num_hidden_layers", GKAConfig.num_hidden_layers)
+    return GKAConfig(**{"layer_types": ["full_attention"] * blocks, **fields})
+
+
+def _refuse(config: GKAConfig, name: str, expected: str) -> NoReturn:
+    raise ValueError(f"{name} is {getattr(config, name)!r}; expected {expected} with mixer={config.mixer!r}")
+
+
+register_mixer("gdn", GatedDeltaNet)
+register_mixer("mamba2", Mamba2)

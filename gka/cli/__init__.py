@@ -1,0 +1,1 @@
+"""The `gka` command: one file a command, each with its own options."""

@@ -1,0 +1,328 @@
+"""The commands and their options. Nothing here imports torch: `gka train --help` is instant."""
+
+# ruff: noqa: RUF009  (option() makes a dataclass field)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .options import option, read_yaml
+
+OPTIONS_FILE = "options.yaml"
+
+
+class Command(NamedTuple):
+    """A command: "module:Name" of its options and of the function that runs it, loaded when needed."""
+
+    summary: str
+    examples: str
+    options: str
+    run: str
+
+
+COMMANDS = {
+    "train": Command(
+        "Train a Gated KalmaNet language model on text files.",
+        "  gka train --max-minutes 3 --output runs/first          on the Python standard library\n"
+        "  gka train --data notes/ book.txt --max-steps 2000 --output runs/mine\n"
+        "  gka train --resume --output runs/mine                  go on after an interruption\n"
+        "  torchrun --nproc_per_node 2 -m gka train --data src/   two processes, or two GPUs",
+        "gka.cli.commands:TrainOptions",
+        "gka.cli.train:main",
+    ),
+    "generate": Command(
+        "Continue a prompt with a trained model; the text appears as it is made.",
+        "  gka generate runs/first --prompt 'def main('\n"
+        "  gka generate runs/first --prompt 'class ' --temperature 0 --max-new-tokens 500\n"
+        "  echo 'import os' | gka generate runs/first --prompt - --seed 1",
+        "gka.cli.commands:GenerateOptions",
+        "gka.cli.generate:main",
+    ),
+    "serve": Command(
+        "Serve a model over HTTP, with the OpenAI interface, by the code of `transformers serve`.",
+        "  gka serve runs/first\n"
+        "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
+        '    -d \'{"prompt": "def main(", "max_tokens": 64, "stream": true}\'',
+        "gka.cli.commands:ServeOptions",
+        "gka.cli.serve:main",
+    ),
+    "eval": Command(
+        "Measure the bits per byte of a trained model on any text files.",
+        "  gka eval runs/first                            on the held-out text of its run\n"
+        "  gka eval runs/first --data docs/ --per-file\n"
+        "  gka eval runs/first --data docs/ --json > score.json",
+        "gka.cli.commands:EvalOptions",
+        "gka.cli.evaluate:main",
+    ),
+    "export": Command(
+        "Write a checkpoint in another format, its weights bit for bit.",
+        "  gka export runs/first out/published            in the published format, hybrid_qwen3\n"
+        "  gka export out/published out/own --format gka  and back",
+        "gka.cli.commands:ExportOptions",
+        "gka.cli.export:main",
+    ),
+    "convert": Command(
+        "Replace attention layers of a Llama, Mistral, Qwen2 or Qwen3 by GKA layers.",
+        "  gka convert models/qwen3 --layers 1,3,5 runs/hybrid",
+        "gka.cli.convert_options:ConvertOptions",
+        "gka.cli.convert:main",
+    ),
+    "distill": Command(
+        "Teach a converted model: its new layers first, then the whole of it.",
+        "  gka distill runs/hybrid --teacher models/qwen3 --data texts/ --output runs/distilled\n"
+        "  gka distill --resume --output runs/distilled              go on after an interruption",
+        "gka.cli.convert_options:DistillOptions",
+        "gka.cli.distill:main",
+    ),
+    "rank-layers": Command(
+        "Measure which attention layers cost least to replace.",
+        "  gka rank-layers models/qwen3 --data texts/ --output runs/ranked",
+        "gka.cli.convert_options:RankOptions",
+        "gka.cli.rank_layers:main",
+    ),
+}
+
+
+def saved_options(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the run to resume, which stand below flags and YAML; {} for a new run."""
+    if not given.get("resume"):
+        return {}
+    default = cls.__dataclass_fields__["output"].default
+    path = Path(given.get("output", default)).expanduser() / OPTIONS_FILE
+    values = read_yaml(path, cls) if path.exists() else {}
+    return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
+
+
+_DATA, _MODEL, _TRAINING, _MACHINE, _RUN = "data", "model", "training", "machine", "run"
+
+
+@dataclass
+class TrainOptions:
+    """Options of `gka train`."""
+
+    data: list[str] | None = option(
+        None,
+        "text files and folders; of a folder all text files below it, of every kind of source and "
+        "prose. Without it: the sources of this Python's standard library",
+        group=_DATA,
+        metavar="PATH",
+    )
+    tokenizer: str | None = option(
+        None,
+        "folder of a Hugging Face tokenizer. Without it tokens are bytes",
+        group=_DATA,
+        metavar="DIR",
+    )
+    seq_len: int = option(512, "tokens per training sequence", group=_DATA, minimum=2)
+    validation_fraction: float = option(
+        0.05,
+        "share of the files that is held out for validation; which files is decided by a hash of "
+        "their names. One file alone is cut in two: its end is held out",
+        group=_DATA,
+        above=0,
+        maximum=0.5,
+    )
+
+    family: Literal["gka", "qwen3"] = option(
+        "gka",
+        "gka; or qwen3, a Transformer of transformers' own class with softmax attention everywhere, to "
+        "compare with or to convert",
+        group=_MODEL,
+    )
+    hidden_size: int = option(256, "width of the residual stream", group=_MODEL, minimum=1)
+    intermediate_size: int | None = option(
+        None, "width of the feed-forward blocks; default: 8/3 of the hidden size", group=_MODEL, minimum=1
+    )
+    layers: int = option(4, "number of blocks", group=_MODEL, minimum=1)
+    heads: int = option(4, "query heads", group=_MODEL, minimum=1)
+    kv_heads: int | None = option(
+        None, "key and value heads, a divisor of the query heads; default: the same", group=_MODEL, minimum=1
+    )
+    head_dim: int | None = option(None, "dim of a head; default: hidden size / heads", group=_MODEL, minimum=1)
+    mixer: Literal["gka", "gla"] | None = option(
+        None,
+        "gka solves a ridge regression for every token, gla (gated linear attention) is the same "
+        "layer without the solve; default: gka",
+        group=_MODEL,
+    )
+    attention_layers: list[int] | None = option(
+        None,
+        "blocks that get softmax attention instead, counted from 0, e.g. 1,3; default: none",
+        group=_MODEL,
+        minimum=0,
+    )
+    steps: list[int] | None = option(
+        None,
+        "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; fewer is faster and less exact; "
+        "default: 31 in float32, 16,16 in bfloat16",
+        group=_MODEL,
+        minimum=1,
+        maximum=128,
+    )
+    ridge_ratio: float | None = option(
+        None, "strength of the ridge, relative to the norm of the keys' matrix", group=_MODEL, above=0
+    )
+    tie_embeddings: bool = option(False, "use the embedding's matrix for the output projection too", group=_MODEL)
+
+    max_steps: int | None = option(
+        None,
+        "optimiser steps; default: one pass over the data, unless --max-minutes is given",
+        group=_TRAINING,
+        minimum=1,
+    )
+    max_minutes: float | None = option(
+        None,
+        "wall-clock minutes of training, validation included; the learning rate comes to its end in "
+        "time. With --max-steps: whichever comes first",
+        group=_TRAINING,
+        above=0,
+    )
+    batch_size: int = option(16, "sequences per step, per process and accumulation", group=_TRAINING, minimum=1)
+    accumulation: int = option(1, "batches whose gradients are added up per step", group=_TRAINING, minimum=1)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", group=_TRAINING, above=0)
+    warmup: float = option(
+        0.05,
+        "share of the run in which the learning rate rises; then it falls to 0 as a cosine",
+        group=_TRAINING,
+        minimum=0,
+        maximum=0.9,
+    )
+    weight_decay: float = option(
+        0.1, "of matrices only: not of norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
+    )
+    seed: int = option(0, "of the weights and of the order of the data", group=_TRAINING, minimum=0)
+
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "of the activations; weights and optimiser stay float32 (mixed precision)",
+        group=_MACHINE,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass: less memory, about a third more time",
+        group=_MACHINE,
+    )
+    compile: bool = option(False, "torch.compile the model (needs a C++ compiler)", group=_MACHINE)
+
+    output: str = option("runs/gka", "folder of the run, made if need be", group=_RUN, metavar="DIR")
+    resume: bool = option(
+        False,
+        "go on from the newest checkpoint in the output folder, with the options of that run",
+        group=_RUN,
+    )
+    overwrite: bool = option(False, "delete the run that is in the output folder and start anew", group=_RUN)
+    log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
+    eval_every: int = option(200, "steps between two validations", group=_RUN, minimum=1)
+    save_every: int = option(
+        200, "steps between two checkpoints, a multiple of --log-every; two are kept", group=_RUN, minimum=1
+    )
+    eval_bytes: int = option(
+        200_000, "bytes of held-out text that a validation reads; 0 = all", group=_RUN, minimum=0
+    )
+    prompt: str = option("def main(", "what the trained model continues at the end; '' = nothing", group=_RUN)
+    sample_tokens: int = option(256, "tokens of that continuation; 0 = none", group=_RUN, minimum=0)
+
+    @staticmethod
+    def saved(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the run to resume, which stand below flags and YAML; {} for a new run."""
+        return saved_options(TrainOptions, given)
+
+
+_SAMPLING = "sampling"
+
+
+_OTHER_STEPS = "Chebyshev steps of the solve, per stage, e.g. 16; default: those of the checkpoint"
+
+
+@dataclass
+class GenerateOptions:
+    """Options of `gka generate`."""
+
+    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    prompt: str = option("", "text to continue; - reads it from standard input", group=_SAMPLING)
+    max_new_tokens: int = option(256, "tokens to make at most", group=_SAMPLING, minimum=1)
+    temperature: float = option(
+        0.8, "below 1 likelier tokens are preferred; 0 always takes the likeliest", group=_SAMPLING, minimum=0
+    )
+    top_p: float = option(
+        0.95,
+        "sample from the likeliest tokens that hold this share of the probability",
+        group=_SAMPLING,
+        above=0,
+        maximum=1,
+    )
+    seed: int | None = option(None, "the same seed gives the same text", group=_SAMPLING, minimum=0)
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
+
+
+_SERVER = "server"
+
+
+@dataclass
+class ServeOptions:
+    """Options of `gka serve`."""
+
+    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    name: str | None = option(
+        None,
+        "what requests call the model; default: the name of the folder of the run or checkpoint",
+        group=_SERVER,
+    )
+    host: str = option("localhost", "address to listen on; 0.0.0.0 is all of this machine's", group=_SERVER)
+    port: int = option(8000, "port to listen on", group=_SERVER, minimum=1, maximum=65535)
+    default_seed: int | None = option(
+        None, "of the sampling, set once at the start; a request may set its own", group=_SERVER, minimum=0
+    )
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+
+
+_REPORT = "report"
+
+
+@dataclass
+class EvalOptions:
+    """Options of `gka eval`."""
+
+    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    data: list[str] | None = option(
+        None,
+        "text files and folders. Without it: the held-out text of the run that made the model",
+        group=_DATA,
+        metavar="PATH",
+    )
+    max_bytes: int = option(0, "read about this many bytes at most; 0 = all", group=_DATA, minimum=0)
+    window: int = option(
+        1024,
+        "tokens per forward pass; the state goes on from window to window, so the result does not "
+        "depend on it, memory does",
+        group=_MACHINE,
+        minimum=1,
+    )
+    batch_size: int = option(8, "files read side by side", group=_MACHINE, minimum=1)
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
+    per_file: bool = option(False, "print a line for every file", group=_REPORT)
+    json: bool = option(False, "print JSON instead of text", group=_REPORT)
+
+
+@dataclass
+class ExportOptions:
+    """Options of `gka export`."""
+
+    checkpoint: str = option(MISSING, "folder of a model, or of the run that made it", positional=True)
+    output: str = option(MISSING, "folder to write; it must not hold anything yet", positional=True)
+    format: Literal["hybrid_qwen3", "gka"] = option("hybrid_qwen3", "the published format, or this library's own")
+    num_iter: int | None = option(
+        None,
+        "iterations that the published format gets; default: those of the model, whose steps must be one stage",
+        minimum=1,
+        maximum=1000,
+    )
+    shard_mb: float = option(5000, "megabytes of a weights file at most", above=0)

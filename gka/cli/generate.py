@@ -1,0 +1,122 @@
+"""`gka generate`: continue a prompt, the text appears as it is made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from ..training.data import document_token, encode
+from ..training.errors import UserError
+from .commands import GenerateOptions
+from .loading import load_checkpoint, use_steps
+from .quiet import quiet
+
+
+class _Stream(TextStreamer):
+    """Writes the text to a file object as soon as whole words of it are there."""
+
+    def __init__(self, tokenizer: Any, file: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.file = file
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.file.write(text)
+        self.file.flush()
+
+
+@contextmanager
+def ready_attention() -> Iterator[None]:
+    """Let PyTorch's attention take only kernels that are ready at every length; a setting of the whole process.
+
+    On a Hopper GPU it takes cuDNN's first, which plan anew at each length that they have not met, and in decoding
+    every step has another one: a step of one block took 45 ms on an H100, in place of 2 (docs/kernels.md).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    file: TextIO | None = None,
+) -> str:
+    """Continue a prompt, which the model reads as the start of a document.
+
+    Args:
+        model, tokenizer: as load_checkpoint gives them.
+        prompt: text; "" starts a document.
+        max_new_tokens: tokens to make at most; it ends sooner where the model ends the document.
+        temperature: 0 takes the likeliest token every time.
+        top_p: share of the probability that is sampled from, in (0, 1].
+        seed: the same seed gives the same text; None does not touch the generators.
+        file: gets prompt and text while they are made.
+
+    Returns:
+        The text that follows the prompt.
+    """
+    if seed is not None:
+        set_seed(seed)
+    start = document_token(tokenizer)
+    ids = [start, *encode(tokenizer, prompt.encode("utf-8")).tolist()]
+    inputs = torch.tensor([ids], device=model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if file is not None:
+        file.write(prompt)
+        file.flush()
+    with torch.inference_mode(), ready_attention():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start,
+            streamer=_Stream(tokenizer, file) if file is not None else None,
+            **sampling,
+        )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def main(options: GenerateOptions) -> None:
+    """Run `gka generate`. Raises UserError for a prompt or a checkpoint that cannot be read."""
+    quiet()
+    prompt = options.prompt
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt on standard input is not UTF-8 text (byte {error.start})") from None
+        prompt = prompt.removesuffix("\n")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8 text") from None
+    model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
+    use_steps(model, options.steps)
+    generate(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        file=sys.stdout,
+    )
+    print()

@@ -1,0 +1,108 @@
+"""The `gka` command: finds the command, parses its options, runs it, and turns mistakes into one line.
+
+Exit codes: 0 done, 2 a mistake that the user can put right, 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._version import __version__
+from ..training.errors import UserError, reason
+from .commands import COMMANDS, Command
+from .options import build_parser, nearest, parse_options
+
+_RESUMABLE = ("train", "distill", "rank-layers")
+
+
+_ABOUT = "gka: language models whose every output solves a ridge regression over the whole past"
+_START = (
+    "start here:",
+    "  gka train --max-minutes 3 --output runs/first",
+    "  gka generate runs/first --prompt 'def main('",
+    "  gka eval runs/first",
+)
+
+
+def _overview(program: str, commands: Mapping[str, Command], about: str, start: Sequence[str]) -> str:
+    lines = [about, "", f"usage: {program} COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<12} {command.summary}" for name, command in commands.items()]
+    lines += ["", *start, ""] if start else [""]
+    lines += [
+        f"`{program} COMMAND --help` lists the options of a command; `{program} --version` prints the version."
+    ]
+    return "\n".join(lines)
+
+
+def _load(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _fail(prog: str, message: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # every process of torchrun meets the same mistake
+        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; default: sys.argv) and return the exit code."""
+    return run(sys.argv[1:] if arguments is None else arguments, "gka", COMMANDS, _ABOUT, _START)
+
+
+def run(
+    arguments: Sequence[str], program: str, commands: Mapping[str, Command], about: str, start: Sequence[str] = ()
+) -> int:
+    """Run one command line of a program and return the exit code.
+
+    Args:
+        arguments: without the program's name.
+        program: how it is called.
+        commands: its commands by name.
+        about: the first line of its help. start: lines of examples in it.
+    """
+    arguments = list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(program, commands, about, start))
+        return 0
+    if arguments[0] == "--version":
+        print(f"gka {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        hint = nearest(name, list(commands)) or f"; commands are {', '.join(commands)}"
+        return _fail(program, f"unknown command {name!r}{hint}")
+    command, prog = commands[name], f"{program} {name}"
+    try:
+        options_class = _load(command.options)
+        parser = build_parser(options_class, prog, command.summary, command.examples)
+        options = parse_options(parser, options_class, rest)
+        _load(command.run)(options)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(prog, str(error))
+    except BrokenPipeError:  # the reader of our output, e.g. `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        return _fail(prog, f"{error.filename}: {reason(error)}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in ("accelerate", "tensorboard", "matplotlib", "yaml"):
+            raise
+        return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[train]'")
+    except KeyboardInterrupt:
+        hint = f" (`{prog} --resume` goes on with the run)" if name in _RESUMABLE else ""
+        print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

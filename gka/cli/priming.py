@@ -1,0 +1,158 @@
+"""What `gka distill` and `gka rank-layers` share: the teacher, the texts, and the stage that matches layers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainingArguments, default_data_collator, set_seed
+
+from ..hf.convert import FAMILIES
+from ..training.data import Manifest, TokenBlocks
+from ..training.errors import UserError
+from ..training.matching import LayerMatching, MatchTrainer, matching_errors
+from ..training.trainer import GKATrainer, ProgressCallback, ScheduleCallback
+from .loading import load_checkpoint
+from .run_folder import open_run
+from .train import schedule_of, train_to_the_end, training_arguments
+
+LAYERS_FOLDER = "layers"
+Errors = dict[int, dict[str, float]]
+
+
+@dataclass
+class Lesson:
+    """A teacher and the texts that are read with it.
+
+    arguments: the Trainer's. batch: sequences per optimiser step, over all processes.
+    """
+
+    teacher: Any
+    tokenizer: Any
+    arguments: TrainingArguments
+    manifest: Manifest
+    train: TokenBlocks
+    validation: TokenBlocks
+    batch: int
+
+    @property
+    def main_process(self) -> bool:
+        return self.arguments.process_index == 0
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        return nats_per_token / math.log(2) * self.manifest.tokens_per_byte
+
+
+def load_teacher(options: Any) -> tuple[Any, Any]:
+    """The teacher of DistillOptions or RankOptions and its tokenizer.
+
+    Raises:
+        UserError: options that do not fit together, or a teacher that does not load.
+    """
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite contradict each other")
+    if options.save_every % options.log_every:
+        raise UserError(f"--save-every {options.save_every} must be a multiple of --log-every {options.log_every}")
+    return load_checkpoint(options.teacher, options.device, families=tuple(FAMILIES))
+
+
+def open_lesson(options: Any, output: Path, teacher: Any, tokenizer: Any) -> Lesson:
+    """Make or find the folder of the run with its tokens.
+
+    Args:
+        options: DistillOptions or RankOptions.
+        output: folder of the run.
+        teacher, tokenizer: as load_teacher gives them.
+
+    Raises:
+        UserError: data or folder cannot be used.
+    """
+    arguments = training_arguments(options, output, learning_rate=options.layer_learning_rate, eval_every=1)
+    batch = options.batch_size * options.accumulation * arguments.world_size
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            open_run(options, output, tokenizer, batch)
+    data = output / "data"
+    manifest = Manifest.load(data)
+    seq_len = min(options.seq_len, manifest.validation.tokens)
+    blocks = math.ceil(options.eval_bytes * manifest.tokens_per_byte / seq_len)
+    return Lesson(
+        teacher.to(arguments.device),
+        tokenizer,
+        arguments,
+        manifest,
+        TokenBlocks(data / "train.bin", manifest.dtype, options.seq_len, multiple=batch),
+        TokenBlocks(data / "validation.bin", manifest.dtype, seq_len, max_blocks=blocks),
+        batch,
+    )
+
+
+def match_layers(lesson: Lesson, options: Any, output: Path, layers: dict[int, Any]) -> tuple[Errors, Errors]:
+    """Train GKA layers, in place, to give the teacher's attention outputs, from the newest checkpoint if any.
+
+    Args:
+        lesson: teacher and texts.
+        options: DistillOptions or RankOptions.
+        output: folder of the run; the stage's checkpoints stand in `layers/` there.
+        layers: GKA layers by number.
+
+    Returns:
+        held-out errors before and after, see `matching_errors`.
+    """
+    matching = LayerMatching(lesson.teacher, layers)
+    measure = (lesson.validation, options.batch_size, lesson.arguments.device)
+    before = matching_errors(matching, *measure)
+    if not options.layer_steps:
+        matching.close()
+        return before, before
+    say(lesson, f"layers     {', '.join(map(str, layers))} learn the outputs of the teacher's attention")
+    folder = output / LAYERS_FOLDER
+    trainer = new_trainer(
+        MatchTrainer, matching, lesson, options, folder, options.layer_steps, options.layer_learning_rate
+    )
+    train_to_the_end(trainer, folder)
+    after = matching_errors(matching, *measure)
+    matching.close()
+    return before, after
+
+
+def new_trainer(
+    cls: type[GKATrainer],
+    model: Any,
+    lesson: Lesson,
+    options: Any,
+    folder: Path,
+    steps: int,
+    learning_rate: float,
+    **more: Any,
+) -> Any:
+    """The trainer of one stage, whose checkpoints stand in `folder`."""
+    folder.mkdir(exist_ok=True)
+    eval_every = getattr(options, "eval_every", steps)
+    arguments = training_arguments(options, folder, learning_rate=learning_rate, eval_every=eval_every)
+    arguments.max_steps = steps
+    schedule, _ = schedule_of(folder, arguments, steps, None, options.warmup)
+    set_seed(options.seed)
+    trainer = cls(
+        schedule=schedule,
+        tokens_per_byte=lesson.manifest.tokens_per_byte,
+        model=model,
+        args=arguments,
+        train_dataset=lesson.train,
+        eval_dataset=lesson.validation,
+        processing_class=lesson.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[ScheduleCallback(schedule), ProgressCallback(schedule, lesson.batch * options.seq_len)],
+        **more,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def say(lesson: Lesson, text: str) -> None:
+    """Tell the person at the terminal, once."""
+    if lesson.main_process:
+        print(text, file=sys.stderr, flush=True)

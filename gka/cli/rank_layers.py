@@ -1,0 +1,91 @@
+"""`gka rank-layers`: which attention layers cost least to replace.
+
+All attention layers are matched by GKA layers at once (matching.py: they learn independently of each other). Then
+one after the other is replaced, alone, and the loss on held-out text is measured: what it rises by is the layer's
+cost. Costs of several layers replaced together do not simply add up; `gka distill` measures those.
+
+The folder of the run holds, beside what run_folder.py names: layers/, the checkpoints; ranking.json, ranking.txt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..hf.convert import attention_layers, convert
+from ..training.errors import UserError
+from ..training.matching import block_loss
+from .convert_options import RankOptions
+from .machine import describe_command, describe_machine, describe_versions
+from .priming import Lesson, load_teacher, match_layers, open_lesson, say
+from .quiet import quiet
+from .run_folder import write_whole
+
+
+def main(options: RankOptions) -> None:
+    """Run `gka rank-layers`. Raises UserError for anything the user can put right."""
+    quiet()
+    output = Path(options.output).expanduser()
+    teacher, tokenizer = load_teacher(options)
+    layers = attention_layers(teacher)
+    if not layers:
+        raise UserError(f"{options.teacher}: has no attention layer")
+    torch.manual_seed(options.seed)
+    try:
+        converted: Any = convert(teacher, layers)
+    except ValueError as error:
+        raise UserError(f"{options.teacher}: {error}") from None
+    lesson = open_lesson(options, output, teacher, tokenizer)
+    converted.to(lesson.arguments.device)
+    gka_layers = {index: converted.model.layers[index].gka for index in layers}
+    before, after = match_layers(lesson, options, output, gka_layers)
+    loss = block_loss(lesson.teacher, lesson.validation, options.batch_size)
+    costs = {}
+    for index, layer in gka_layers.items():
+        say(lesson, f"measuring  layer {index} replaced")
+        costs[index] = _loss_with(lesson, options, index, layer) - loss
+    if not lesson.main_process:
+        return
+    order = sorted(costs, key=lambda index: costs[index])
+    report = {
+        "teacher": options.teacher,
+        "teacher_loss": {"nats_per_token": loss, "bits_per_byte": lesson.bits_per_byte(loss)},
+        "order": order,
+        "layers": {
+            index: {"cost_nats_per_token": costs[index], "before": before[index], "after": after[index]}
+            for index in order
+        },
+        "measured_on": {"sequences": len(lesson.validation), "tokens_each": lesson.validation.seq_len},
+        "command": describe_command(),
+        "options": dataclasses.asdict(options),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+    text = as_text(report)
+    write_whole(output / "ranking.json", json.dumps(report, indent=2) + "\n")
+    write_whole(output / "ranking.txt", text + "\n")
+    half = ",".join(map(str, sorted(order[: len(order) // 2]))) or str(order[0])
+    print(f"{text}\nthe cheaper half  gka convert {options.teacher} --layers {half} OUT")
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The ranking as a table, the cheapest layer first."""
+    lines = ["layer   loss rises by (nats/token)   MSE     share of the attention output's power"]
+    for index in report["order"]:
+        entry = report["layers"][index]
+        lines.append(
+            f"{index:>5}   {entry['cost_nats_per_token']:>26.4f}   {entry['after']['mse']:<7.3g} "
+            f"{entry['after']['share']:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _loss_with(lesson: Lesson, options: RankOptions, index: int, layer: Any) -> float:
+    """The loss of the teacher with that one layer replaced."""
+    model = convert(lesson.teacher, [index])
+    model.model.layers[index].gka.load_state_dict(layer.state_dict())
+    return block_loss(model, lesson.validation, options.batch_size)

@@ -1,0 +1,136 @@
+"""`gka serve`: a model behind an OpenAI-compatible HTTP server, that of `transformers serve`.
+
+Routes, requests, streaming and generation are transformers' own. By itself it looks a checkpoint's class up in
+transformers alone and cannot find this library's; here it gets a manager of models that has one model, loaded with
+this library's checks, under a name of the user's choice.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_serve_available
+
+from ..training.errors import UserError, reason
+from .commands import ServeOptions
+from .generate import ready_attention
+from .loading import find_checkpoint, load_model
+from .quiet import quiet
+
+
+def main(options: ServeOptions) -> None:
+    """Run `gka serve` until it is interrupted. Raises UserError for what the user can put right."""
+    quiet()
+    if not is_serve_available():
+        raise UserError("needs transformers' server: pip install 'gated-kalmanet[serve]'")
+    path = find_checkpoint(options.checkpoint)
+    name = options.name or _default_name(path)
+    if not name or any(sign in name for sign in "@:"):
+        raise UserError(f"--name {name!r}: a name without @ and : is needed")
+    tokenizer = serving_tokenizer(path)
+    _check_port(options.host, options.port)
+    model = load_model(options.checkpoint, options.device, options.dtype)
+    chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: its tokenizer has no chat template"
+    print(f"serving   {name} ({path}) on {model.device}{chat}", file=sys.stderr)
+    print(f"address   http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
+    run_server(name, model, tokenizer, options.host, options.port, options.default_seed)
+
+
+def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, default_seed: int | None) -> None:
+    """Serve one model by the code of `transformers serve`, until the process is interrupted.
+
+    Requests take turns: each is one `generate` with a cache of its own.
+
+    Args:
+        name: what requests call the model.
+        model: in eval mode, on its device.
+        tokenizer: a fast one.
+        host, port: where to listen.
+        default_seed: of sampling, None for none.
+    """
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import model_manager
+
+    class OneModel(model_manager.ModelManager):
+        """transformers' manager of models, which has this one."""
+
+        def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
+            return tokenizer
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return model
+
+        @staticmethod
+        def get_gen_models(*args: Any) -> list[dict[str, Any]]:  # type: ignore[override]  # theirs is cached
+            """The list of `/v1/models`."""
+            return [{"id": name, "object": "model", "created": started, "owned_by": "gka"}]
+
+        def shutdown(self) -> None:
+            """Keep the model: there is nothing to load it from again."""
+
+    started = int(time.time())
+    with ready_attention(), mock.patch.object(model_manager, "ModelManager", OneModel):
+        Serve(force_model=name, host=host, port=port, log_level="error", default_seed=default_seed)
+
+
+def serving_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, a fast one: the server streams by the library of those.
+
+    Raises:
+        UserError: there is none, or no fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: its tokenizer does not load ({first})") from None
+    if isinstance(tokenizer, ByT5Tokenizer):
+        return fast_byte_tokenizer(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{path}: its tokenizer is no fast one (tokenizer.json), which the server needs")
+    return tokenizer
+
+
+def fast_byte_tokenizer(tokenizer: ByT5Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer of bytes as a fast one; a prompt starts a document, as in `gka generate`."""
+    special = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token]
+    vocabulary = {str(token): tokenizer.get_vocab()[str(token)] for token in special}
+    vocabulary |= {f"<0x{byte:02X}>": tokenizer.offset + byte for byte in range(256)}
+    rust = Tokenizer(models.BPE(vocabulary, [], unk_token=str(tokenizer.unk_token), byte_fallback=True))
+    rust.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    end = (str(tokenizer.eos_token), int(tokenizer.eos_token_id))
+    rust.post_processor = processors.TemplateProcessing(f"{end[0]} $A", f"{end[0]} $A {end[0]} $B", [end])
+    rust.add_special_tokens([AddedToken(str(token), special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust,
+        pad_token=tokenizer.pad_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _default_name(path: Path) -> str:
+    """The folder of the checkpoint, or of the run that it is the model of."""
+    resolved = path.resolve()
+    named = resolved.parent if (resolved.parent / "options.yaml").is_file() else resolved
+    return named.name.replace("@", "-").replace(":", "-")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Say now that a place is taken, not when the model has been loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {reason(error)}") from None

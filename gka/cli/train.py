@@ -1,0 +1,380 @@
+"""`gka train`: text files in, a trained model out. What it writes: see run_folder.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..hf.config import GKAConfig
+from ..hf.folders import end_folder
+from ..hf.model import GKAForCausalLM
+from ..training.data import (
+    Manifest,
+    TokenBlocks,
+    document_token,
+    load_tokenizer,
+    validation_texts,
+    vocabulary_size,
+)
+from ..training.errors import UserError
+from ..training.learning_rate import Schedule
+from ..training.trainer import SCHEDULE_FILE, GKATrainer, ProgressCallback, ScheduleCallback, on_one_gpu
+from .commands import TrainOptions
+from .evaluate import Score, score_texts, total_score
+from .generate import generate
+from .loading import MODEL_FOLDER, load_checkpoint
+from .machine import describe_command, describe_machine, describe_versions
+from .options import flag
+from .plots import plot_loss
+from .quiet import quiet
+from .run_folder import PARTIAL_MODEL, open_run, write_whole
+
+
+def main(options: TrainOptions) -> None:
+    """Run `gka train`. Raises UserError for anything the user can put right."""
+    quiet()
+    _check(options)
+    tokenizer = load_tokenizer(options.tokenizer)
+    config = model_config(options, tokenizer)
+    output = Path(options.output).expanduser()
+    arguments = training_arguments(
+        options,
+        output,
+        learning_rate=options.learning_rate,
+        eval_every=options.eval_every,
+        compile=options.compile,
+    )
+    batch = options.batch_size * options.accumulation * arguments.world_size
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            open_run(options, output, tokenizer, batch)
+    manifest = Manifest.load(output / "data")
+    trainer = _make_trainer(options, output, arguments, config, tokenizer, manifest, batch)
+    train_to_the_end(trainer, output)
+    save_model(trainer, output)
+    if trainer.is_world_process_zero():
+        _report(options, output, trainer, manifest, batch)
+    trainer.accelerator.end_training()
+
+
+def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
+    """The model that the options describe. Raises UserError with the configuration's own message."""
+    given: dict[str, Any] = {
+        "num_key_value_heads": options.kv_heads,
+        "head_dim": options.head_dim,
+        "mixer": options.mixer,
+        "steps": options.steps,
+        "ridge_ratio": options.ridge_ratio,
+    }
+    if options.family != "gka":
+        for name in ("mixer", "attention_layers", "steps", "ridge_ratio"):
+            if getattr(options, name) is not None:
+                raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
+        given["layer_types"] = ["full_attention"] * options.layers
+    if options.attention_layers:
+        if max(options.attention_layers) >= options.layers:
+            raise UserError(
+                f"--attention-layers: there is no block {max(options.attention_layers)}, "
+                f"with --layers {options.layers} they are 0 to {options.layers - 1}"
+            )
+        given["layer_types"] = [
+            "full_attention" if index in options.attention_layers else "linear_attention"
+            for index in range(options.layers)
+        ]
+    try:
+        return GKAConfig(
+            vocab_size=vocabulary_size(tokenizer),
+            hidden_size=options.hidden_size,
+            intermediate_size=options.intermediate_size or math.ceil(options.hidden_size / 3) * 8,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.heads,
+            tie_word_embeddings=options.tie_embeddings,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=document_token(tokenizer),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except ValueError as error:
+        raise UserError(f"the model options do not fit: {error}") from None
+
+
+def new_model(options: TrainOptions, config: GKAConfig) -> PreTrainedModel:
+    """The model with its initial weights."""
+    if options.family == "gka":
+        return GKAForCausalLM(config)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=config.tie_word_embeddings,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    )
+
+
+def _check(options: TrainOptions) -> None:
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite contradict each other")
+    if options.save_every % options.log_every:
+        raise UserError(f"--save-every {options.save_every} must be a multiple of --log-every {options.log_every}")
+    try:
+        options.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8 text") from None
+    if options.compile and not any(
+        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
+    ):
+        raise UserError("--compile needs a C++ compiler, and none is found (g++ or clang++)")
+
+
+def training_arguments(
+    options: Any, output: Path, *, learning_rate: float, eval_every: int, compile: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments; options are those of `gka train` or of another command that trains."""
+    cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1  # set by torchrun and accelerate
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=learning_rate,
+        weight_decay=options.weight_decay,
+        max_grad_norm=1.0,
+        adam_beta2=0.95,
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and distributed else None,
+        bf16=options.dtype == "bfloat16",
+        torch_compile=compile,
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=eval_every,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    return on_one_gpu(arguments)
+
+
+# Training
+
+
+def _make_trainer(
+    options: TrainOptions,
+    output: Path,
+    arguments: TrainingArguments,
+    config: GKAConfig,
+    tokenizer: Any,
+    manifest: Manifest,
+    batch: int,
+) -> GKATrainer:
+    train = TokenBlocks(output / "data" / "train.bin", manifest.dtype, options.seq_len, multiple=batch)
+    eval_len = min(options.seq_len, manifest.validation.tokens)
+    eval_blocks = math.ceil(options.eval_bytes * manifest.tokens_per_byte / eval_len)
+    validation = TokenBlocks(output / "data" / "validation.bin", manifest.dtype, eval_len, max_blocks=eval_blocks)
+
+    max_steps = options.max_steps
+    max_seconds = options.max_minutes * 60 if options.max_minutes else None
+    if max_steps is None and max_seconds is None:
+        max_steps = len(train) // batch
+    arguments.max_steps = max_steps if max_steps is not None else sys.maxsize // batch
+    schedule, step = schedule_of(output, arguments, max_steps, max_seconds, options.warmup)
+
+    set_seed(options.seed)
+    model = new_model(options, config)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = GKATrainer(
+        schedule=schedule,
+        tokens_per_byte=manifest.tokens_per_byte,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks are of one length; padding needs a pad token
+        callbacks=[ScheduleCallback(schedule), ProgressCallback(schedule, batch * options.seq_len)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        writer = SummaryWriter(str(output / "tensorboard"), purge_step=step or None)
+        trainer.add_callback(TensorBoardCallback(writer))
+        _announce(options, trainer, model, manifest, step)
+    return trainer
+
+
+def schedule_of(
+    output: Path, arguments: TrainingArguments, max_steps: int | None, max_seconds: float | None, warmup: float
+) -> tuple[Schedule, int]:
+    """The schedule of the training in that folder, and the steps of its newest checkpoint."""
+    seconds, step = _spent(get_last_checkpoint(str(output)), arguments.world_size)
+    return Schedule(max_steps, max_seconds, warmup, seconds_before=seconds, agree=_agree(arguments)), step
+
+
+def _agree(arguments: TrainingArguments) -> Any:
+    if arguments.world_size == 1:
+        return lambda progress: progress
+    return lambda progress: broadcast_object_list([progress])[0]
+
+
+def _spent(checkpoint: str | None, processes: int) -> tuple[float, int]:
+    """Seconds and steps that a checkpoint has behind it. UserError for another number of processes."""
+    if checkpoint is None:
+        return 0.0, 0
+    schedule = json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8"))
+    if schedule["processes"] != processes:
+        raise UserError(
+            f"--resume: {schedule['processes']} process(es) made {checkpoint}, now there are {processes}; "
+            "the batches would not be the same"
+        )
+    step = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
+    return schedule["seconds"], step
+
+
+def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
+    """Train to the end of the schedule, from the newest checkpoint if there is one."""
+    checkpoint = get_last_checkpoint(str(output))
+    schedule = trainer.schedule
+    if checkpoint is not None:
+        step = _spent(checkpoint, trainer.args.world_size)[1]
+        by_steps = schedule.max_steps is not None and step >= schedule.max_steps
+        if by_steps or (schedule.max_seconds is not None and schedule.seconds >= schedule.max_seconds):
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+            if trainer.is_world_process_zero():
+                print("the training has come to its end before; only what follows it is done", file=sys.stderr)
+            return
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.close()
+
+
+def _announce(
+    options: TrainOptions, trainer: GKATrainer, model: PreTrainedModel, manifest: Manifest, step: int
+) -> None:
+    train, held_out = manifest.train, manifest.validation
+    lines = [
+        f"data      {train.files} files, {train.bytes / 1e6:.1f} MB; "
+        f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB",
+        f"model     {getattr(model.config, 'mixer', options.family)}, "
+        f"{options.layers} layers of {options.hidden_size}, "
+        f"{model.num_parameters() / 1e6:.1f} M parameters, "
+        f"tokens are {'bytes' if options.tokenizer is None else 'those of ' + options.tokenizer}",
+        f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
+        f"{torch.get_num_threads()} threads" + (f", resumed at step {step}" if step else ""),
+    ]
+    if manifest.skipped:
+        lines.insert(1, f"          left out: {manifest.skipped}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def save_model(trainer: GKATrainer, output: Path) -> None:
+    """Write the model and its tokenizer beside `model/`, then put them in its place."""
+    partial, final = output / PARTIAL_MODEL, output / MODEL_FOLDER
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of no use outside the run
+        end_folder(partial, final)
+        trainer.save_state()
+
+
+# The end of a run
+
+
+def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: Manifest, batch: int) -> None:
+    """Evaluate the saved model, draw the curve, write metrics.json, and print all of it."""
+    model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device, families=(options.family,))
+    texts = validation_texts(output / "data", options.eval_bytes)
+    scores = score_texts(
+        model,
+        tokenizer,
+        texts,
+        window=max(options.seq_len, 512),
+        batch_size=options.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    score = total_score(scores)
+    history = trainer.state.log_history
+    _draw(output / "loss.png", options, history, manifest, score)
+    metrics = {
+        "validation": {**score.as_dict(), "files": len(scores)},
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * batch * options.seq_len,
+        "seconds": round(trainer.schedule.seconds, 1),
+        "parameters": model.num_parameters(),
+        "data": {"train": dataclasses.asdict(manifest.train), "held_out": dataclasses.asdict(manifest.validation)},
+        "command": describe_command(),
+        "options": dataclasses.asdict(options),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+    write_whole(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(
+        f"\nvalidation  {score.bits_per_byte:.3f} bits per byte, {score.loss:.3f} nats per token "
+        f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files)\n"
+        f"loss curve  {output / 'loss.png'}\n"
+        f"checkpoint  {output / MODEL_FOLDER}"
+        "    (import gka; AutoModelForCausalLM.from_pretrained reads it)"
+    )
+    if options.sample_tokens and options.prompt:
+        print("sample\n")
+        generate(
+            model,
+            tokenizer,
+            options.prompt,
+            max_new_tokens=options.sample_tokens,
+            seed=options.seed,
+            file=sys.stdout,
+        )
+        print()
+
+
+def _draw(
+    path: Path, options: TrainOptions, history: list[dict[str, Any]], manifest: Manifest, score: Score
+) -> None:
+    to_bits = manifest.train.tokens / manifest.train.bytes / math.log(2)
+    plot_loss(
+        path,
+        [(logs["step"], logs["loss"] * to_bits) for logs in history if "loss" in logs],
+        [(logs["step"], logs["eval_bits_per_byte"]) for logs in history if "eval_bits_per_byte" in logs],
+        f"{options.output}: {score.bits_per_byte:.2f} bits per byte on held-out files",
+    )

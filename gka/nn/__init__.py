@@ -1,0 +1,1 @@
+"""The layer and its parts."""

@@ -1,0 +1,147 @@
+"""Short causal convolution over time, channel by channel, and SiLU after it (paper, figure 2).
+
+    y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t - W + 1 + j} )
+
+What lies before the first token is zero, or the last W - 1 inputs of an earlier call (its state). Packed sequences
+do not see each other: in PyTorch, the convolution runs over a row with W - 1 zeros in front of every sequence; the
+kernels of `gka.ops.triton.conv`, where they are usable, take the sequences as they lie.
+
+Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.triton import conv as conv_kernels
+
+
+def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[tokens] of int64, the number of each token's sequence; cu_seqlens [N + 1] of int32 or int64, N at least 1.
+
+    Wrong cu_seqlens, which the op refuses, give some number from 0 to N - 1.
+    """
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    # Not in cu_seqlens[1:]: torch.compile of PyTorch 2.11 forgets on a GPU where such a view starts.
+    sequence = torch.searchsorted(cu_seqlens.to(token.dtype), token, right=True) - 1
+    return sequence.clamp(min=0, max=max(cu_seqlens.shape[0] - 2, 0))
+
+
+class Gaps(NamedTuple):
+    """Where the tokens of packed sequences lie in a row that has W - 1 zeros in front of every sequence.
+
+    slots: [T] of int64; length: of the row, T + N (W - 1).
+    """
+
+    slots: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int, width: int) -> Gaps:
+        """Build it for `tokens` tokens, packed by `cu_seqlens` [N + 1] of int32 or int64."""
+        token, sequence = torch.arange(tokens, device=cu_seqlens.device), sequence_of_tokens(cu_seqlens, tokens)
+        number = max(cu_seqlens.shape[0] - 1, 1)
+        return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * number)
+
+
+class ShortConv(nn.Conv1d):
+    """The convolution and SiLU; weight [C, 1, W], no bias.
+
+    Whatever computes it, it is called as a module, for those who watch or move modules by hooks on `forward`.
+
+    Args:
+        channels: C.
+        width: W.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, state: Tensor | None = None, packed: Gaps | Tensor | None = None
+    ) -> Tensor:
+        """Convolve rows of tokens, or packed sequences.
+
+        Args:
+            x: [B, T, C], T at least 1; B is 1 with `packed`.
+            state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros. Not with `packed`.
+            packed: what `packing` gives.
+
+        Returns:
+            [B, T, C].
+        """
+        if isinstance(packed, Gaps):
+            row = x.new_zeros(x.shape[2], packed.length).index_copy(1, packed.slots, x[0].t())
+            y = self._in_pytorch(row.unsqueeze(0))
+            return y.index_select(2, packed.slots - (self.kernel_size[0] - 1)).transpose(1, 2)
+        if packed is not None or conv_kernels.usable(x, self.kernel_size[0]):
+            if state is None:
+                return conv_kernels.short_conv(x, self.weight[:, 0], packed)
+            row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
+            return conv_kernels.short_conv(row, self.weight[:, 0])[:, state.shape[2] :]
+        if state is None:
+            state = x.new_zeros(x.shape[0], x.shape[2], self.kernel_size[0] - 1)
+        return self._in_pytorch(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)).transpose(1, 2)
+
+    def _in_pytorch(self, inputs: Tensor) -> Tensor:
+        """[B, C, W - 1 + T] -> [B, C, T]: what lies before the first token stands in front."""
+        if inputs.shape[2] == self.kernel_size[0]:  # one token: a dot product costs less than a convolution's call
+            return F.silu((inputs * self.weight[:, 0]).sum(dim=2, keepdim=True).to(inputs.dtype))
+        on_cpu = inputs.device.type == "cpu"
+        if on_cpu and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return F.silu(self._by_shifts(inputs))
+        return F.silu(super().forward(inputs))
+
+    def _by_shifts(self, inputs: Tensor) -> Tensor:
+        """The convolution as W shifted products in at least float32, fused by a compiler with what is around them.
+
+        For a model with a convolution, Inductor on the CPU wants layouts that it cannot order where the number of
+        tokens may change (torch 2.13, pytorch issue 185510).
+        """
+        width = self.kernel_size[0]
+        T = inputs.shape[2] - width + 1
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        x, weight = inputs.to(wide), self.weight.to(wide)
+        parts = [x[..., j : j + T] * weight[:, 0, j : j + 1] for j in range(width)]
+        return reduce(torch.add, parts).to(inputs.dtype)
+
+
+def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | Tensor:
+    """What convolutions of width `width` need to know of packed sequences, for several x of one shape and dtype.
+
+    Where the gaps are, or for the kernels the number of each token in its sequence, [T] of int32.
+    """
+    if not conv_kernels.usable(x, width):
+        return Gaps.of(cu_seqlens, x.shape[1], width)
+    sequence = sequence_of_tokens(cu_seqlens, x.shape[1])
+    starts = cu_seqlens.long()[sequence].clamp(min=0)  # the op refuses others, after the convolutions
+    return (torch.arange(x.shape[1], device=x.device) - starts).int()
+
+
+def last_inputs(x: Tensor, state: Tensor | None, width: int, lengths: Tensor | None = None) -> Tensor:
+    """The state after a call of the convolution: the last W - 1 inputs of every row.
+
+    Args:
+        x: [B, T, C], as the convolution took it.
+        state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
+        width: W.
+        lengths: [B] of int64, how many of the T inputs of each row count; None means all.
+
+    Returns:
+        [B, C, W - 1], in x's dtype.
+    """
+    (B, T, C), kept = x.shape, width - 1
+    if lengths is None and kept <= T:
+        return x[:, T - kept :].transpose(1, 2)
+    state = x.new_zeros(B, C, kept) if state is None else state.to(x.dtype)
+    if lengths is None:
+        return torch.cat([state[..., T:], x.transpose(1, 2)], dim=2)
+    place = lengths.unsqueeze(1) + torch.arange(-kept, 0, device=x.device)  # negative: in the state
+    new = x.gather(1, place.clamp(min=0).unsqueeze(2).expand(-1, -1, C)).transpose(1, 2)
+    old = state.gather(2, (place + kept).clamp(max=kept - 1).unsqueeze(1).expand(-1, C, -1))
+    return torch.where(place.unsqueeze(1) < 0, old, new)

@@ -1,0 +1,146 @@
+"""What `gated_kalmanet` and `gated_kalmanet_step` may be called with, and the errors for everything else.
+
+Legend: B batch, T time, H query heads, D key dim, V value dim, N sequences.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .solvers import default_steps
+from .types import State, state_dtype
+
+MAX_DIM = 256
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("alpha", "beta"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, _FLOATS))}")
+
+
+def check_same_dtype(q: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected q's, {q.dtype}")
+
+
+def check_same_device(q: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected q's device, {q.device}")
+
+
+def check_dims(q: Tensor, dims: int, layout: str) -> None:
+    if q.ndim != dims:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected {dims} dims, {layout}")
+    if not 1 <= q.shape[-1] <= MAX_DIM:
+        raise ValueError(f"q has head dim D = {q.shape[-1]}; expected 1 to {MAX_DIM}")
+
+
+def check_heads_and_dims(k: Tensor, v: Tensor, H: int, D: int, head_dim: int) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.ndim != head_dim + 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {head_dim + 2} dims, like q")
+    if k.shape[-1] != D:
+        raise ValueError(f"k has head dim {k.shape[-1]}; expected q's, D = {D}")
+    if v.shape[-1] < 1:
+        raise ValueError(f"v has shape {tuple(v.shape)}; expected a value dim V of at least 1")
+    Hk = v.shape[head_dim]
+    if Hk < 1 or H % Hk:
+        raise ValueError(f"v has {Hk} key/value heads; expected a divisor of q's {H} heads")
+
+
+def check_shapes(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    for name, (tensor, expected) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
+
+
+def check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} is {number!r}; expected a number")
+        if not 0.0 < number < float("inf"):
+            raise ValueError(f"{name} is {number}; expected a finite number greater than 0")
+
+
+def checked_steps(steps: Sequence[int] | None, dtype: torch.dtype) -> tuple[int, ...]:
+    if steps is None:
+        return default_steps(dtype)
+    wrong = isinstance(steps, str | int) or not isinstance(steps, Sequence)
+    if wrong or any(isinstance(n, bool) or not isinstance(n, int) for n in steps):
+        raise TypeError(f"steps is {steps!r}; expected a sequence of integers such as (31,) or (16, 16)")
+    if any(n < 1 for n in steps):
+        raise ValueError(f"steps is {tuple(steps)}; expected at least one node in every stage")
+    return tuple(steps)
+
+
+def check_state(
+    name: str,
+    state: State,
+    N: int,
+    H: int,
+    D: int,
+    V: int,
+    steps: tuple[int, ...],
+    q: Tensor,
+    may_be_bfloat16: bool = False,
+) -> None:
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"{name} is a {type(state).__name__}; expected a gka.ops.State (S_kk, S_kv)")
+    dtype = state_dtype(q.dtype)
+    parts: list[tuple[str, Any, tuple[int, ...]]] = [("S_kv", state[1], (N, H, D, V))]
+    if steps:
+        parts.append(("S_kk", state[0], (N, H, D, D)))
+    elif state[0] is not None:
+        raise ValueError(f"{name}.S_kk is given; expected None, as steps=() keeps no S_kk")
+    for part, tensor, expected in parts:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}.{part} is a {type(tensor).__name__}; expected a torch.Tensor {expected}")
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}.{part} has shape {tuple(tensor.shape)}; expected {expected}")
+        if part == "S_kk" and tensor.dtype != state[1].dtype and may_be_bfloat16:
+            raise TypeError(f"{name}.S_kk has dtype {tensor.dtype}; expected S_kv's, {state[1].dtype}")
+        narrow = may_be_bfloat16 and tensor.dtype == torch.bfloat16 and q.dtype != torch.float64
+        if tensor.dtype != dtype and not narrow:
+            raise TypeError(f"{name}.{part} has dtype {tensor.dtype}; expected {dtype} for {q.dtype} inputs")
+        check_same_device(q, **{f"{name}.{part}": tensor})
+
+
+def _values_may_be_read(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("GKA_CHECK_VALUES") == "1"
+
+
+def check_decay(g: Tensor) -> None:
+    if g.numel() and _values_may_be_read(g):
+        largest = g.detach().amax().item()
+        if not largest <= 0.0:
+            raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a torch.Tensor of integers")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [N + 1]")
+    if B != 1:
+        raise ValueError(f"q has batch size {B}; expected 1 with cu_seqlens: concatenate the sequences")
+    if _values_may_be_read(cu_seqlens):
+        edges = cu_seqlens.tolist()
+        if edges[0] != 0 or edges[-1] != T or edges != sorted(edges):
+            raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")

@@ -1,0 +1,148 @@
+"""One call of the chunk-wise op: its inputs, and how blocks of them are read, scanned and written.
+
+Rows of tokens come as [chunks * Hk, R, C, ...] in the compute dtype, float64 for float64 inputs and float32
+else; see `chunk_math` for what is done with them and `schedule` for their order.
+
+Legend: B batch, T time, H query heads, Hk key/value heads, R = H / Hk, D key dim, V value dim, N sequences,
+C tokens per chunk, b chunks of a block times Hk.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..types import Inputs, Options, state_dtype
+from .blocks import Block, Group, schedule
+from .chunk_math import Chunks, Systems, unit_rows
+
+# Elements of the tensors that a block holds at once; larger blocks only miss the caches.
+BLOCK_ELEMENTS = {"cpu": 2**23}
+BLOCK_ELEMENTS_DEFAULT = 2**27
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    return any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+class Problem:
+    """The inputs of one call, flattened over the batch, and how to read and write blocks of them."""
+
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        self.q, self.k, self.v, self.g, self.alpha, self.beta, self.S_kk, self.S_kv, self.cu_seqlens = inputs
+        self.ridge_ratio, self.steps, self.scale, self.chunk_size, self.normalize_qk = options
+        batch, length, self.H, self.D = self.q.shape
+        self.Hk, self.V = self.v.shape[2], self.v.shape[3]
+        self.R = self.H // self.Hk
+        self.tokens = batch * length
+        self.dtype = state_dtype(self.q.dtype)
+        refined_16_bit = self.q.dtype in (torch.bfloat16, torch.float16) and len(self.steps) > 1
+        fast = refined_16_bit and _has_fast_bfloat16(self.q.device)
+        self.product_dtype = torch.bfloat16 if fast else self.dtype
+        if self.cu_seqlens is None:
+            self.bounds = [(n * length, (n + 1) * length) for n in range(batch)]
+        else:
+            edges = self.cu_seqlens.tolist()
+            self.bounds = list(pairwise(edges))
+
+    @property
+    def groups(self) -> list[Group]:
+        C, D, V = self.chunk_size, self.D, self.V
+        per_chunk = self.H * (3 * D * (D + V) + C * (8 * D + 4 * V + 5 * C))
+        budget = BLOCK_ELEMENTS.get(self.q.device.type, BLOCK_ELEMENTS_DEFAULT)
+        return list(schedule(self.bounds, C, max(1, budget // per_chunk)))
+
+    def index(self, block: Block) -> Tensor:
+        """Flat token numbers [chunks * C] of a block; `self.tokens` at padding."""
+        return block.tokens(self.chunk_size, self.tokens, self.q.device).view(-1)
+
+    def read(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """Rows of [B, T, h, ...] as [chunks * Hk, h / Hk, C, ...] in the compute dtype."""
+        rows = tensor.reshape(self.tokens, self.Hk, -1, *tensor.shape[3:])
+        rows = rows.index_select(0, index.clamp_max(self.tokens - 1)).to(self.dtype)
+        rows = rows.unflatten(0, (-1, self.chunk_size)).movedim(1, 3)
+        return rows.flatten(0, 1).contiguous()
+
+    def write(self, target: Tensor, index: Tensor, rows: Tensor) -> None:
+        """The inverse of `read`, into a target [B * T + 1, h, ...] whose last row takes the padding."""
+        rows = rows.unflatten(0, (-1, self.Hk)).movedim(3, 1).flatten(0, 1)
+        target.index_copy_(0, index, rows.reshape(-1, *target.shape[1:]).to(target.dtype))
+
+    def target(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_empty(self.tokens + 1, *like.shape[2:], dtype=dtype or like.dtype)
+
+    def finish(self, target: Tensor, like: Tensor) -> Tensor:
+        return target[: self.tokens].view(like.shape[0], like.shape[1], *target.shape[1:])
+
+    def first_state(self, given: Tensor | None, width: int, sequences: Tensor) -> Tensor:
+        """[sequences, H, D, width], a fresh tensor in the compute dtype."""
+        if given is None:
+            return self.q.new_zeros(len(sequences), self.H, self.D, width, dtype=self.dtype)
+        return given.index_select(0, sequences).to(self.dtype)
+
+    def sequences(self, group: Group) -> Tensor:
+        return torch.tensor(group.sequences, device=self.q.device, dtype=torch.long)
+
+    def chunks(self, index: Tensor) -> tuple[Chunks, tuple[Tensor, Tensor] | None]:
+        """A block's keys, values and masks; and, where keys are normalised, their norms and divisors."""
+        keys, norms = self.read(self.k, index).squeeze(1), None
+        if self.normalize_qk:
+            keys, *norms_list = unit_rows(keys)
+            norms = (norms_list[0], norms_list[1])
+        values = self.read(self.v, index).squeeze(1)
+        real = (index < self.tokens).view(-1, 1, 1, self.chunk_size)
+        g = self.read(self.g, index).unflatten(0, (-1, self.Hk))
+        weight = torch.ones_like(g) if self.beta is None else self._square_beta(index).view_as(g)
+        zero = g.new_zeros(())
+        g, weight = (torch.where(real, tensor, zero).flatten(0, 1) for tensor in (g, weight))
+        return Chunks.build(keys, values, g, weight), norms
+
+    def _square_beta(self, index: Tensor) -> Tensor:
+        assert self.beta is not None
+        return self.read(self.beta, index).square()
+
+    def scan(self, block: Block, decay: Tensor, added: Tensor, carry: Tensor, *, reverse: bool) -> Tensor:
+        """carry <- decay carry + added, wave by wave; returns the carry that each chunk meets.
+
+        decay [b, R]; added [b, R, D, .]; carry [sequences, H, D, .] is updated in place.
+        """
+        met = torch.empty_like(added)
+        shape = (-1, self.H, *added.shape[2:])
+        met_by_chunk, added_by_chunk = met.view(shape), added.view(shape)
+        decay_by_chunk = decay.reshape(-1, self.H, 1, 1)
+        for first, last in reversed(block.waves) if reverse else block.waves:
+            active = carry[: last - first]
+            met_by_chunk[first:last] = active
+            active.mul_(decay_by_chunk[first:last]).add_(added_by_chunk[first:last])
+        return met
+
+    def states(self, block: Block, chunks: Chunks, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """First states S_kk, S_kv of a block's chunks; `carry` moves to the block's end."""
+        decay = chunks.zeta[..., -1]
+        S_kv = self.scan(block, decay, chunks.increment(chunks.Vv), carry[1], reverse=False)
+        if not self.steps:
+            return S_kv[..., :0], S_kv
+        return self.scan(block, decay, chunks.increment(chunks.K), carry[0], reverse=False), S_kv
+
+    def systems(self, chunks: Chunks, S_kk: Tensor) -> Systems:
+        return Systems.build(chunks, S_kk, self.ridge_ratio, self.steps, self.product_dtype)
+
+    def carries(self, group: Group) -> tuple[Tensor, Tensor]:
+        numbers = self.sequences(group)
+        if not self.steps:
+            return self.q.new_zeros(0), self.first_state(self.S_kv, self.V, numbers)
+        S_kk = self.first_state(self.S_kk, self.D, numbers)
+        return 0.5 * (S_kk + S_kk.transpose(-1, -2)), self.first_state(self.S_kv, self.V, numbers)
+
+    def blend(self, Q: Tensor, X: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """y = q + alpha (x - q) and alpha [b, R, C, 1]."""
+        if self.alpha is None:
+            return X, None
+        alpha = self.read(self.alpha, index).unsqueeze(-1)
+        return torch.lerp(Q, X, alpha), alpha

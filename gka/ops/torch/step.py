@@ -1,0 +1,101 @@
+"""One token in PyTorch: the form for decoding (paper, section 4.1).
+
+    S_kk <- e^g S_kk + beta^2 k k^T        S_kv <- e^g S_kv + beta^2 k v^T
+    x = (S_kk + a ||S_kk||_F I)^{-1} q     o = scale * (q + alpha (x - q))^T S_kv
+
+Legend: B sequences, H query heads, Hk key/value heads, D key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..solvers import Chebyshev, ridge_solve
+from ..types import State, repeat_heads
+from .chunk_math import unit_rows
+
+NEAR_ONE = -0.25  # log-decays above it fade a state by a difference
+
+
+def gated_kalmanet_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    *,
+    state: State,
+    ridge_ratio: float,
+    steps: tuple[int, ...],
+    scale: float,
+    normalize_qk: bool,
+    inplace: bool,
+) -> tuple[Tensor, State]:
+    """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
+
+    The arithmetic is in the states' dtype, or in float32 for bfloat16 states; gradients flow by autograd and
+    `ridge_solve`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        o, (S_kk, S_kv) = _step(q, k, v, g, alpha, beta, state, ridge_ratio, steps, scale, normalize_qk)
+    if not inplace:
+        dtype = state.S_kv.dtype
+        return o, State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
+    state.S_kv.copy_(S_kv)
+    if S_kk is not None and state.S_kk is not None:
+        state.S_kk.copy_(S_kk)
+    return o, state
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    state: State,
+    ridge_ratio: float,
+    steps: tuple[int, ...],
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, State]:
+    heads, dtype = q.shape[1], torch.promote_types(state.S_kv.dtype, torch.float32)
+    query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    if normalize_qk:
+        query, keys = unit_rows(query)[0], unit_rows(keys)[0]
+    keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
+    weighted = keys if beta is None else keys * beta.to(dtype).square().unsqueeze(-1)
+    kept, rate = _fading(g.to(dtype))
+    S_kv = _updated(state.S_kv.to(dtype), kept, rate, weighted, values)
+    S_kk: Tensor | None = None
+    y = query
+    if steps:
+        assert state.S_kk is not None
+        S_kk = state.S_kk.to(dtype)
+        if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
+            S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
+        S_kk = _updated(S_kk, kept, rate, weighted, keys)
+        x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(steps))
+        y = x if alpha is None else torch.lerp(query, x, alpha.to(dtype).unsqueeze(-1))
+    o = scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
+    return o.to(q.dtype), State(S_kk, S_kv)
+
+
+def _fading(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(kept, rate), [B, H, 1, 1] each: e^g S = kept S + rate S; for small g, kept is 1 and rate e^g - 1.
+
+    e^g alone would be rounded, for a constant g the same way at every token, and that adds up over the 1 / |g|
+    tokens that a state remembers: to 3e-8 / |g| of it in float32.
+    """
+    near = g > NEAR_ONE
+    rate = torch.where(near, torch.expm1(g), g.exp())
+    return near.to(g.dtype)[..., None, None], rate[..., None, None]
+
+
+def _updated(S: Tensor, kept: Tensor, rate: Tensor, weighted: Tensor, row: Tensor) -> Tensor:
+    """(kept + rate) S + weighted row^T; S [B, H, D, D or V], weighted [B, H, D], row [B, H, D or V]."""
+    faded = torch.addcmul(kept * S, rate, S)
+    return torch.addcmul(faded, weighted.unsqueeze(-1), row.unsqueeze(-2))

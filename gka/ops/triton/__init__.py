@@ -1,0 +1,1 @@
+"""The op in Triton: launches, configurations, chunk tables."""

@@ -1,0 +1,111 @@
+"""The short convolution and SiLU by the Triton kernels of `kernels/conv.py`: one launch, no copy of x.
+
+    y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t-j} )
+
+They run for tensors on an NVIDIA GPU of compute capability 8.0 or later, packed or in rows, up to W = 8;
+everywhere else `short_conv.py` does the same in PyTorch. As custom operators they are opaque to torch.compile,
+which only traces shapes. Sums are made in one order, so that equal calls give equal bits. There are first
+derivatives backwards and no others.
+
+Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .config import INTERPRETED, conv_config, runs_kernels
+
+MOST_TAPS = 8  # there, backwards, a thread has no register left
+SPAN = 128  # tokens of a program
+
+
+def usable(x: Tensor, width: int) -> bool:
+    """Whether x, [B, T, C], is for the kernels: on such a GPU, of 16 or 32 bits, more than one token."""
+    if not fused.enabled(x) or x.shape[1] < 2 or x.numel() == 0 or width > MOST_TAPS:
+        return False
+    return INTERPRETED or runs_kernels(x.device.index)
+
+
+def short_conv(x: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor:
+    """Causal convolution and SiLU; zeros before the first token.
+
+    Args:
+        x: [B, T, C], of a dtype in `fused.DTYPES`; B is 1 with `place`.
+        weight: [C, W], any float dtype; its last column is of the token itself.
+        place: [T] of int32, the number of each token in its packed sequence.
+
+    Returns:
+        [B, T, C] in x's dtype; sums are float32.
+
+    Raises:
+        ValueError: x and weight are not on one device.
+    """
+    if (
+        weight.device != x.device
+    ):  # without the check, a weight on "meta" would make this a call that computes nothing
+        raise ValueError(f"the convolution's weight is on {weight.device}; expected {x.device}, as x")
+    y: Tensor = _short_conv(x, weight, place)
+    return y
+
+
+def _options(x: Tensor, weight: Tensor, place: Tensor | None, rows: int) -> tuple[int, dict[str, Any]]:
+    """Number of programs and the kernels' named arguments."""
+    (B, T, C), W = x.shape, weight.shape[1]
+    config = conv_config(C, rows)
+    programs = B * -(-T // SPAN) * -(-C // config["BC"])
+    return programs, {"T": T, "C": C, "W": W, "PACKED": place is not None, "SPAN": SPAN, **config}
+
+
+@torch.library.custom_op("gka::short_conv", mutates_args=())
+def _short_conv(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
+    from .kernels.conv import convolve  # Triton is needed where the kernel runs, not where it is traced
+    from .launch import launch, on_device
+
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs, options = _options(x, weight, place, rows=8)
+    with on_device(x.device):
+        launch(convolve, programs, x.contiguous(), weight.contiguous(), place, y, **options)
+    return y
+
+
+@_short_conv.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("gka::short_conv_backward", mutates_args=())
+def _short_conv_backward(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    from .kernels.conv import convolve_backward
+    from .launch import launch, on_device
+
+    (B, T, C), W = x.shape, weight.shape[1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = torch.empty(B * -(-T // SPAN), C, W, dtype=torch.float32, device=x.device)
+    programs, options = _options(x, weight, place, rows=max(4, W - 1))
+    tensors = (dy.contiguous(), x.contiguous(), weight.contiguous(), place, dx, parts)
+    with on_device(x.device):
+        launch(convolve_backward, programs, *tensors, **options)
+    return dx, parts.sum(0).to(weight.dtype)
+
+
+@_short_conv_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, place = ctx.saved_tensors
+    return *_short_conv_backward(dy, x, weight, place), None
+
+
+_short_conv.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,17 @@
+"""Whether kernels run around the op, in the short convolution and the gated norm: `GKA_FUSED=0` turns them off."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+ENABLED = os.environ.get("GKA_FUSED", "1") != "0"  # False: PyTorch's own functions around the op on every device
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def enabled(x: Tensor) -> bool:
+    """Whether x is on a GPU, of 16 or 32 bits, and nobody turned kernels around the op off."""
+    return ENABLED and x.device.type == DEVICE and x.dtype in DTYPES

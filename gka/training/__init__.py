@@ -1,0 +1,1 @@
+"""Training: data, Trainer, learning rate, distillation."""

@@ -1,0 +1,246 @@
+"""transformers' Trainer with what this project adds: schedule, whole checkpoints, progress.
+
+Everything else, the loop, the optimiser, mixed precision, data parallelism, FSDP, is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..hf.folders import to_disk
+from ..nn.layer import decayed
+from .errors import UserError
+from .learning_rate import Schedule
+
+SCHEDULE_FILE = "schedule.json"
+PARTIAL_CHECKPOINT = "checkpoint.partial"
+
+
+class Diverged(UserError):
+    """A training whose loss is not finite."""
+
+
+def on_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """The arguments, changed in place: one process, one GPU; torchrun starts more."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+class GKATrainer(Trainer):
+    """A Trainer for causal language models.
+
+    Args:
+        schedule: learning rate and end of the run.
+        tokens_per_byte: of the validation text, turns its loss into bits per byte.
+        **settings: arguments of transformers' Trainer.
+    """
+
+    def __init__(self, *, schedule: Schedule, tokens_per_byte: float, **settings: Any) -> None:
+        config: Any = getattr(settings["model"], "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        super().__init__(**settings)
+        if use_cache is not None:
+            config.use_cache = use_cache  # else the saved model would generate without a cache
+        self.schedule = schedule
+        self.tokens_per_byte = tokens_per_byte
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
+        return decayed(super().get_decay_parameter_names(model))
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Let the learning rate follow the schedule, which may depend on the clock."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # the Trainer makes it first
+            self.lr_scheduler = LambdaLR(optimizer, lambda _step: self.schedule.factor())
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's loss, without a decoding cache being filled."""
+        inputs = {**inputs, "use_cache": False}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """The Trainer's forward and backward pass; a loss that is not a number ends the run at once.
+
+        Raises:
+            Diverged: before the optimiser could spoil the weights, so the checkpoints stay good.
+        """
+        where = f"the training has diverged at step {self.state.global_step + 1}"
+        cure = "lower --learning-rate, or raise --warmup; the checkpoints before it are good"
+        try:
+            loss = super().training_step(model, inputs, *rest)
+        except ValueError as error:
+            if self.state.global_step == 0:
+                raise
+            # All steps have the same shapes: what only a later one meets are bad values.
+            raise Diverged(f"{where} ({error}): {cure}") from error
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"{where} (its loss is {loss.item()}): {cure}")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does, with bits per byte beside the validation loss."""
+        if "eval_loss" in logs:
+            logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) * self.tokens_per_byte
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it when every process has written its part.
+
+        So a folder named checkpoint-N is always whole, whenever the run is killed.
+        """
+        run = Path(str(self.args.output_dir))
+        partial, name = run / PARTIAL_CHECKPOINT, f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(run)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
+            (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
+            to_disk(partial / name)
+            shutil.rmtree(run / name, ignore_errors=True)
+            (partial / name).rename(run / name)
+            partial.rmdir()
+            rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+class ScheduleCallback(TrainerCallback):
+    """Moves the schedule on with every step, and ends the run where it ends."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.schedule.start(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.schedule.begin_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.schedule.end_step(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.schedule.done:
+            control.should_log = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_training_stop = True
+
+
+class ProgressCallback(TrainerCallback):
+    """One progress bar in a terminal; elsewhere a line now and then.
+
+    Args:
+        schedule: how far the run is.
+        tokens_per_step: tokens that one optimiser step reads, over all processes.
+        line_seconds: where there is no terminal, seconds between two lines.
+    """
+
+    def __init__(self, schedule: Schedule, tokens_per_step: int, line_seconds: float = 15.0) -> None:
+        self.schedule = schedule
+        self.tokens_per_step = tokens_per_step
+        self.line_seconds = line_seconds
+        self.bar: Any = None
+        self.loss = self.validation = math.nan
+        self._step_seconds = math.nan
+        self._began = self._line = 0.0
+        self._first_progress = 0.0
+        self._first_seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        for logs in state.log_history:
+            self.loss = logs.get("loss", self.loss)
+            self.validation = logs.get("eval_bits_per_byte", self.validation)
+        self._first_progress, self._first_seconds = self.schedule.progress, self.schedule.seconds
+        self._line = time.monotonic()
+        if sys.stderr.isatty():
+            form = "training {percentage:3.0f}% |{bar}| {desc}"
+            self.bar = tqdm(total=1.0, bar_format=form, dynamic_ncols=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        took = time.monotonic() - self._began
+        known = not math.isnan(self._step_seconds)
+        self._step_seconds = 0.9 * self._step_seconds + 0.1 * took if known else took
+        if self.bar is not None:
+            self.bar.n = self.schedule.progress
+            self.bar.set_description_str(self._line_text(state.global_step), refresh=False)
+            self.bar.update(0)
+        elif time.monotonic() - self._line > self.line_seconds and not self.schedule.done:
+            self._print_line(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+        self.validation = (logs or {}).get("eval_bits_per_byte", self.validation)
+        if self.bar is not None:
+            self.bar.set_description_str(self._line_text(state.global_step))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is None and state.is_world_process_zero:
+            self._print_line(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is; also after an error."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _print_line(self, step: int) -> None:
+        self._line = time.monotonic()
+        percent = f"{100 * self.schedule.progress:3.0f}%"
+        print(f"training {percent}  {self._line_text(step)}", file=sys.stderr, flush=True)
+
+    def _line_text(self, step: int) -> str:
+        parts = []  # the most telling first: a narrow terminal cuts the end off
+        if not math.isnan(self.loss):
+            parts.append(f"loss {self.loss:.3f}")
+        parts.append(f"{self.tokens_per_step / self._step_seconds:,.0f} tokens/s")
+        gained = self.schedule.progress - self._first_progress
+        if gained > 0:
+            spent = self.schedule.seconds - self._first_seconds
+            left = round(spent * (1 - self.schedule.progress) / gained)
+            parts.append(f"{left // 60}:{left % 60:02d} left")
+        if not math.isnan(self.validation):
+            parts.append(f"val {self.validation:.3f} bits/byte")
+        of = f"/{self.schedule.max_steps}" if self.schedule.max_steps else ""
+        parts.append(f"step {step}{of}")
+        return " · ".join(parts)

@@ -1,0 +1,194 @@
+"""The benchmarks run, and the page of results is what the result files say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from forked import run_forked
+from tiny_run import run_process, train, write_texts
+
+from benchmarks import bench_layer, bench_steps, common, stages, table
+from benchmarks.bench_length import tokens
+from gka.cli import machine
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> str:
+    """What `python -m ARGUMENTS` prints."""
+    return run_forked("-m", *arguments, folder=ROOT).stdout
+
+
+def test_results_page_is_up_to_date() -> None:
+    assert table.PAGE.read_text() == table.page()
+    pages = table.guides()
+    assert {path.name for path in pages} == {"tools.md", "reliability.md"}
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text
+
+
+def test_bench_ops(tmp_path: Path) -> None:
+    output = tmp_path / "ops.json"
+    sizes = ("--shortest", "64", "--longest", "128", "--heads", "1", "--dim", "8", "--repeats", "1")
+    run("benchmarks.bench_ops", "--only", "growth", *sizes, "--output", str(output))
+    result = json.loads(output.read_text())
+    assert [row["T"] for row in result["rows"]] == [64, 64, 128, 128]
+    assert result["command"].startswith("python -m benchmarks.bench_ops --only growth")
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+
+
+def test_bench_steps(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts", files=6, lines=3)
+    assert train(tmp_path / "run", texts, max_steps=1, save_every=1, eval_every=1) == 0
+    steps, sizes = [[31], [16, 16], [2]], argparse.Namespace(prompt=8, repeats=1)
+    costs = list(bench_steps.accuracy(str(tmp_path / "run"), 40, 200, steps))
+    errors = [row["error of o, float32"] for row in costs]
+    assert errors[0] < 1e-3 and errors[1] < 1e-3 < 1e-2 < errors[2]
+    rows = [*costs, *bench_steps.times(sizes, steps)]
+    common.write_result("steps", rows, "a command", tmp_path / "steps.json")
+    assert "| 16,16 |" in table.steps(json.loads((tmp_path / "steps.json").read_text()))
+
+
+def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
+    output = tmp_path / "wide.json"
+    small = ("--shapes", "2,70,1", "--repeats", "1", "--without", "gka (31,)")
+    run("benchmarks.bench_ops", "--only", "wide", *small, "--output", str(output))
+    result = json.loads(output.read_text())
+    assert [row["op"] for row in result["rows"]] == 2 * ["gka (16, 16)", "gka (16, 8)", "SDPA, causal"]
+    assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
+    assert "| B 2, T 70, H 1 | forward+backward | gka (16, 16) |" in table.ops(result)
+
+
+def test_the_picture_of_the_stages(tmp_path: Path) -> None:
+    """Every kernel has a floor, and those of the whole op are what a token-head must move and multiply."""
+    size = {"B": 1, "T": 131072, "H": 16, "D": 128}
+    floors = {name: stages.floor(name, **size) for name in stages.KERNELS}
+    assert all(value > 0 for value in floors.values())
+    assert floors["solve_chunks"] == pytest.approx(68.6 * 65536 * 131072 * 16 / 790e12)
+    assert floors["query_gradients"] == pytest.approx(2048 * 131072 * 16 / 4.2e12)
+    row = {"part": "wide", "op": "gka (16, 16)", "what": "forward+backward", **size, "V": 128}
+    row |= {"kernels": {name: 2 * value for name, value in floors.items()} | {"rest": 0.0}}
+    path = tmp_path / "wide.json"
+    path.write_text(json.dumps({"rows": [row], "machine": {"gpu": "a GPU", "processor": "none"}}))
+    picture = stages.plot(path)
+    assert picture is not None and picture.stat().st_size > 10000
+    path.write_text(json.dumps({"rows": [], "machine": {"gpu": None, "processor": "none"}}))
+    assert stages.plot(path) is None
+
+
+def test_bench_decode(tmp_path: Path) -> None:
+    output = tmp_path / "decode.json"
+    sizes = ("--batches", "1", "3", "--heads", "2", "--dim", "8", "--repeats", "1")
+    printed = run("benchmarks.bench_decode", *sizes, "--output", str(output))
+    assert "not measured" in printed
+    result = json.loads(output.read_text())
+    assert {(row["B"], row["states"]) for row in result["rows"]} == {
+        (B, states) for B in (1, 3) for states in ("float32", "bfloat16")
+    }
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+    page = table.decode(result)
+    assert "| B | states | floor | kernel (16, 16) | PyTorch (16, 16) |" in page and "| 3 | bfloat16 |" in page
+
+
+def test_bench_length(tmp_path: Path) -> None:
+    output = tmp_path / "length.json"
+    sizes = ("--least-tokens", "64", "--most-tokens", "256", "--most-tokens-backward", "128", "--repeats", "1")
+    run("benchmarks.bench_ops", "--only", "length", *sizes, "--output", str(output))
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == "length"
+    assert [(row["T"], row["what"]) for row in result["rows"][::2]] == [
+        *((T, what) for T in (64, 128) for what in ("forward", "forward+backward")),
+        (256, "forward"),
+    ]
+    assert {row["op"] for row in result["rows"]} == {"gka (16, 16)", "SDPA, causal"}
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert "![time against tokens](results/length.png)" in table.length({**result, "file": output.name})
+
+
+def test_bench_length_stops_at_its_limit(tmp_path: Path) -> None:
+    output = tmp_path / "length.json"
+    sizes = ("--least-tokens", "64", "--most-tokens", "128", "--most-tokens-backward", "0", "--repeats", "1")
+    run("benchmarks.bench_ops", "--only", "length", *sizes, "--limit", "0", "--output", str(output))
+    result = json.loads(output.read_text())
+    assert [row["seconds"] is None for row in result["rows"]] == [False, False, True, True]
+    measured = {row["op"]: row["seconds"]["median"] for row in result["rows"][:2]}
+    for row in result["rows"][2:]:
+        assert row["note"].startswith(f"not run: {measured[row['op']]:.1f} s at a smaller length")
+    assert "| 128 | not run | not run |" in table.length({**result, "file": output.name})
+    assert output.with_suffix(".png").exists()
+
+
+def test_lengths_are_written_short() -> None:
+    assert [tokens(T) for T in (64, 2048, 131072, 2**20, 1500)] == ["64", "2K", "128K", "1M", "1500"]
+
+
+def test_bench_layer(tmp_path: Path) -> None:
+    output = tmp_path / "layer.json"
+    sizes = ("--shapes", "2,33", "--hidden", "48", "--heads", "2", "--head-dim", "24", "--repeats", "1")
+    printed = run("benchmarks.bench_layer", *sizes, "--output", str(output))
+    assert "Gated DeltaNet and our layer with the extra are not measured" in printed
+    result = json.loads(output.read_text())
+    assert [row["layer"] for row in result["rows"]] == 2 * [
+        "gka (16, 16), without the extra",
+        "gka (16, 8), without the extra",
+        "SDPA",
+    ]
+    assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
+    assert "| B 2, T 33 | forward+backward | gka (16, 16), without the extra |" in table.layer(result)
+    for row in result["rows"]:
+        row |= {"shares": {"op": 0.5, "rest": 0.25}, "note": "a note"}
+    written = table.layer(result)
+    assert "| what | layer | op | rest |" in written and "SDPA: a note." in written
+
+
+def test_parts_of_the_layer() -> None:
+    pytest.importorskip("triton")
+    names = {
+        "solve_chunks": "op",
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "matrix products",
+        "convolve_backward": "convolution",
+        "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel_generic": "convolution",
+        "layer_norm_gated_bwd_kernel": "norm",
+        "void at::native::vectorized_elementwise_kernel<4>": "rest",
+    }
+    ours = bench_layer.our_kernels()
+    assert {name: bench_layer.part_of(name, ours) for name in names} == names
+
+
+def test_results_say_their_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GKA_COMMIT", "abc1234")
+    path = common.write_result("anything", [], "a command", tmp_path / "result.json")
+    assert json.loads(path.read_text())["commit"] == "abc1234"
+    monkeypatch.delenv("GKA_COMMIT")
+    assert len(machine.describe_commit()) >= 7
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))  # no checkout
+    assert machine.describe_commit() == "not a git checkout"
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # that of something else
+    assert machine.describe_commit() == "not a git checkout"
+
+
+def test_results_of_different_parts_stand_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    row = {"what": "forward", "T": 64, "H": 1, "D": 8, "V": 8, "dtype": "float32", "seconds": {"median": 1.0}}
+    growth = {**row, "part": "growth", "steps": [31], "ratio to half T": None}
+    peer = {**row, "part": "peer", "op": "gka", "ratio": 1.0}
+    for name, rows in (("a", [growth]), ("b", [peer]), ("c", [growth])):
+        common.write_result("ops", rows, f"command {name}", tmp_path / f"{name}.json")
+    written = table.page()
+    assert "command b" in written and "command c" in written and "command a" not in written
+
+
+def test_memory_stays_within_three_times_what_must_be_held() -> None:
+    """Forward + backward at T = 4096: no copy per iterate, none per pair of tokens."""
+    sizes = ("4096", "8", "64", "float32")
+    done = run_process("--measure-memory", *sizes, launcher=("-m", "benchmarks.bench_ops"), cwd=ROOT)
+    measured = json.loads(done.stdout)
+    assert measured["peak bytes"] > measured["held bytes"]["inputs"]
+    assert measured["ratio"] < 3

@@ -1,0 +1,58 @@
+"""The pictures of docs/how.md: what the page says of them, and that they are made."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import pictures
+from experiments.evidence.numerics import systems, token_inputs
+from gka.ops.solvers import RIDGE_RATIO, node_steps
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, _, g = token_inputs(512, 64)
+    return systems(q, k, g, every=64)
+
+
+def test_all_pictures_are_made_and_are_those_of_the_page(tmp_path: Path) -> None:
+    pictures.main(tmp_path)
+    made = {path.name for path in tmp_path.iterdir()}
+    page = (ROOT / "docs/how.md").read_text(encoding="utf-8")
+    assert made == {path.name for path in (ROOT / "docs/images").iterdir()}
+    assert all(f"](images/{name})" in page for name in made)
+
+
+def test_a_state_that_fades_forgets_the_first_subject() -> None:
+    k = pictures.keys_of_two_subjects()
+    kept = {g: pictures.states(k, g, (64, 128)) for g in pictures.DECAYS}
+    shares = {
+        g: (late.diagonal()[:8].sum() / early.diagonal()[:8].sum()).item() for g, (early, late) in kept.items()
+    }
+    own = (64 * k[0, 64:, 0, :8].square().sum(1).mean()).item()  # what the second half brings to these channels
+    assert shares[0.0] > 1 and 0.04 < shares[-0.05] < 0.04 + own / 10
+    assert math.isclose(math.exp(-0.05 * 64), 0.04, rel_tol=0.05)
+
+
+def test_the_spectrum_is_that_of_the_page(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    values = torch.linalg.eigvalsh(problem[0][-1])
+    assert round((values[-1] / values[0]).item()) == 976
+    assert values[0] > 0 and values[-1] <= 1
+    assert (1 + RIDGE_RATIO) / RIDGE_RATIO == pytest.approx(51)
+
+
+def test_the_errors_are_those_of_the_page(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    taus = node_steps(32, RIDGE_RATIO)
+    in_order = pictures.errors_by_step(*problem, taus)
+    assert all(later < earlier for earlier, later in pairwise(in_order))
+    assert in_order[-1] < 3e-4
+    assert 1e3 < pictures.errors_by_step(*problem, sorted(taus))[-1] < 1e5
+    one, two = (pictures.errors_by_products(*problem, stages, (9, 41)) for stages in (1, 2))
+    assert one[0] < two[0] and 5e-3 < one[1] < 1e-2 and two[1] < 2e-4

@@ -1,0 +1,292 @@
+"""The Triton kernels on a machine without a GPU: through Triton's interpreter against float64, and compiled.
+
+On a machine with a GPU the same kernels run compiled, in `test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decode_helpers import (
+    STEP_CASES,
+    StepCase,
+    assert_step_equals_the_reference,
+    reference_step,
+    step_arguments,
+)
+from families import FAMILIES, Family, family_inputs, first_tokens, gradients_of, with_gates
+from forked import run_forked
+from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, run
+
+from gka.ops import State, gated_kalmanet
+
+triton = pytest.importorskip("triton", reason="Triton is made for Linux only")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the kernels themselves"),
+]
+ROOT = Path(__file__).parents[2]
+MORE = (
+    Case(lengths=(20, 20), H=2, Hk=2, D=40, V=70, alpha=False, beta=False, state=False),
+    Case(lengths=(0, 0), H=2, Hk=1, D=5, V=3),
+    Case(lengths=(0, 17, 16, 15, 0), H=2, Hk=1, D=5, V=3, packed=True),
+)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
+def test_float32_equals_the_chunked_form(case: Case) -> None:
+    """To rounding: the truncation of the solve is in both, in dg too."""
+    arguments = converted(make_inputs(case), torch.float32)
+    chunk_size = 16 if sum(case.lengths) < 60 else 32
+    out = run(arguments, backend="triton", chunk_size=chunk_size, steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    assert_close(out, ref, 2e-5)
+
+
+@pytest.mark.parametrize("steps", [(4,), (3, 2)], ids=str)
+def test_few_nodes_leave_the_same_everywhere(steps: tuple[int, ...]) -> None:
+    """However far x is from the solution, all gradients go with it: dg takes <z, A x>, not <z, q>."""
+    arguments = converted(make_inputs(CASES[6]), torch.float32)
+    out = run(arguments, backend="triton", chunk_size=16, steps=steps)
+    assert_close(out, run(doubled(arguments), backend="chunked", steps=steps), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "steps"), [*((CASES[n], (16, 16)) for n in (1, 2, 5, 6)), (CASES[6], (8, 8, 8, 8))], ids=str
+)
+def test_bfloat16_is_refined(case: Case, steps: tuple[int, ...]) -> None:
+    arguments = converted(make_inputs(case), torch.bfloat16)
+    out = run(arguments, backend="triton", chunk_size=32, steps=steps)
+    assert out["o"].dtype == torch.bfloat16
+    ref = run(doubled(arguments), backend="chunked", steps=(100,))
+    assert_close({"o": out.pop("o")}, {"o": ref.pop("o")}, 4e-3, "o")
+    assert_close(out, ref, 1.5e-2)
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["gates 1", "gates random"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, random: bool) -> None:
+    """16-bit accuracy at full width, on fewer tokens than on a GPU."""
+    family = FAMILIES[name]
+    inputs: dict[str, Any] = with_gates(family_inputs(Family(160, family.m, family.common), H=1), random)
+    out = run(inputs, backend="triton", steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    assert_close({"o": out["o"]}, {"o": exact["o"]}, 2e-3, name)
+    assert_close(gradients_of(out), gradients_of(exact), 5e-3, name)
+
+
+def test_first_tokens() -> None:
+    """A norm over a whole sequence would hide its first tokens, which every packed document has."""
+    inputs: dict[str, Any] = with_gates(first_tokens(sequences=24, length=3, H=1, seed=1), random=False)
+    out = run(inputs, backend="triton", steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    for place in range(3):
+        assert_close({"o": out["o"][:, place::3]}, {"o": exact["o"][:, place::3]}, 4e-3, f"token {place}")
+
+
+def test_starts_of_packed_sequences() -> None:
+    lengths = (1, 2, 64, 70, 3)
+    inputs: dict[str, Any] = with_gates(family_inputs(Family(sum(lengths), 4.0), H=1), random=True)
+    inputs["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+    out = run(inputs, backend="triton", steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    assert_close(gradients_of(out), gradients_of(exact), 5e-3)
+
+
+def test_float16() -> None:
+    arguments = converted(make_inputs(CASES[6]), torch.float16)
+    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    assert out["o"].dtype == torch.float16
+    assert_close(out, run(doubled(arguments), backend="chunked", steps=(31,)), 2e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_a_solve(packed: bool) -> None:
+    case = Case(lengths=(19, 30) if packed else (35,), H=4, Hk=2, D=6, V=9, packed=packed, normalize_qk=True)
+    arguments = converted(make_inputs(case), torch.float32)
+    arguments["S_kk"] = None
+    out = run(arguments, backend="triton", chunk_size=16, steps=())
+    assert_close(out, run(doubled(arguments), backend="chunked", steps=()), 5e-6)
+
+
+LONG_CASES = (
+    Case(lengths=(150,), H=2, Hk=1, D=8, V=4),
+    Case(lengths=(90, 90), H=1, Hk=1, D=8, V=70, state=False),
+    Case(lengths=(40, 0, 3, 50, 0), H=2, Hk=1, D=8, V=4, packed=True),
+    Case(lengths=(0, 64, 0, 0, 100, 33, 0), H=1, Hk=1, D=5, V=3, packed=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "edges_per_part"),
+    [(LONG_CASES[n], edges) for n, edges in ((0, 0), (0, 2), (0, 1000), (1, 2), (2, 0), (2, 1000), (3, 2))],
+    ids=str,
+)
+def test_parts_and_chunk_sizes_change_nothing(
+    case: Case, edges_per_part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that cross several edges, of which much is left there, in parts of one or more spans."""
+    from gka.ops.triton import op as triton_op
+
+    arguments = converted(make_inputs(case), torch.float32)
+    with torch.no_grad():
+        arguments["g"].mul_(1e-2)
+    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    per_edge = case.H * case.D * (case.D + case.V) * 4 * 2
+    monkeypatch.setattr(triton_op, "WORKSPACE_BYTES", per_edge * edges_per_part)
+    monkeypatch.setattr(triton_op, "EDGE_EVERY", 2)
+    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    assert_close(out, ref, 1e-5)
+
+
+def test_zero_keys_and_forgetting() -> None:
+    """No NaN where S_kk is zero, and nothing of a past that g = -inf or -1e4 forgot."""
+    arguments = converted(make_inputs(Case(lengths=(40,), Hk=2, state=False)), torch.float32)
+    with torch.no_grad():
+        arguments["k"][:, :5] = 0.0
+        arguments["g"][:, 20] = -torch.inf
+        arguments["g"][:, 30] = -1e4
+    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    for name in out:
+        assert out[name].isfinite().all(), name
+    assert_close(out, ref, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "no kernels for torch.float64"),
+        ({"D": 129, "dtype": torch.bfloat16}, "D = 129"),
+        ({"D": 65}, "D = 65"),
+        ({"chunk_size": 20}, "chunk_size = 20"),
+    ],
+)
+def test_what_there_are_no_kernels_for(change: dict[str, Any], message: str) -> None:
+    q = torch.randn(1, 4, 1, change.get("D", 8), dtype=change.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        gated_kalmanet(q, q, q, -torch.rand(1, 4, 1), backend="triton", chunk_size=change.get("chunk_size"))
+
+
+def test_tensors_on_the_cpu_get_an_error() -> None:
+    code = (
+        "import torch; from gka.ops import gated_kalmanet; q = torch.randn(1, 2, 1, 8);"
+        "gated_kalmanet(q, q, q, -torch.rand(1, 2, 1), backend='triton')"
+    )
+    done = run_forked("-c", code, check=False)
+    assert done.returncode != 0 and 'backend "triton" needs tensors on a GPU, not on cpu' in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100"])
+def test_registers_and_spills_are_no_worse_than_committed(architecture: str) -> None:
+    check = ("-m", "benchmarks.compile_kernels", "--check", "--arch", architecture)
+    done = run_forked(*check, folder=ROOT, check=False, timeout=280)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------- decode step
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+def test_step(case: StepCase) -> None:
+    from gka.ops.triton import step as triton_step
+
+    assert_step_equals_the_reference(triton_step.gated_kalmanet_step, case)
+
+
+def test_step_of_a_zero_state_and_forgetting() -> None:
+    """No NaN where S_kk is zero, and nothing of a past that g = -inf forgot."""
+    from gka.ops.triton import step as triton_step
+
+    arguments = step_arguments(StepCase(alpha=False, normalize_qk=False))
+    arguments["k"].zero_()
+    arguments["g"].fill_(-torch.inf)
+    o, new = triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=1.0, inplace=False, **arguments)
+    assert not o.any() and not new.S_kk.any() and not new.S_kv.any()
+
+
+def test_step_of_states_that_are_not_contiguous() -> None:
+    from gka.ops.triton import step as triton_step
+
+    arguments = step_arguments(StepCase(D=12, V=12))
+    expected_o, expected = reference_step(arguments)
+    held = State(*(x.transpose(1, 3).contiguous().transpose(1, 3) for x in arguments["state"]))
+    arguments["q"] = arguments["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    o, new = triton_step.gated_kalmanet_step(
+        ridge_ratio=0.02, scale=0.3, inplace=True, **{**arguments, "state": held}
+    )
+    assert new.S_kv is held.S_kv
+    assert_close({"o": o, **held._asdict()}, {"o": expected_o, **expected._asdict()}, 1e-5)
+
+
+def test_step_in_place_is_seen_by_autograd() -> None:
+    """A graph that saved the state does not go on with what it has become."""
+    from gka.ops.triton import step as triton_step
+
+    arguments = step_arguments(StepCase())
+    weight = torch.ones_like(arguments["state"].S_kv, requires_grad=True)
+    loss = (weight * arguments["state"].S_kv).sum()
+    with torch.no_grad():
+        triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=1.0, inplace=True, **arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("steps", [[8, 8], []], ids=str)
+def test_registration_of_the_step(steps: list[int]) -> None:
+    from gka.ops.triton import step as triton_step
+
+    a = step_arguments(StepCase(steps=tuple(steps)))
+    tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
+    for operator in (triton_step._step, triton_step._step_):
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, steps, 0.3, True))
+
+
+def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gka.ops.triton import step as triton_step
+
+    monkeypatch.setattr(triton_step, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
+        triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=True, **step_arguments(StepCase()))
+
+
+def test_compiling_ahead_covers_a_call() -> None:
+    """What forward and backward pass launch, compile_ahead hands to the compiler, with the same specialisation."""
+    script = """
+from unittest import mock
+import torch
+from benchmarks.compile_kernels import source, taken_down
+from gka.ops import State, gated_kalmanet
+from gka.ops.triton import op as triton_op
+from gka.ops.types import Inputs, Options
+
+def keys(launches):
+    sources = [(kernel.fn.__name__, source(kernel, values), options) for kernel, values, options in launches]
+    return {(name, str(s.signature), str(s.constants), str(s.attrs), str(options)) for name, s, options in sources}
+
+B, T, H, Hk, D, V = 2, 4500, 4, 2, 100, 40
+q, k, v = (torch.randn(B, T, h, d, dtype=torch.bfloat16) for h, d in ((H, D), (Hk, D), (Hk, V)))
+gates = [torch.rand(B, T, H) for _ in range(3)]
+states = [torch.zeros(B, H, D, d) for d in (D, V)]
+inputs = Inputs(q, k, v, *gates, *states, None)
+for steps in ((16, 16), ()):
+    if not steps:
+        inputs = inputs._replace(S_kk=None)
+    options = Options(0.02, steps, 1.0, 64, True)
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as run:
+        out = triton_op.forward(inputs, options, True, True)
+        final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
+        triton_op.backward(inputs, options, out.saved, final, out.o, (None, None))
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as ahead:
+        triton_op.compile_ahead(inputs, options, True, True)
+    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as again:
+        triton_op.compile_ahead(inputs, options, True, True)
+    assert run and keys(run) <= keys(ahead), keys(run) - keys(ahead)
+    assert not again
+"""
+    run_forked("-c", script, folder=ROOT)
