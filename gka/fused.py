@@ -1,132 +1,146 @@
-"""The gated RMSNorm by flash-linear-attention's Triton kernels (the extra `cuda`).
+"""The gated RMSNorm by the Triton kernels of `kernels/norm.py`: one launch, no copy.
 
-    y = o / rms(o) * weight * SiLU(gate)        one kernel
+    y = x / sqrt(mean(x^2) + eps) * weight * SiLU(gate)
 
-They run for tensors on a GPU where the package is installed; everywhere else `layer.py` does the same in PyTorch.
-The package is imported when the first such tensor comes, never on a machine without a GPU. As custom operators its
-kernels are opaque to torch.compile, which traces shapes only.
+They run for tensors on an NVIDIA GPU of compute capability 8.0 or later; everywhere else `layer.py` does the same
+in PyTorch. torch.compile meets a custom operator, which it only traces shapes of. Sums are made in one order, so
+that equal calls give equal bits. There are first derivatives backwards and no others.
 
-Legend: B batch, T time, D head dim.
+Legend: V size of the last dim, N rows: product of all others.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ops.triton_config import INTERPRETED, norm_config, runs_kernels
 
 ENABLED = os.environ.get("GKA_FUSED", "1") != "0"  # False: PyTorch's own functions around the op on every device
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LEAST_TOKENS = 64  # fewer cost PyTorch no more than the launch of these kernels
-
-
-class Kernels(NamedTuple):
-    """Functions of flash-linear-attention 0.6, called by keywords."""
-
-    norm: Callable[..., Any]
-    norm_backward: Callable[..., Any]
-
-
-@functools.cache
-def kernels() -> Kernels | None:
-    """The functions, or None where the package is not installed; one that does not fit is warned of, once."""
-    if importlib.util.find_spec("fla") is None:
-        return None
-    try:
-        from fla.modules.norm.fused_norm_gate import layer_norm_gated_bwd, layer_norm_gated_fwd
-    except Exception as error:  # whatever an import of another version may raise
-        warnings.warn(
-            f"the installed flash-linear-attention does not fit ({error!r}): the gated norm runs in PyTorch, "
-            "slower; pip install 'gated-kalmanet[cuda]', or set GKA_FUSED=0 to hear no more",
-            stacklevel=2,
-        )
-        return None
-    return Kernels(layer_norm_gated_fwd, layer_norm_gated_bwd)
-
-
-@torch.compiler.assume_constant_result
-def installed() -> bool:
-    """Whether `kernels` finds something; for torch.compile a constant."""
-    return kernels() is not None
+FORWARD, BACKWARD = 1024, 1024  # numbers of each tensor that a program holds at once
+PROGRAMS = 6 * 132  # at most, of the backward pass: as many as an H100 holds at once
 
 
 def enabled(x: Tensor) -> bool:
-    """Whether x is on a GPU, of 16 or 32 bits, and nobody turned kernels around the op off."""
-    return ENABLED and x.device.type == DEVICE and x.dtype in DTYPES
+    """Whether x is on a GPU that runs our kernels, of 16 or 32 bits, and nobody turned those around the op off."""
+    if not ENABLED or x.device.type != DEVICE or x.dtype not in DTYPES:
+        return False
+    return INTERPRETED or runs_kernels(x.device.index)
 
 
 def usable(x: Tensor) -> bool:
-    """Whether x, [B, T, ...], is for the norm's kernels: enabled, not too few tokens, the package installed."""
-    # What is not installed must not make a graph depend on the number of tokens.
-    return enabled(x) and x.numel() > 0 and installed() and x.shape[1] >= LEAST_TOKENS
+    """Whether x is for the norm's kernels: enabled, and not empty."""
+    return x.numel() > 0 and enabled(x)
 
 
-def gated_rms_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm times SiLU(gate) over the last dim: o, gate [..., D] and weight [D] -> [..., D] in o's dtype."""
-    y: Tensor = _gated_rms_norm(o, gate, weight, eps)[0]
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm times SiLU(gate) over the last dim.
+
+    Args:
+        x, gate: [..., V], any float dtypes of at most 32 bits.
+        weight: [V], the same.
+        eps: added to the mean square, above 0.
+
+    Returns:
+        [..., V] in x's dtype; sums are float32.
+
+    Raises:
+        ValueError: shapes do not fit, or the tensors are not on one device.
+    """
+    if gate.shape != x.shape or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"x, gate and weight have shapes {tuple(x.shape)}, {tuple(gate.shape)} and {tuple(weight.shape)}; "
+            "expected [..., V] twice and [V]"
+        )
+    if gate.device != x.device or weight.device != x.device:
+        raise ValueError(f"gate and weight are on {gate.device} and {weight.device}; expected {x.device}, as x")
+    # The way through an operator takes longer than the launch: it is for whom only traces.
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    y: Tensor = (_operator if traced else _GatedRMSNorm.apply)(x, gate, weight, eps)
     return y
 
 
-def _loaded() -> Kernels:
-    found = kernels()
-    assert found is not None, "flash-linear-attention is gone"
-    return found
+def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from .kernels.norm import gated_norm  # Triton is needed where the kernel runs, not where it is traced
+    from .ops.launch import launch, on_device
+
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    N, V = x.shape[:-1].numel(), x.shape[-1]
+    config = norm_config(V, FORWARD)
+    tensors = (x.contiguous(), gate.contiguous(), weight.contiguous(), y)
+    if y.numel():
+        with on_device(x.device):
+            launch(gated_norm, -(-N // config["R"]), *tensors, N, eps, V, **config)
+    return y
 
 
-@torch.library.custom_op("gka::gated_rms_norm", mutates_args=())
-def _gated_rms_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and 1 / rms of every row in float32, for the backward pass."""
-    with torch.cuda.device_of(o):
-        y, _, scale, _ = _loaded().norm(
-            x=_rows(o), g=_rows(gate), weight=weight, bias=None, activation="swish", eps=eps, is_rms_norm=True
-        )
-    return y.view(o.shape), scale
+def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate and weight."""
+    from .kernels.norm import gated_norm_backward
+    from .ops.launch import launch, on_device
+
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    N, V = x.shape[:-1].numel(), x.shape[-1]
+    config = norm_config(V, BACKWARD)
+    programs = min(PROGRAMS, -(-N // config["R"]))
+    parts = torch.empty(programs, V, dtype=torch.float32, device=x.device)
+    tensors = (dy.contiguous(), x.contiguous(), gate.contiguous(), weight.contiguous(), dx, dgate, parts)
+    if dx.numel():
+        with on_device(x.device):
+            launch(gated_norm_backward, programs, *tensors, N, eps, V, **config)
+    return dx, dgate, parts.sum(0).to(weight.dtype)
 
 
-@_gated_rms_norm.register_fake
-def _(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return o.new_empty(o.shape), o.new_empty(o.shape[:-1].numel(), dtype=torch.float32)
-
-
-@torch.library.custom_op("gka::gated_rms_norm_backward", mutates_args=())
-def _gated_rms_norm_backward(
-    dy: Tensor, o: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of o, gate and weight."""
-    with torch.cuda.device_of(o):
-        do, dgate, dweight, *_ = _loaded().norm_backward(
-            dy=_rows(dy), x=_rows(o), g=_rows(gate), weight=weight, bias=None, activation="swish", eps=eps,
-            rstd=scale, is_rms_norm=True, x_dtype=o.dtype,
-        )  # fmt: skip
-    return do.view(o.shape), dgate.view(gate.shape).to(gate.dtype), dweight
-
-
-@_gated_rms_norm_backward.register_fake
-def _(
-    dy: Tensor, o: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return o.new_empty(o.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate_norm(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    o, gate, weight, scale = ctx.saved_tensors
-    return *_gated_rms_norm_backward(dy, o, gate, weight, scale, ctx.eps), None
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        _save(ctx, (x, gate, weight, eps), x)
+        return _forward(x, gate, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, dy)
 
 
-_gated_rms_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate, weight = ctx.saved_tensors
+    traced = torch.compiler.is_compiling() or type(dy) is not Tensor
+    return *(_backward_operator if traced else _backward)(dy, x, gate, weight, ctx.eps), None
+
+
+_LIBRARY = torch.library.Library("gka", "FRAGMENT")
+_INPUTS = "Tensor x, Tensor gate, Tensor weight, float eps"
+_LIBRARY.define(f"gated_rms_norm({_INPUTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    f"gated_rms_norm_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+)
+_LIBRARY.impl("gated_rms_norm", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("gated_rms_norm_backward", _backward, "CompositeExplicitAutograd")
+_operator = torch.ops.gka.gated_rms_norm.default
+_backward_operator = torch.ops.gka.gated_rms_norm_backward.default
+
+
+@torch.library.register_fake("gka::gated_rms_norm", lib=_LIBRARY)
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("gka::gated_rms_norm_backward", lib=_LIBRARY)
+def _(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
+
+
+torch.library.register_autograd("gka::gated_rms_norm", _differentiate, setup_context=_save, lib=_LIBRARY)
