@@ -142,6 +142,27 @@ def test_bench_layer(tmp_path: Path) -> None:
     assert "| what | layer | op | rest |" in written and "SDPA: a note." in written
 
 
+def test_bench_norm(tmp_path: Path) -> None:
+    output = tmp_path / "norm.json"
+    sizes = ("--shapes", "30,24", "--calls", "2", "--repeats", "1")
+    printed = run("benchmarks.bench_norm", *sizes, "--output", str(output))
+    assert "FusedRMSNormGated is not measured" in printed
+    result = json.loads(output.read_text())
+    assert [(row["what"], row["norm"]) for row in result["rows"]] == [
+        ("forward", "FusedRMSNormGated"),
+        ("forward", "PyTorch"),
+        ("forward", "sum"),
+        ("forward+backward", "FusedRMSNormGated"),
+        ("forward+backward", "PyTorch"),
+    ]
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"] if row["norm"] != "FusedRMSNormGated")
+    for row in result["rows"][1:3]:
+        row["ratio"] = 0.5
+    written = table.norm(result)
+    assert "| 30 x 24 | bfloat16 | forward | FusedRMSNormGated | not run |" in written and "| 0.50 |" in written
+    assert "FusedRMSNormGated: flash-linear-attention is not installed." in written
+
+
 def test_parts_of_the_layer() -> None:
     pytest.importorskip("triton")
     names = {
