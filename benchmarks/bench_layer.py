@@ -5,8 +5,7 @@
 
 Forward, and forward + backward with the gradients of the input and of all parameters, of
 
-    gka (16, 16), gka (16, 8)   GatedKalmaNet, with what the extra `cuda` installs: the gated norm's kernels
-    the same, without the extra its gated norm by PyTorch's functions
+    gka (16, 16), gka (16, 8)   GatedKalmaNet
     Gated DeltaNet              the layer of flash-linear-attention, if it is installed and the device is a GPU
     SDPA                        causal softmax attention between projections of the same size, for scale
 
@@ -24,7 +23,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +30,6 @@ from torch import Tensor, nn
 import gka
 from benchmarks.calls import allow_fla_backward, first_calls, fla_is_missing, gpu_seconds
 from benchmarks.common import medians, write_result
-from gka.nn import gated_norm
 
 Call = Callable[[], object]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -40,7 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PARTS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitk",
     "convolution": r"conv",
-    "norm": r"layer_norm|rms_norm|rmsnorm",
+    "norm": r"gated_norm|layer_norm|rms_norm|rmsnorm",
 }
 
 
@@ -89,15 +86,11 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     torch.manual_seed(0)
     size = (options.hidden, options.heads, options.head_dim)
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    extra = options.device.type == "cuda" and gated_norm.ENABLED and gated_norm.installed()
     for steps in ((16, 16), (16, 8)):
-        layer = our_layer(options, steps)
-        if extra:
-            found[f"gka {steps}"] = layer, {"extra": True}
-        found[f"gka {steps}, without the extra"] = layer, {"extra": False}
+        found[f"gka {steps}"] = our_layer(options, steps), {}
     missing = fla_is_missing(options.device)
     if missing:
-        print(f"{missing}: Gated DeltaNet and our layer with the extra are not measured")
+        print(f"{missing}: Gated DeltaNet is not measured")
     else:
         note = allow_fla_backward()
         found["Gated DeltaNet"] = DeltaNet(*size), {"note": note} if note else {}
@@ -107,15 +100,12 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     return found
 
 
-def call(layer: nn.Module, x: Tensor, extra: bool, cotangent: Tensor | None) -> Call:
+def call(layer: nn.Module, x: Tensor, cotangent: Tensor | None) -> Call:
     """The layer on x; with a cotangent its gradients, too."""
     leaves = [x, *layer.parameters()]
 
     def run() -> object:
-        with (
-            mock.patch.object(gated_norm, "installed", lambda: extra),
-            torch.set_grad_enabled(cotangent is not None),
-        ):
+        with torch.set_grad_enabled(cotangent is not None):
             y = layer(x)
         return y if cotangent is None else torch.autograd.grad(y, leaves, cotangent)
 
@@ -136,11 +126,11 @@ def our_kernels() -> set[str]:
     import gka.ops.triton.kernels
 
     kinds = (triton.JITFunction, triton.runtime.KernelInterface)
-    names = (
-        module.name for module in pkgutil.iter_modules(gka.ops.triton.kernels.__path__) if module.name != "conv"
-    )
-    modules = [importlib.import_module(f"gka.ops.triton.kernels.{name}") for name in names]
-    return {name for module in modules for name, value in vars(module).items() if isinstance(value, kinds)}
+    around = ("conv", "norm")
+    modules = pkgutil.iter_modules(gka.ops.triton.kernels.__path__)
+    names = (module.name for module in modules if module.name not in around)
+    found = [importlib.import_module(f"gka.ops.triton.kernels.{name}") for name in names]
+    return {name for module in found for name, value in vars(module).items() if isinstance(value, kinds)}
 
 
 def shares(function: Call) -> dict[str, float]:
@@ -159,9 +149,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         x.requires_grad_()
         measured = layers(options)
         for what, given in (("forward", None), ("forward+backward", cotangent)):
-            calls = {
-                name: call(layer, x, about.get("extra", True), given) for name, (layer, about) in measured.items()
-            }
+            calls = {name: call(layer, x, given) for name, (layer, _) in measured.items()}
             first = first_calls(calls, options.device)
             times = medians(calls, options.device, options.repeats)
             for name, time in times.items():

@@ -5,8 +5,8 @@
     python -m benchmarks.compile_kernels --check         # exit code 1 where worse than benchmarks/kernels.json
     python -m benchmarks.compile_kernels --write         # bring that file up to date
 
-The kernels are those of the op and of the short convolution, forward and backward, and of a decode step: launches
-are taken down instead of run. ptxas and cuobjdump come with Triton.
+The kernels are those of the op, of the short convolution and of the gated norm, forward and backward, and of a
+decode step: launches are taken down instead of run. ptxas and cuobjdump come with Triton.
 """
 
 from __future__ import annotations
@@ -136,6 +136,17 @@ def conv_launches(packed: bool) -> list[Launch]:
     return distinct(found)
 
 
+def norm_launches(dtype: torch.dtype, V: int) -> list[Launch]:
+    """Kernels of the gated norm's forward and backward pass."""
+    from gka.ops.triton.norm import gated_rms_norm
+
+    x, gate, weight = (torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((9, V), (9, V), (V,)))
+    with taken_down() as found:
+        y = gated_rms_norm(x, gate, weight, 1e-6)
+        y.backward(y)
+    return distinct(found)
+
+
 def distinct(found: list[Launch]) -> list[Launch]:
     """Launches of different code."""
     unique: dict[tuple[Any, ...], Launch] = {}
@@ -157,7 +168,12 @@ STEP_CASES = {
     "decode, float32 states, D 64": (torch.float32, 64),
 }
 CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
-ALL_CASES = [*CASES, *STEP_CASES, *CONV_CASES]
+NORM_CASES = {
+    "norm, bfloat16 V 128": (torch.bfloat16, 128),
+    "norm, float32 V 128": (torch.float32, 128),
+    "norm, bfloat16 V 100": (torch.bfloat16, 100),
+}
+ALL_CASES = [*CASES, *STEP_CASES, *CONV_CASES, *NORM_CASES]
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
@@ -165,6 +181,8 @@ def launches_of(case: str, architecture: int) -> list[Launch]:
         return step_launches(*STEP_CASES[case])
     if case in CONV_CASES:
         return conv_launches(CONV_CASES[case])
+    if case in NORM_CASES:
+        return norm_launches(*NORM_CASES[case])
     return launches(*CASES[case], architecture)
 
 

@@ -135,6 +135,20 @@ def layer(result: Result) -> str:
     return "\n\n".join(parts + [f"{name}: {note}." for name, note in notes.items()])
 
 
+def norm(result: Result) -> str:
+    """The gated norm beside its peers."""
+    table = []
+    for row in result["rows"]:
+        cells = ["not run", "", ""]
+        if row["seconds"] is not None:
+            cells = [f"{row['seconds']['median'] * 1e6:.1f}", _ratio(row["ratio"])]
+            cells.append(f"{row['bytes per second'] / 1e12:.2f}")
+        table.append([f"{row['N']} x {row['V']}", row["dtype"], row["what"], row["norm"], *cells])
+    notes = {row["norm"]: row["note"] for row in result["rows"] if "note" in row}
+    header = ["rows x V", "dtype", "what", "norm", "median us", "ratio to FusedRMSNormGated", "TB/s"]
+    return "\n\n".join([markdown_table(header, table), *(f"{name}: {note}." for name, note in notes.items())])
+
+
 def length(result: Result) -> str:
     """Time against T."""
     rows, notes, parts = result["rows"], {}, []
@@ -197,6 +211,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "decode": ("Decoding", decode),
     "length": ("The op against the number of tokens", length),
     "layer": ("The layer", layer),
+    "norm": ("The gated norm", norm),
     "steps": ("Steps of the solve", steps),
 }
 DOCS = RESULTS.parent.parent / "docs"

@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
 from ..ops.checks import check_cu_seqlens
-from . import gated_norm
+from .gated_norm import GatedRMSNorm
 from .padding import RealFirst
 from .short_conv import ShortConv, last_inputs, packing
 
@@ -47,11 +47,6 @@ def decayed(names: list[str]) -> list[str]:
     return [name for name in names if name.rsplit(".", 1)[-1] not in (*UNDECAYED, "D")]
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """x itself if it has 32 or 64 bits, else x in float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def fresh_A_log(heads: int, device: torch.device | None = None) -> Tensor:
     """[heads] in float32: log U(0, 16), kept away from log 0."""
     return torch.empty(heads, device=device, dtype=torch.float32).uniform_(0.01, 16.0).log()
@@ -62,30 +57,6 @@ def fresh_dt_bias(heads: int, device: torch.device | None = None) -> Tensor:
     low, high, floor = math.log(1e-3), math.log(1e-1), 1e-4
     dt = torch.empty(heads, device=device, dtype=torch.float32).uniform_(low, high).exp().clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
-
-
-class GatedRMSNorm(nn.Module):
-    """y = o / sqrt(mean(o^2) + eps) * weight * SiLU(gate), over the last dim, in at least 32 bits.
-
-    Args:
-        dim: size of the last dim.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
-        """o, gate: [B, T, ..., dim] -> [B, T, ..., dim] in o's dtype; without a gate that factor is 1."""
-        if gate is not None and gated_norm.usable(o):
-            return gated_norm.gated_rms_norm(o, gate, self.weight, self.eps)
-        wide = at_least_float32(o)
-        y = F.rms_norm(wide, o.shape[-1:], self.weight.to(wide.dtype), self.eps)
-        if gate is not None:
-            y = y * F.silu(at_least_float32(gate))
-        return y.to(o.dtype)
 
 
 def repeated_heads(heads: int, kv_heads: int, device: torch.device | None = None) -> Tensor:

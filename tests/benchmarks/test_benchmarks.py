@@ -131,19 +131,36 @@ def test_bench_layer(tmp_path: Path) -> None:
     output = tmp_path / "layer.json"
     sizes = ("--shapes", "2,33", "--hidden", "48", "--heads", "2", "--head-dim", "24", "--repeats", "1")
     printed = run("benchmarks.bench_layer", *sizes, "--output", str(output))
-    assert "Gated DeltaNet and our layer with the extra are not measured" in printed
+    assert "Gated DeltaNet is not measured" in printed
     result = json.loads(output.read_text())
-    assert [row["layer"] for row in result["rows"]] == 2 * [
-        "gka (16, 16), without the extra",
-        "gka (16, 8), without the extra",
-        "SDPA",
-    ]
+    assert [row["layer"] for row in result["rows"]] == 2 * ["gka (16, 16)", "gka (16, 8)", "SDPA"]
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
-    assert "| B 2, T 33 | forward+backward | gka (16, 16), without the extra |" in table.layer(result)
+    assert "| B 2, T 33 | forward+backward | gka (16, 16) |" in table.layer(result)
     for row in result["rows"]:
         row |= {"shares": {"op": 0.5, "rest": 0.25}, "note": "a note"}
     written = table.layer(result)
     assert "| what | layer | op | rest |" in written and "SDPA: a note." in written
+
+
+def test_bench_norm(tmp_path: Path) -> None:
+    output = tmp_path / "norm.json"
+    sizes = ("--shapes", "30,24", "--calls", "2", "--repeats", "1")
+    printed = run("benchmarks.bench_norm", *sizes, "--output", str(output))
+    assert "FusedRMSNormGated is not measured" in printed
+    result = json.loads(output.read_text())
+    assert [(row["what"], row["norm"]) for row in result["rows"]] == [
+        ("forward", "FusedRMSNormGated"),
+        ("forward", "PyTorch"),
+        ("forward", "sum"),
+        ("forward+backward", "FusedRMSNormGated"),
+        ("forward+backward", "PyTorch"),
+    ]
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"] if row["norm"] != "FusedRMSNormGated")
+    for row in result["rows"][1:3]:
+        row["ratio"] = 0.5
+    written = table.norm(result)
+    assert "| 30 x 24 | bfloat16 | forward | FusedRMSNormGated | not run |" in written and "| 0.50 |" in written
+    assert "FusedRMSNormGated: flash-linear-attention is not installed." in written
 
 
 def test_parts_of_the_layer() -> None:
@@ -153,7 +170,8 @@ def test_parts_of_the_layer() -> None:
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "matrix products",
         "convolve_backward": "convolution",
         "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel_generic": "convolution",
-        "layer_norm_gated_bwd_kernel": "norm",
+        "gated_norm_backward": "norm",
+        "vectorized_layer_norm_kernel": "norm",
         "void at::native::vectorized_elementwise_kernel<4>": "rest",
     }
     ours = bench_layer.our_kernels()

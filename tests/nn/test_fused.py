@@ -1,13 +1,11 @@
 """The kernels around the op: when they are taken, what they give, and that the layer stays what it is.
 
-Our convolution runs through Triton's interpreter. flash-linear-attention's norm runs in tests/ops/test_gpu.py;
-here PyTorch stands in for it, with its signature.
+They run through Triton's interpreter; tests/ops/test_gpu.py runs them on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 from typing import Any
 
 import accelerate
@@ -19,90 +17,54 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_helpers import ROWS, assert_near, layer_outcome, random_inputs, random_tokens, tiny_layer, tiny_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from gka.nn import gated_norm
+from gka.nn.gated_norm import GatedRMSNorm
 from gka.nn.short_conv import ShortConv, last_inputs, packing
 from gka.ops.triton import config as triton_config
 from gka.ops.triton import conv as conv_kernels
-from gka.ops.triton import fused
-
-
-def norm(**a: Any) -> tuple[Tensor, None, Tensor, Tensor]:
-    assert a["activation"] == "swish" and a["is_rms_norm"] and a["bias"] is None
-    x, gate = a["x"].double(), a["g"].double()
-    scale = (x.square().mean(1) + a["eps"]).rsqrt()
-    y = x * scale.unsqueeze(1) * a["weight"].double() * F.silu(gate)
-    return y.to(a["x"].dtype), None, scale.float(), a["x"]
-
-
-def norm_backward(**a: Any) -> tuple[Tensor | None, ...]:
-    dy, x, gate, weight = (a[name].double() for name in ("dy", "x", "g", "weight"))
-    scale, s = a["rstd"].double().unsqueeze(1), torch.sigmoid(gate)
-    unit = x * scale
-    dgate = dy * unit * weight * s * (1 + gate * (1 - s))
-    dunit = dy * weight * gate * s
-    dx = (dunit - unit * (dunit * unit).mean(1, keepdim=True)) * scale
-    dweight = (dy * unit * gate * s).sum(0).to(a["weight"].dtype)
-    return dx.to(a["x_dtype"]), dgate.to(a["x_dtype"]), dweight, None, None
+from gka.ops.triton import fused, norm
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The CPU in the place of a GPU, PyTorch in the place of the norm's kernels, the interpreter for our own."""
+    """The CPU in the place of a GPU; spans and programs so few that small inputs take several rounds."""
     pytest.importorskip("triton", reason="Triton is made for Linux only")
     if torch.cuda.is_available():
         pytest.skip("with a GPU, test_gpu.py runs the kernels themselves")
-    found = gated_norm.Kernels(norm, norm_backward)
     monkeypatch.setattr(fused, "DEVICE", "cpu")
     monkeypatch.setattr(conv_kernels, "SPAN", 8)
-    monkeypatch.setattr(gated_norm, "LEAST_TOKENS", 2)
-    monkeypatch.setattr(gated_norm, "kernels", lambda: found)
+    monkeypatch.setattr(norm, "PROGRAMS", 3)
     return monkeypatch
 
 
-def test_taken_for_several_tokens_of_16_or_32_bits(stand_in: pytest.MonkeyPatch) -> None:
+def test_taken_for_16_or_32_bits(stand_in: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3, 4)
-    assert all(gated_norm.usable(x.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16))
-    assert not gated_norm.usable(x.double())
-    assert not gated_norm.usable(x[:, :1]) and not gated_norm.usable(x[:0])
-    stand_in.setattr(gated_norm, "LEAST_TOKENS", 3)
-    assert gated_norm.usable(x) and not gated_norm.usable(x[:, :2])
+    assert all(norm.usable(x.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    assert not norm.usable(x.double()) and not norm.usable(x[:0])
+    assert norm.usable(x[:, :1])
     assert conv_kernels.usable(x[:, :2], 4) and not conv_kernels.usable(x[:, :1], 4)
     assert conv_kernels.usable(x, 8) and not conv_kernels.usable(x, 9) and not conv_kernels.usable(x[:0], 4)
     stand_in.setattr(fused, "ENABLED", False)
-    assert not gated_norm.usable(x) and not conv_kernels.usable(x, 4)
+    assert not norm.usable(x) and not conv_kernels.usable(x, 4)
 
 
-def test_nothing_is_imported_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise AssertionError("looked for the kernels")
-
-    monkeypatch.setattr(gated_norm, "kernels", fail)
+def test_nothing_is_asked_of_a_gpu_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(fused, "runs_kernels", None)
     tiny_layer(torch.bfloat16)(random_inputs(2, 9, 36).bfloat16())
-
-
-def test_not_installed_is_no_error(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert gated_norm.kernels.__wrapped__() is None
-    assert not recwarn.list
-
-
-def test_another_version_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "fla", None)  # its import fails
-    with pytest.warns(UserWarning, match="does not fit"):
-        assert gated_norm.kernels.__wrapped__() is None
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_layer_stays_the_same(rows: str, stand_in: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for module, name in ((conv_kernels, "short_conv"), (gated_norm, "gated_rms_norm")):
+    for module, name in ((conv_kernels, "short_conv"), (norm, "gated_rms_norm")):
         original = getattr(module, name)
         stand_in.setattr(module, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
     layer = tiny_layer(torch.float32)
     out = layer_outcome(layer, rows)
-    assert calls.count("short_conv") == 3 * calls.count("gated_rms_norm") > 0
+    single = rows == "in parts"  # one part is of one token, which has no kernel of the convolution
+    assert calls.count("short_conv") == 3 * (calls.count("gated_rms_norm") - single) > 0
     calls.clear()
     stand_in.setattr(fused, "ENABLED", False)
     assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 2e-4)
@@ -132,7 +94,7 @@ def test_operators_are_what_they_say(packed: bool, stand_in: pytest.MonkeyPatch)
     torch.library.opcheck(conv_kernels._short_conv, (x, weight, place), test_utils=checks)
     o, gate = (random_inputs(2, 3, 4, 5, seed=s).requires_grad_() for s in (3, 4))
     norm_weight = random_inputs(5, seed=5).requires_grad_()
-    torch.library.opcheck(gated_norm._gated_rms_norm, (o, gate, norm_weight, 1e-6), test_utils=checks)
+    torch.library.opcheck(norm._operator, (o, gate, norm_weight, 1e-6), test_utils=checks)
 
 
 def convolved(conv: ShortConv, given: dict[str, Tensor], edges: list[int] | None) -> dict[str, Tensor]:
@@ -179,6 +141,106 @@ def test_sequences_in_a_pack_do_not_see_each_other(stand_in: pytest.MonkeyPatch)
     assert torch.equal(out["y"][:, 4:9], alone["y"]) and out["x"][:, 4:9].isfinite().all()
 
 
+def normed(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y of the module `GatedRMSNorm`, and gradients of x, gate and weight."""
+    leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+    module = GatedRMSNorm(given["weight"].shape[0], 1e-5)
+    y = torch.func.functional_call(module, {"weight": leaves["weight"]}, (leaves["x"], leaves["gate"]))
+    assert y.dtype == given["x"].dtype
+    grads = torch.autograd.grad(y, list(leaves.values()), random_inputs(*y.shape, seed=9).to(y.dtype))
+    assert all(grad.dtype == given[name].dtype for name, grad in zip(leaves, grads, strict=True))
+    return {"y": y, **dict(zip(leaves, grads, strict=True))}
+
+
+def norm_inputs(rows: int, V: int, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    given = {name: random_inputs(1, rows, V, seed=seed) for seed, name in enumerate(("x", "gate"))}
+    given["weight"] = random_inputs(V, seed=2)
+    return {name: x.to(dtypes[name]) for name, x in given.items()}
+
+
+def assert_norm_is_right(given: dict[str, Tensor], stand_in: pytest.MonkeyPatch, bound: float) -> None:
+    """Against PyTorch in float64."""
+    assert norm.usable(given["x"])
+    out = normed(given)
+    stand_in.setattr(fused, "ENABLED", False)
+    assert_close(out, normed({name: x.double() for name, x in given.items()}), bound)
+
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("V", [5, 24, 64, 100, 128, 200, 600])
+@pytest.mark.parametrize("rows", [1, 7, 130, 1000])
+def test_norm_equals_pytorch_in_float64(
+    rows: int, V: int, dtype: torch.dtype, stand_in: pytest.MonkeyPatch
+) -> None:
+    """Blocks of rows are whole, partly filled, and more than the programs of the backward pass."""
+    given = norm_inputs(rows, V, dict.fromkeys(("x", "gate", "weight"), dtype))
+    assert_norm_is_right(given, stand_in, BOUNDS[dtype])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("narrow", [("x", "gate"), ("weight",), ("gate",)], ids="+".join)
+def test_norm_of_several_dtypes(narrow: tuple[str, ...], stand_in: pytest.MonkeyPatch) -> None:
+    """Such as a weight in float32 under autocast."""
+    dtypes = {n: torch.bfloat16 if n in narrow else torch.float32 for n in ("x", "gate", "weight")}
+    assert_norm_is_right(norm_inputs(7, 24, dtypes), stand_in, BOUNDS[torch.bfloat16])
+
+
+def test_norm_of_rows_wider_than_a_block_of_them(stand_in: pytest.MonkeyPatch) -> None:
+    stand_in.setattr(norm, "FORWARD", 64)
+    stand_in.setattr(norm, "BACKWARD", 64)
+    assert_norm_is_right(
+        norm_inputs(9, 100, dict.fromkeys(("x", "gate", "weight"), torch.float32)), stand_in, 1e-6
+    )
+
+
+def test_norm_of_tensors_that_are_not_contiguous(stand_in: pytest.MonkeyPatch) -> None:
+    given = norm_inputs(6, 24, dict.fromkeys(("x", "gate", "weight"), torch.float32))
+    x, gate = (given[n].view(2, 3, 24).transpose(0, 1) for n in ("x", "gate"))
+    out = norm.gated_rms_norm(x, gate, given["weight"].repeat(2)[::2], 1e-5)
+    expected = norm.gated_rms_norm(x.contiguous(), gate.contiguous(), given["weight"].repeat(2)[::2].clone(), 1e-5)
+    assert out.equal(expected) and out.shape == x.shape
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("V", [0, 5])
+def test_norm_of_nothing(V: int) -> None:
+    x, gate, weight = (torch.zeros(*shape, requires_grad=True) for shape in ((0, 3, V), (0, 3, V), (V,)))
+    y = norm.gated_rms_norm(x, gate, weight, 1e-5)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == gate.grad.shape == (0, 3, V) and weight.grad.equal(torch.zeros(V))
+
+
+def test_norm_of_what_does_not_fit_is_refused() -> None:
+    x, weight = torch.zeros(2, 3, 4), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\), \(2, 1, 4\) and \(4,\); expected"):
+        norm.gated_rms_norm(x, x[:, :1], weight, 1e-5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) and \(3,\); expected"):
+        norm.gated_rms_norm(x, x, weight[:3], 1e-5)
+    with pytest.raises(ValueError, match="are on cpu and meta; expected cpu"):
+        norm.gated_rms_norm(x, x, weight.to("meta"), 1e-5)
+
+
+def test_norm_of_fake_tensors() -> None:
+    with FakeTensorMode():
+        x, weight = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(4)
+        y = norm.gated_rms_norm(x, x, weight, 1e-5)
+        assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_norm_has_no_second_derivatives(stand_in: pytest.MonkeyPatch) -> None:
+    x, gate, weight = (
+        x.requires_grad_()
+        for x in norm_inputs(3, 5, dict.fromkeys(("x", "gate", "weight"), torch.float32)).values()
+    )
+    (dx,) = torch.autograd.grad(norm.gated_rms_norm(x, gate, weight, 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("with_state", [False, True])
 @given(T=st.integers(1, 6), width=st.integers(1, 5), data=st.data())
 def test_last_inputs(with_state: bool, T: int, width: int, data: st.DataObject) -> None:
@@ -221,11 +283,11 @@ def test_wrong_sequences_are_refused_before_the_convolutions(
 
 
 def test_not_for_gpus_without_the_kernels(stand_in: pytest.MonkeyPatch) -> None:
-    stand_in.setattr(conv_kernels, "INTERPRETED", False)
+    stand_in.setattr(fused, "INTERPRETED", False)
     x = torch.zeros(1, 3, 4)
     for runs in (True, False):
-        stand_in.setattr(conv_kernels, "runs_kernels", lambda device, runs=runs: runs)
-        assert conv_kernels.usable(x, 4) == runs
+        stand_in.setattr(fused, "runs_kernels", lambda device, runs=runs: runs)
+        assert conv_kernels.usable(x, 4) == norm.usable(x) == runs
     stand_in.setattr(torch.version, "cuda", "12.8")
     stand_in.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert triton_config.runs_kernels(0)

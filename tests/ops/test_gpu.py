@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ from torch import Tensor
 from transformers import StaticCache
 
 import gka
-from gka.nn import gated_norm
 from gka.nn.layer import GatedRMSNorm
 from gka.nn.short_conv import ShortConv, packing
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
 from gka.ops.triton import conv as conv_kernels
+from gka.ops.triton import norm as norm_kernels
 
 if torch.cuda.is_available():
     from gka.ops.triton import step as triton_step
@@ -135,23 +134,8 @@ def test_without_a_solve(device: torch.device) -> None:
     assert_close(out, run(doubled(arguments), backend="chunked", steps=()), 1e-2)
 
 
-@pytest.fixture
-def with_extra(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
-    """Whether flash-linear-attention's norm is used: a parameter, True without one."""
-    wanted = bool(getattr(request, "param", True))
-    if wanted and importlib.util.find_spec("fla") is None:
-        pytest.skip("flash-linear-attention is not installed: pip install 'gated-kalmanet[cuda]'")
-    monkeypatch.setattr(gated_norm, "installed", lambda: wanted)
-    assert not wanted or gated_norm.kernels() is not None
-    return wanted
-
-
-both_ways = pytest.mark.parametrize("with_extra", [True, False], ids=["with the extra", "without"], indirect=True)
-
-
-@both_ways
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_compiles_with_the_layer(packed: bool, with_extra: bool, device: torch.device) -> None:
+def test_compiles_with_the_layer(packed: bool, device: torch.device) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = gka.GKAConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
@@ -167,12 +151,9 @@ def test_compiles_with_the_layer(packed: bool, with_extra: bool, device: torch.d
         assert relative_error(out, ref) < 3e-2
 
 
-@both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_layer_equals_the_cpu_in_float64(
-    rows: str, dtype: torch.dtype, with_extra: bool, device: torch.device
-) -> None:
+def test_layer_equals_the_cpu_in_float64(rows: str, dtype: torch.dtype, device: torch.device) -> None:
     if rows == "autocast" and dtype != torch.float32:
         pytest.skip("autocast is for float32 parameters")
     layer = tiny_layer(dtype)
@@ -224,19 +205,35 @@ def test_short_convolution(
     assert_close(*results, {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])
 
 
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["", "weight in float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dim", [5, 100, 128, 600])
-def test_gated_norm_with_the_extra(dim: int, dtype: torch.dtype, with_extra: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("tokens, heads", [(1, 1), (7, 1), (65, 2), (10000, 3)])
+@pytest.mark.parametrize("V", [5, 24, 64, 100, 128, 200, 600])
+def test_gated_norm(
+    V: int, tokens: int, heads: int, dtype: torch.dtype, weight_dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Rows from one to more than the programs of the backward pass take at once."""
     torch.manual_seed(0)
-    norm = GatedRMSNorm(dim, 1e-6).to(dtype)
+    norm = GatedRMSNorm(V, 1e-6).to(weight_dtype or dtype)
     torch.nn.init.normal_(norm.weight)
-    given = {name: torch.randn(2, 77, 3, dim).to(dtype) for name in ("o", "gate")}
+    given = {name: torch.randn(1, tokens, heads, V).to(dtype) for name in ("o", "gate")}
     results = []
-    for where, wide in ((device, dtype), (torch.device("cpu"), torch.float64)):
-        module = copy.deepcopy(norm).to(where, wide)
-        leaves = {name: x.to(where, wide).requires_grad_() for name, x in given.items()}
+    for where, wide in ((device, False), (torch.device("cpu"), True)):
+        module = copy.deepcopy(norm).to(where, torch.float64 if wide else None)
+        leaves = {
+            name: x.to(where, torch.float64 if wide else dtype).requires_grad_() for name, x in given.items()
+        }
+        assert norm_kernels.usable(leaves["o"]) == (where == device)
         results.append(differentiated(module(**leaves), leaves | {"weight": module.weight}))
-    assert_close(*results, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype])
+    assert_close(*results, {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])
+
+
+def test_gated_norm_gives_equal_bits(device: torch.device) -> None:
+    x, gate = (torch.randn(1, 9000, 2, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+    norm = GatedRMSNorm(128, 1e-6).to(device, torch.bfloat16)
+    leaves = {"o": x.requires_grad_(), "gate": gate.requires_grad_()}
+    results = [differentiated(norm(**leaves), leaves | {"weight": norm.weight}) for _ in range(2)]
+    assert all(out.equal(ref) for out, ref in zip(*(r.values() for r in results), strict=True))
 
 
 LONG, WIDE, TAIL = 1_100_000, 2048, 1000  # more than 2^31 elements
@@ -262,7 +259,7 @@ def test_short_convolution_of_more_than_2_to_the_31_elements(long_sequence: Tens
     assert relative_error(y[:, -TAIL:], ref) < 1e-6 and relative_error(dx[:, -TAIL:], dlast) < 1e-6
 
 
-def test_gated_norm_of_more_than_2_to_the_31_elements(with_extra: bool, long_sequence: Tensor) -> None:
+def test_gated_norm_of_more_than_2_to_the_31_elements(long_sequence: Tensor) -> None:
     norm = GatedRMSNorm(128, 1e-6).to(long_sequence.device, torch.bfloat16)
     heads = long_sequence.detach().view(1, LONG, 16, 128).requires_grad_()
     few = heads.detach()[:, -TAIL:].clone().requires_grad_()

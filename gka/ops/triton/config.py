@@ -155,3 +155,10 @@ def conv_config(C: int, rows: int) -> dict[str, int]:
     """Rows at a time, channels and warps of a program of the short convolution: 4 channels a thread."""
     BC = max(32, min(256, 1 << (C - 1).bit_length()))
     return {"R": rows, "BC": BC, "num_warps": max(1, BC // 128), "num_stages": 1}
+
+
+def norm_config(V: int, numbers: int) -> dict[str, int]:
+    """Rows and warps of a program of the gated norm: `numbers` numbers of a tensor or one row, 8 a thread."""
+    BV = max(16, 1 << (V - 1).bit_length())
+    R = max(1, numbers // BV)
+    return {"R": R, "BV": BV, "num_warps": max(1, min(32, R * BV // 256)), "num_stages": 1}

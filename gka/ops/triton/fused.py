@@ -7,11 +7,15 @@ import os
 import torch
 from torch import Tensor
 
+from .config import INTERPRETED, runs_kernels
+
 ENABLED = os.environ.get("GKA_FUSED", "1") != "0"  # False: PyTorch's own functions around the op on every device
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def enabled(x: Tensor) -> bool:
-    """Whether x is on a GPU, of 16 or 32 bits, and nobody turned kernels around the op off."""
-    return ENABLED and x.device.type == DEVICE and x.dtype in DTYPES
+    """Whether x is on a GPU that runs our kernels, of 16 or 32 bits, and nobody turned those around the op off."""
+    if not ENABLED or x.device.type != DEVICE or x.dtype not in DTYPES:
+        return False
+    return INTERPRETED or runs_kernels(x.device.index)

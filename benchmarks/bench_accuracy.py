@@ -1,0 +1,100 @@
+"""Errors of the op with 16-bit inputs, against the exact solve in float64.
+
+    python -m benchmarks.bench_accuracy --device cuda      # a minute on a GPU
+    python -m benchmarks.bench_accuracy                    # on a CPU, the chunk-wise form alone
+
+Every error is ||out - ref|| / ||ref||. Two tables:
+
+    families     o and all gradients on the four families of inputs, alpha and beta 1 or random; gradients of a loss
+                 through o alone, and of one through the final states alone
+    first tokens the same by the token's place in its sequence, on packed sequences of 64 tokens; a loss through o
+
+Legend: H heads; D = V = 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import write_result
+from tests.families import FAMILIES, Family, family_inputs, with_gates
+from tests.helpers import doubled, relative_error, run
+
+PLACES = (0, 1, 2, 4, 8, 16, 32, 64)  # where each column begins, and the last ends
+EXACT = (200,)
+
+
+def on_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What is the same in a row, and the options of the call, for every backend and number of nodes."""
+    for backend in ("triton", "chunked") if options.device.type == "cuda" else ("chunked",):
+        for steps in ((16, 16), (16, 8)):
+            yield {"backend": backend, "steps": list(steps)}, {"backend": backend, "steps": steps}
+
+
+def family_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, family in FAMILIES.items():
+        for random in (False, True):
+            inputs = on_device(with_gates(family_inputs(family, options.heads), random), options.device)
+            exact = run(doubled(inputs), backend="chunked", steps=EXACT)
+            for row, call in cases(options):
+                out = run(inputs, **call)
+                errors = {key: relative_error(out[key], exact[key]) for key in exact}
+                yield {"table": "families", "family": name, "gates": "random" if random else "1", **row, **errors}
+
+
+def place_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    length = PLACES[-1]
+    for name, family in FAMILIES.items():
+        tokens = Family(options.sequences * length, family.m, family.common)
+        inputs: dict[str, Any] = with_gates(family_inputs(tokens, options.heads), random=False)
+        inputs["cu_seqlens"] = torch.arange(options.sequences + 1) * length
+        inputs = on_device(inputs, options.device)
+        exact = run(doubled(inputs), backend="chunked", steps=EXACT)
+        for row, call in cases(options):
+            out = run(inputs, **call)
+            for key in ("o", "dq", "dk", "dv", "dg", "dalpha", "dbeta"):
+                parts = [x[key].unflatten(1, (options.sequences, length)) for x in (out, exact)]
+                errors = {
+                    f"{first + 1} to {last}": relative_error(*(part[:, :, first:last] for part in parts))
+                    for first, last in zip(PLACES, PLACES[1:], strict=False)
+                }
+                yield {"table": "first tokens", "family": name, **row, "of": key, **errors}
+
+
+def printed(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        print(
+            *(f"{key} {value:.1e}" if isinstance(value, float) else value for key, value in row.items()),
+            flush=True,
+        )
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--heads", type=int, default=4, help="heads of each family")
+    parser.add_argument("--sequences", type=int, default=64, help="packed sequences of the second table")
+    parser.add_argument("--output", type=Path, help="result file, in place of one in benchmarks/results")
+    options = parser.parse_args()
+    command = f"python -m benchmarks.bench_accuracy --device {options.device.type}"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from family_rows(options)
+        yield from place_rows(options)
+
+    write_result("accuracy", printed(rows()), command, options.output)
+
+
+if __name__ == "__main__":
+    main()
