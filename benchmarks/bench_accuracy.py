@@ -7,7 +7,7 @@ Every error is ||out - ref|| / ||ref||. Two tables:
 
     families     o and all gradients on the four families of inputs, alpha and beta 1 or random; gradients of a loss
                  through o alone, and of one through the final states alone
-    first tokens the same by the token's place in its sequence, on packed sequences of 64 tokens; a loss through o
+    first tokens the same by the token's place, on packed sequences of 64 tokens; a loss through o alone
 
 Legend: H heads; D = V = 128.
 """
@@ -15,6 +15,7 @@ Legend: H heads; D = V = 128.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def place_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 parts = [x[key].unflatten(1, (options.sequences, length)) for x in (out, exact)]
                 errors = {
                     f"{first + 1} to {last}": relative_error(*(part[:, :, first:last] for part in parts))
-                    for first, last in zip(PLACES, PLACES[1:], strict=False)
+                    for first, last in itertools.pairwise(PLACES)
                 }
                 yield {"table": "first tokens", "family": name, **row, "of": key, **errors}
 

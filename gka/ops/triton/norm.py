@@ -3,8 +3,8 @@
     y = x / sqrt(mean(x^2) + eps) * weight * SiLU(gate)
 
 They run for tensors on an NVIDIA GPU of compute capability 8.0 or later; `gka/nn/gated_norm.py` does the same in
-PyTorch elsewhere. torch.compile meets a custom operator, of which it only traces shapes. Sums are made in one order,
-so equal calls give equal bits. There are first derivatives backwards and no others.
+PyTorch elsewhere. torch.compile meets a custom operator, of which it only traces shapes. Sums are made in one
+order, so equal calls give equal bits. There are first derivatives backwards and no others.
 
 Legend: V size of the last dim, N rows: product of all others.
 """
