@@ -5,8 +5,8 @@
 
 Every error is ||out - ref|| / ||ref||. Two tables:
 
-    families     o and all gradients on the four families of inputs, alpha and beta 1 or random; gradients of a loss
-                 through o alone, and of one through the final states alone
+    families     o and all gradients on the four families of inputs, alpha and beta 1 or random; gradients of a
+                 loss through o alone, and of one through the final states alone
     first tokens the same by the token's place, on packed sequences of 64 tokens; a loss through o alone
 
 Legend: H heads; D = V = 128.
