@@ -1,13 +1,13 @@
 """A GKA layer in the place of softmax attention in a block of transformers' own models.
 
-Their blocks call `hidden_states, _ = self.self_attn(hidden_states=..., position_embeddings=..., attention_mask=...,
-past_key_values=..., **kwargs)`. `GKASelfAttention` takes this call:
+Their blocks call `hidden_states, _ = self.self_attn(hidden_states=..., position_embeddings=...,
+attention_mask=..., past_key_values=..., **kwargs)`. `GKASelfAttention` takes this call:
 
     for block in model.model.layers[::2]:
         block.self_attn = GKASelfAttention(layer)
 
-A mask [B, 1, T, P + T] of transformers says which tokens each query may see. Of a causal mask with padding, the last
-row says which tokens are real; any other mask has no meaning for a recurrent layer and is refused.
+A mask [B, 1, T, P + T] of transformers says which tokens each query may see. Of a causal mask with padding, the
+last row says which tokens are real. Any other mask has no meaning for a recurrent layer and is refused.
 
 Legend: B batch, T time of this call, P tokens in the cache.
 """
@@ -29,8 +29,8 @@ from ..nn.layer import GatedKalmaNet
 _STATES = 3  # convolutions of q, k and v; the sums S_kk and S_kv fit into as many places
 _WINDOW = 2**62  # a window that never fills: only layers with a window count tokens apart from what they hold
 _REFUSED = (
-    "attention_mask is not causal with padding; a GKA layer reads every real token of its row up to the present one "
-    "(packed sequences: cu_seq_lens_q; windows and other masks: none)"
+    "attention_mask is not causal with padding; a GKA layer reads every real token of its row up to the present "
+    "one. Give packed sequences by cu_seq_lens_q"
 )
 
 
