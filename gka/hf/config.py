@@ -101,7 +101,8 @@ class GKAConfig(PreTrainedConfig):
         mlp_bias: whether the projections of the feed-forward block have a bias.
         attention_dropout: dropout of the attention weights while training.
         use_qk_norm: whether queries and keys of the attention layers are RMS-normalised.
-        initializer_range: standard deviation of the weights at initialisation.
+        initializer_range: standard deviation of the weights at initialisation; None means hidden_size ** -0.5.
+            Projections into the residual stream start smaller by sqrt(2 num_hidden_layers).
         rms_norm_eps: epsilon of every RMSNorm.
         use_cache: whether `forward` returns its states for decoding.
         tie_word_embeddings: whether the output projection is the embedding's matrix.
@@ -146,7 +147,7 @@ class GKAConfig(PreTrainedConfig):
     mlp_bias: bool = False
     attention_dropout: float = 0.0
     use_qk_norm: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -166,6 +167,9 @@ class GKAConfig(PreTrainedConfig):
         if self.layer_types is None:
             self._check_counts("num_hidden_layers")
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.initializer_range is None:
+            self._check_counts("hidden_size")
+            self.initializer_range = round(self.hidden_size**-0.5, 5)
         if isinstance(self.steps, tuple):
             self.steps = list(self.steps)
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict

@@ -77,8 +77,12 @@ class GKABlock(GradientCheckpointingLayer):
             self.peer = registered_mixer(config.mixer)(config, layer_idx)
         else:
             self.self_attn = SoftmaxAttention(config, layer_idx)
+        for mixer in (getattr(self, "gka", None), getattr(self, "self_attn", None)):
+            if mixer is not None:
+                mixer.o_proj.ends_in_residual_stream = True
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)  # Qwen3's, with a bias where config.mlp_bias
+        self.mlp.down_proj.ends_in_residual_stream = True  # type: ignore[assignment]
 
     @takes_cache  # gradient checkpointing, which wraps this, takes the cache away by its name
     def forward(
@@ -171,7 +175,14 @@ class GKAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Normal with variance 1 / hidden_size; projections into the residual stream smaller by sqrt(2 blocks).
+
+        With the usual 0.02 at small widths, what blocks add to the stream hides the embedding, and a model takes
+        hundreds of steps to begin.
+        """
         super()._init_weights(module)
+        if isinstance(module, nn.Linear) and getattr(module, "ends_in_residual_stream", False):
+            self._shrink(module.weight)
         if isinstance(module, ShortConv):  # keeps the size of its inputs: U(-1, 1) / sqrt(width)
             init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
         if isinstance(module, ZeroLinear):
@@ -185,6 +196,11 @@ class GKAPreTrainedModel(PreTrainedModel):
             init.copy_(module.dt_bias, fresh_dt_bias(module.num_heads, device))
         if self.config.mixer not in OURS:
             registered_mixer(self.config.mixer).initialise(module)
+
+    def _shrink(self, weight: Tensor) -> None:
+        """A fresh weight divided by sqrt(2 num_hidden_layers); one that was loaded stays."""
+        if not getattr(weight, "_is_hf_initialized", False):
+            weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
 
 
 class GKAModel(GKAPreTrainedModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from model_helpers import FULL, GKA, SLIDING, tiny_config
 from transformers import DynamicCache
 
@@ -105,3 +106,30 @@ def test_caches_are_made_from_it() -> None:
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "LinearAttentionLayer", "DynamicLayer"]
     assert cache.layers[1].number_of_states == 3 and cache.layers[0].sliding_window == 3
+
+
+def test_first_weights_have_the_size_that_the_width_asks() -> None:
+    torch.manual_seed(0)
+    config = GKAConfig(
+        vocab_size=97, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    assert config.initializer_range == pytest.approx(96**-0.5, rel=1e-3)
+    weights = dict(GKAForCausalLM(config).named_parameters())
+    outputs = [name for name in weights if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    assert len(outputs) == 6
+    for name in ("embed_tokens.weight", "layers.0.gka.q_proj.weight", "layers.1.mlp.up_proj.weight"):
+        assert weights[f"model.{name}"].std().item() == pytest.approx(96**-0.5, rel=0.1)
+    for name in outputs:
+        assert weights[name].std().item() == pytest.approx((6 * 96) ** -0.5, rel=0.1)
+
+
+def test_loaded_weights_keep_their_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GKAForCausalLM(GKAConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    model.save_pretrained(tmp_path)
+    loaded = GKAForCausalLM.from_pretrained(tmp_path)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    fewer = GKAForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1, layer_types=["linear_attention"])
+    assert torch.equal(fewer.model.layers[0].gka.o_proj.weight, model.model.layers[0].gka.o_proj.weight)
