@@ -1,8 +1,10 @@
-"""The pictures of docs/how.md: what the page says of them, and that they are made."""
+"""The pictures of docs/how.md and docs/architecture.md: what the pages say of them, and that they are made."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,12 +24,18 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
     return systems(q, k, g, every=64)
 
 
-def test_all_pictures_are_made_and_are_those_of_the_page(tmp_path: Path) -> None:
+def test_all_pictures_are_made_and_are_those_of_the_pages(tmp_path: Path) -> None:
     pictures.main(tmp_path)
     made = {path.name for path in tmp_path.iterdir()}
-    page = (ROOT / "docs/how.md").read_text(encoding="utf-8")
+    pages = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("how", "architecture"))
     assert made == {path.name for path in (ROOT / "docs/images").iterdir()}
-    assert all(f"](images/{name})" in page for name in made)
+    assert all(f"](images/{name})" in pages for name in made)
+
+
+def test_the_layers_are_those_that_imports_are_checked_by() -> None:
+    contract = re.search(r"^layers = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert contract is not None
+    assert [name for name, *_ in pictures.LAYERS] == json.loads(contract[1])
 
 
 def test_a_state_that_fades_forgets_the_first_subject() -> None:

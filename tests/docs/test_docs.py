@@ -22,7 +22,7 @@ from page_commands import run_command, simple_commands
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
-WITHOUT_CODE = ("docs/evidence.md", "docs/kernels.md", "docs/math.md")
+WITHOUT_CODE = ("docs/architecture.md", "docs/evidence.md", "docs/kernels.md", "docs/math.md")
 NOT_RUN = "<!-- illustrative -->"
 LANGUAGES = ("python", "bash")
 
