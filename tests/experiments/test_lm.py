@@ -193,7 +193,7 @@ def test_other_seeds_are_shown_beside_the_first(tmp_path: Path) -> None:
     assert page.count("| 2 to 3 | 2.100 | 2.150 |") == 2 and page.count("| 4 to 7 |  |  |") == 1
     assert "| 2.1000 (2.0000 to 2.2000) | 1.0500 (1.0000 to 1.1000) | 3.000 (3.000 to 3.000) |" in page
     assert "+0.0500 (-0.1000 to +0.2000) for Gated DeltaNet" in page
-    assert "Gated DeltaNet: so it is with 1 of 2 seeds." in page and "One training each" not in page
+    assert "It holds for 1 of 2 seeds." in page and "There is one training" not in page
     gdn = next(entry for entry in entries if entry["cell"]["mixer"] == "gdn")
     gdn["result"] |= {"held out": None, "diverged": 2}
     page = lm.section(entries, tmp_path / "lm.png")

@@ -237,7 +237,7 @@ def test_the_small_form(output: Path, capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
     assert command_line.main(arguments) == 0 and "5 cells, 0 to measure" in capsys.readouterr().err
     text = write_page(output).read_text(encoding="utf-8")
-    assert "| tokens | softmax attention |" in text and "LongQA, F1" in text and "RAG, F1" not in text
+    assert "| tokens | softmax attention |" in text and "LongQA: F1" in text and "RAG: F1" not in text
     assert (output / "long.png").stat().st_size > 5000
 
 
@@ -278,7 +278,7 @@ def test_the_page_shows_means_of_what_is_complete(tmp_path: Path) -> None:
     entries += [entry("gdn", "cwe", 4096, 0.75), entry("gka", "vt", 8192, 0.1), entry("gka", "rag", 4096, 0.4)]
     text = long.section(entries, tmp_path / "picture.png")
     assert "| 4096 | 75.0 | 50.0 |" in text and "| 8192 |  |  |" in text and "| 4096 | 40.0 (20.0) |  |" in text
-    assert "| vt | 10.0 |  |" in text and "at 4096 tokens +30.0 ± 5.0 beside Gated DeltaNet" in text
+    assert "| vt | 10.0 |  |" in text and "at 4096 tokens +30.0 ± 5.0 to Gated DeltaNet" in text
     assert "at 8192 tokens +" not in text and "Questions are answered exactly in 20 percent" in text
     assert "LongQA" not in text and (tmp_path / "picture.png").stat().st_size > 5000
 
