@@ -1,7 +1,7 @@
 """The op's kernels one by one: seconds of each in a call, its floor, and a picture of both.
 
 The floor of a kernel is the longer of its bytes at BANDWIDTH and its products at RATE, what a copy and a large
-bfloat16 matrix product reach on an H200. Bytes are those that must pass memory once if nothing stays in a cache.
+bfloat16 matrix product reach on this GPU. Bytes are those that must pass memory once if nothing stays in a cache.
 
 Legend: B batch, T time, H heads, D = V head dims, C tokens of a chunk; a token-head is one token of one head.
 """
@@ -15,30 +15,37 @@ from typing import Any
 
 from benchmarks.calls import gpu_seconds
 
-BANDWIDTH, RATE = 4.2e12, 790e12  # bytes and flops a second
+BANDWIDTH = {"H200": 4.2e12, "H100": 3.0e12}  # bytes a second of a copy, read and written, by GPU
+RATE = 790e12  # flops a second, of both
 C = 64
 # In the order in which they run. Of a token-head in bfloat16: rows of D numbers that are read and written (2 D
-# bytes each; float32 counts twice), D x D matrices per chunk, and products with S and K together (of the solve).
+# bytes each; float32 counts twice, a pair in three bytes 1.5 times), D x D matrices per chunk, counted alike, and
+# products with S and K together (of the solve).
 KERNELS: dict[str, tuple[float, float, float]] = {
-    "scan_states": (3 * 2, 4 + 3, 0),  # three times: sums of spans, forwards, backwards
-    "solve_chunks": (4 + 7, 2 * 2, 68.6),  # twice 30 products and a residual; norms, and one more of the adjoint
-    "read_states": (6, 2, 0),
-    "read_gradients": (5, 1, 0),
-    "query_gradients": (8, 0, 0),
-    "increments_kk": (3, 1, 0),
-    "increments_kv": (3, 1, 0),
-    "scan_gradients": (0, 6, 0),
-    "value_gradients": (11, 1, 0),
-    "key_gradients": (8, 3, 0),
+    "scan_states": (3 * 2, 3.5 + 3.5, 0),  # three times: sums of spans, forwards, backwards
+    "solve_chunks": (3.5 + 6, 2 * 2, 68.6),  # twice 30 products and a residual; norms, and one more of the adjoint
+    "read_states": (5.5, 1.5, 0),
+    "read_gradients": (5, 1.5, 0),
+    "query_gradients": (7, 0, 0),
+    "increments_kk": (4, 1.5, 0),
+    "increments_kv": (3.5, 1.5, 0),
+    "scan_gradients": (0, 8, 0),
+    "value_gradients": (10, 1.5, 0),
+    "key_gradients": (8, 4, 0),
 }
 
 
-def floor(kernel: str, B: int, T: int, H: int, D: int) -> float:
+def bandwidth(gpu: str) -> float:
+    """Bytes a second of a GPU by its name; of those that are not known, the H200's, which makes its floors low."""
+    return next((rate for name, rate in BANDWIDTH.items() if name in gpu), max(BANDWIDTH.values()))
+
+
+def floor(kernel: str, B: int, T: int, H: int, D: int, gpu: str = "H200") -> float:
     """Seconds that a kernel of forward + backward, steps (16, 16), bfloat16, cannot go below."""
     rows, matrices, products = KERNELS[kernel]
     of_a_token = rows * 2 * D + matrices * 2 * D * D / C
     flops = products * (2 * D * D + 4 * C * D)
-    return B * T * H * max(of_a_token / BANDWIDTH, flops / RATE)
+    return B * T * H * max(of_a_token / bandwidth(gpu), flops / RATE)
 
 
 def seconds_by_kernel(function: Callable[[], object]) -> dict[str, float]:
@@ -60,7 +67,8 @@ def plot(result: Path) -> Path | None:
         return None
     names = [name for name in reversed(KERNELS) if name in row["kernels"]]
     measured = [row["kernels"][name] * 1e3 for name in names]
-    floors = [floor(name, row["B"], row["T"], row["H"], row["D"]) * 1e3 for name in names]
+    gpu = content["machine"]["gpu"] or ""
+    floors = [floor(name, row["B"], row["T"], row["H"], row["D"], gpu) * 1e3 for name in names]
     figure = Figure(figsize=(9, 4.6), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -149,6 +149,52 @@ def norm(result: Result) -> str:
     return "\n\n".join([markdown_table(header, table), *(f"{name}: {note}." for name, note in notes.items())])
 
 
+GRADIENTS = ("dq", "dk", "dv", "dg", "dalpha", "dbeta")
+
+
+def _thousandths(value: float) -> str:
+    return f"{value * 1e3:.1f}"
+
+
+def family_errors(result: Result) -> str:
+    """Errors by family of inputs, a loss through o alone, then one through the final states alone."""
+    table = []
+    for row in result["rows"]:
+        if row["table"] == "families" and row["steps"] == [16, 16]:
+            names = ("o", *GRADIENTS, "states dk", "states dv", "states dg", "states dbeta")
+            table.append(
+                [row["backend"], row["family"], row["gates"], *(_thousandths(row[name]) for name in names)]
+            )
+    header = [
+        "backend",
+        "family",
+        "alpha, beta",
+        "o",
+        *GRADIENTS,
+        *(f"states: {n}" for n in ("dk", "dv", "dg", "dbeta")),
+    ]
+    return f"||out - ref|| / ||ref||, units of 1e-3, steps (16, 16):\n\n{markdown_table(header, table)}"
+
+
+def place_errors(result: Result) -> str:
+    """Errors of the low-rank start by the token's place; the first token's gate has no past: dg is zero there."""
+    table, places = [], [key for key in result["rows"][-1] if " to " in key]
+    for row in result["rows"]:
+        if row["table"] == "first tokens" and row["steps"] == [16, 16] and row["family"] == "low-rank start":
+            errors = [_thousandths(row[place]) for place in places]
+            if row["of"] == "dg":
+                errors[0] = ""
+            table.append([row["backend"], row["of"], *errors])
+    header = ["backend", "of", *(f"tokens {place}" for place in places)]
+    text = markdown_table(header, table)
+    return f"The same on the low-rank start by the token's place, a loss through o:\n\n{text}"
+
+
+def accuracy(result: Result) -> str:
+    """Both tables of errors."""
+    return f"{family_errors(result)}\n\n{place_errors(result)}"
+
+
 def length(result: Result) -> str:
     """Time against T."""
     rows, notes, parts = result["rows"], {}, []
@@ -207,6 +253,7 @@ def steps(result: Result) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "accuracy": ("Errors with 16-bit inputs", accuracy),
     "ops": ("The op", ops),
     "decode": ("Decoding", decode),
     "length": ("The op against the number of tokens", length),
@@ -217,6 +264,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
 DOCS = RESULTS.parent.parent / "docs"
 # Tables in guides, each between two comments: the page, and the benchmark whose newest result it is made of.
 GUIDES: dict[str, tuple[Path, str, Callable[[Result], str]]] = {
+    "errors": (DOCS / "kernels.md", "accuracy", lambda result: f"{accuracy(result)}\n\n{_source(result)}"),
     "steps": (DOCS / "tools.md", "steps", lambda result: f"{steps(result)} {_source(result)}"),
     "decode": (DOCS / "reliability.md", "long_decode", decode_table),
     "saves": (DOCS / "reliability.md", "reliability", saves_table),
@@ -269,7 +317,9 @@ def page() -> str:
 
 
 def _source(result: Result) -> str:
-    machine = f"{result['machine']['processor']}, {result['date']}, `{result['command']}`"
+    machine = (
+        f"{result['machine']['gpu'] or result['machine']['processor']}, {result['date']}, `{result['command']}`"
+    )
     return f"{machine} ([JSON](../benchmarks/results/{result['file']}))."
 
 

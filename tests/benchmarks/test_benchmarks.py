@@ -69,7 +69,8 @@ def test_the_picture_of_the_stages(tmp_path: Path) -> None:
     floors = {name: stages.floor(name, **size) for name in stages.KERNELS}
     assert all(value > 0 for value in floors.values())
     assert floors["solve_chunks"] == pytest.approx(68.6 * 65536 * 131072 * 16 / 790e12)
-    assert floors["query_gradients"] == pytest.approx(2048 * 131072 * 16 / 4.2e12)
+    assert floors["query_gradients"] == pytest.approx(1792 * 131072 * 16 / 4.2e12)
+    assert stages.floor("query_gradients", **size, gpu="NVIDIA H100") == pytest.approx(1792 * 131072 * 16 / 3.0e12)
     row = {"part": "wide", "op": "gka (16, 16)", "what": "forward+backward", **size, "V": 128}
     row |= {"kernels": {name: 2 * value for name, value in floors.items()} | {"rest": 0.0}}
     path = tmp_path / "wide.json"
