@@ -247,7 +247,7 @@ def section(entries: Entries, picture: Path) -> str:
         for task, title in _ASKED.items():
             if any(known == task for _, known, _ in scores):
                 rows = [[str(T), *(_both(scores.get((mixer, task, T))) for mixer in mixers)] for T in lengths]
-                parts += [f"{title}: F1 of the words and, in brackets, exact match:"]
+                parts += [f"{title}, F1 of the words and, in brackets, exact match:"]
                 parts += [markdown_table(["tokens", *names], rows)]
         if needles:
             rows = [[task, *(_score(scores, mixer, task, lengths[-1]) for mixer in mixers)] for task in needles]

@@ -333,7 +333,7 @@ def _findings(found: list[dict[str, Any]]) -> str:
         parts.append(f"{name}: better in {above}, equal in {len(apart) - above - below}, worse in {below}")
         clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
         if other != "attention":
-            fails.append(f"{name} in {clear} of {len(pairs)} places") if clear else holds.append(name)
+            fails.append(f"{name} ({clear} of {len(pairs)} places)") if clear else holds.append(name)
     said = []
     if parts:
         said.append(
