@@ -31,8 +31,8 @@ from .checks import (
     check_same_device,
     check_same_dtype,
     check_shapes,
-    check_state,
     checked_solver_steps,
+    checked_state,
 )
 from .solvers import RIDGE_RATIO
 from .torch import step
@@ -58,7 +58,7 @@ def gated_kalmanet(
     ridge_ratio: float = RIDGE_RATIO,
     solver_steps: Sequence[int] | None = None,
     scale: float | None = None,
-    initial_state: State | None = None,
+    initial_state: State | Sequence[Tensor | None] | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
@@ -82,8 +82,8 @@ def gated_kalmanet(
             iterations, (16, 16) two stages with one refinement. None means (31,) for 32- and 64-bit inputs and
             (16, 16) for 16-bit ones. () solves nothing: gated linear attention, y = q, and S_kk is None.
         scale: factor of the output; None means D ** -0.5.
-        initial_state: states before the first token, float32 (float64 for float64 inputs); S_kk symmetric.
-            None means zero.
+        initial_state: states before the first token, a State or any pair (S_kk, S_kv), float32 (float64 for
+            float64 inputs); S_kk symmetric. None means zero.
         output_final_state: whether the states after the last token are returned.
         cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
             cu_seqlens[n + 1] of a batch with B = 1; from 0 to T, not decreasing.
@@ -120,7 +120,7 @@ def gated_kalmanet(
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta, cu_seqlens=cu_seqlens)
     if initial_state is not None:
-        check_state("initial_state", initial_state, N, H, D, V, stages, q)
+        initial_state = checked_state("initial_state", initial_state, N, H, D, V, stages, q)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; expected an integer of at least 1, or None")
     check_decay(g)
@@ -160,7 +160,7 @@ def gated_kalmanet_step(
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
     *,
-    state: State,
+    state: State | Sequence[Tensor | None],
     ridge_ratio: float = RIDGE_RATIO,
     solver_steps: Sequence[int] | None = None,
     scale: float | None = None,
@@ -173,11 +173,12 @@ def gated_kalmanet_step(
 
     Args:
         q: [B, H, D]; k: [B, Hk, D]; v: [B, Hk, V]; g, alpha, beta: [B, H]; dtypes and ranges as there.
-        state: the states so far, S_kk [B, H, D, D] (None with `solver_steps=()`) and S_kv [B, H, D, V], both
-            float32 (float64 for float64 inputs) or, except for float64 inputs, both bfloat16: half the memory and
-            traffic, each update rounded when it is stored. The arithmetic is float32 all the same, and o is made
-            of the update before it is rounded. bfloat16 states need decays of about -0.01 or stronger: weaker ones
-            round to none, and the state no longer follows (docs/reliability.md).
+        state: the states so far, a State or any pair, S_kk [B, H, D, D] (None with `solver_steps=()`) and S_kv
+            [B, H, D, V], both float32 (float64 for float64 inputs) or, except for float64 inputs, both
+            bfloat16: half the memory and traffic, each update rounded when it is stored. The arithmetic is
+            float32 all the same, and o is made of the update before it is rounded. bfloat16 states need decays
+            of about -0.01 or stronger: weaker ones round to none, and the state no longer follows
+            (docs/reliability.md).
         ridge_ratio, solver_steps, scale, normalize_qk: as in `gated_kalmanet`.
         inplace: whether the new states are written over `state`, whose tensors are then those returned; without,
             they are left as they were. There are no gradients in place.
@@ -201,7 +202,7 @@ def gated_kalmanet_step(
     stages = checked_solver_steps(solver_steps, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    check_state("state", state, B, H, D, V, stages, q, may_be_bfloat16=True)
+    state = checked_state("state", state, B, H, D, V, stages, q, may_be_bfloat16=True)
     check_decay(g)
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k, v, g, alpha, beta, *state)

@@ -88,9 +88,9 @@ def checked_solver_steps(solver_steps: Sequence[int] | None, dtype: torch.dtype)
     return tuple(solver_steps)
 
 
-def check_state(
+def checked_state(
     name: str,
-    state: State,
+    state: Any,
     N: int,
     H: int,
     D: int,
@@ -98,9 +98,12 @@ def check_state(
     solver_steps: tuple[int, ...],
     q: Tensor,
     may_be_bfloat16: bool = False,
-) -> None:
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"{name} is a {type(state).__name__}; expected a gka.ops.State (S_kk, S_kv)")
+) -> State:
+    """The pair (S_kk, S_kv) as a State."""
+    if not isinstance(state, tuple | list):
+        raise TypeError(f"{name} is a {type(state).__name__}; expected a pair (S_kk, S_kv)")
+    if len(state) != 2:
+        raise ValueError(f"{name} has {len(state)} parts; expected a pair (S_kk, S_kv)")
     dtype = state_dtype(q.dtype)
     parts: list[tuple[str, Any, tuple[int, ...]]] = [("S_kv", state[1], (N, H, D, V))]
     if solver_steps:
@@ -118,6 +121,7 @@ def check_state(
         if tensor.dtype != dtype and not narrow:
             raise TypeError(f"{name}.{part} has dtype {tensor.dtype}; expected {dtype} for {q.dtype} inputs")
         check_same_device(q, **{f"{name}.{part}": tensor})
+    return State(*state)
 
 
 def _values_may_be_read(tensor: Tensor) -> bool:
