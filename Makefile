@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint docs clean
+.PHONY: help setup demo test test-gpu lint docs pages clean
 
 help:
 	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make lint      ruff, mypy and the layers of imports"
 	@echo "make docs      build the site of the guides into site/"
+	@echo "make pages     write the pages and tables that are generated from committed results"
 	@echo "make setup     only set up $(VENV)"
 	@echo "make clean     delete $(VENV), caches and build files; runs/ stays"
 	@echo
@@ -53,6 +54,10 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+pages: $(READY)
+	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m experiments evidence page --output docs/evidence
 
 clean:
 	rm -rf site $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

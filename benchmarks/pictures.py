@@ -1,4 +1,4 @@
-"""The pictures of docs/how.md: the state, its spectrum, the convergence of the solve.
+"""The pictures of docs/how.md: the state, its spectrum, the convergence of the solve. And of docs/architecture.md.
 
     python -m benchmarks.pictures                  # a few seconds on one core; writes docs/images/*.png
 
@@ -8,6 +8,7 @@ spectrum: eigenvalues of S_hat = S_kk / ||S_kk||_F, alone and with the ridge a a
 convergence: on the same systems, error of the iterate after each step, with the nodes in the order of
     `node_steps` and in increasing order, in float32; and error of the solve against the number of products, in
     one stage and in two, with products in bfloat16, beside the bound.
+layers: the packages, each above those that it imports.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
 from experiments.evidence.numerics import systems, token_inputs
@@ -27,6 +29,15 @@ from gka.ops.solvers import RIDGE_RATIO, Chebyshev, Exact, node_steps
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 _BLUE, _RED, _GREY, _INK = "#2f6f9f", "#c8553d", "#9a9a9a", "#333333"
+LAYERS = (  # from the top: package, what it has, what it needs besides PyTorch
+    ("experiments", "tasks, evidence, other mixers; not in the wheel", ""),
+    ("gka.cli", "the commands: train, generate, eval, convert, serve, ...", ""),
+    ("gka.training", "Trainer, learning rate, data, distillation", "extra train"),
+    ("gka.hf", "configuration, models, checkpoints, conversion", "transformers: extra hf"),
+    ("gka.nn", "GatedKalmaNet: projections, convolutions, gates, norm", "PyTorch alone"),
+    ("gka.ops", "gated_kalmanet(): checks, choice of backend, gradients", "PyTorch alone"),
+)
+BACKENDS = (("reference", "float64 loop: the truth"), ("torch", "any device"), ("triton", "NVIDIA GPUs"))
 TOKENS = (4, 64, 68, 96, 128)
 DECAYS = (0.0, -0.05)
 
@@ -78,8 +89,8 @@ def errors_by_products(S_hat: Tensor, q: Tensor, stages: int, products: Sequence
     exact = Exact().solve(S_hat, q, RIDGE_RATIO)
     errors = []
     for n in products:
-        steps = tuple((n + 1 + stage) // stages for stage in range(stages))[::-1]
-        x = Chebyshev(steps, product_dtype=torch.bfloat16).solve(S_hat.float(), q.float(), RIDGE_RATIO)
+        solver_steps = tuple((n + 1 + stage) // stages for stage in range(stages))[::-1]
+        x = Chebyshev(solver_steps, product_dtype=torch.bfloat16).solve(S_hat.float(), q.float(), RIDGE_RATIO)
         errors.append(_relative(x, exact))
     return errors
 
@@ -154,6 +165,34 @@ def draw_convergence(S_hat: Tensor, q: Tensor) -> Figure:
     return figure
 
 
+def _box(axes: object, x: float, y: float, width: float, height: float, color: str) -> None:
+    box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=color, ec=_BLUE)
+    axes.add_patch(box)  # type: ignore[attr-defined]
+
+
+def draw_layers() -> Figure:
+    figure = _figure(9, 6.4)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(-1.3, len(LAYERS))
+    for number, (name, has, needs) in enumerate(LAYERS):
+        y = len(LAYERS) - number - 0.85
+        _box(axes, 0.1, y, 9.8, 0.7, "#f3f3f3" if name == "experiments" else "#e6eff6")
+        axes.text(0.3, y + 0.35, name, va="center", family="monospace", weight="bold", color=_INK, fontsize=11)
+        axes.text(2.3, y + 0.35, has, va="center", color=_INK, fontsize=10)
+        axes.text(9.7, y + 0.35, needs, va="center", ha="right", color="#666666", fontsize=9)
+        axes.annotate("", (5, y - 0.3), (5, y), arrowprops={"arrowstyle": "-|>", "color": _BLUE})
+    for number, (name, what) in enumerate(BACKENDS):
+        x = 0.1 + 3.3 * number
+        _box(axes, x, -1.2, 3.2, 1.0, "#ffffff")
+        axes.text(
+            x + 1.6, -0.5, f"gka.ops.{name}", ha="center", va="center", family="monospace", color=_INK, fontsize=10
+        )
+        axes.text(x + 1.6, -0.92, what, ha="center", va="center", color=_INK, fontsize=9)
+    return figure
+
+
 def main(folder: Path = FOLDER) -> None:
     q, k, _, g = token_inputs(512, 64)
     S_hat, rhs = systems(q, k, g, every=64)
@@ -161,6 +200,7 @@ def main(folder: Path = FOLDER) -> None:
         "state": draw_state,
         "spectrum": lambda: draw_spectrum(S_hat),
         "convergence": lambda: draw_convergence(S_hat, rhs),
+        "layers": draw_layers,
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures.items():

@@ -58,10 +58,10 @@ TRIALS = {
     "a = 0.01": Trial({"ridge_ratio": 0.01}),
     "a = 0.05": Trial({"ridge_ratio": 0.05}),
     "a = 0.1": Trial({"ridge_ratio": 0.1}),
-    "steps (31,)": Trial({"steps": [31]}),
-    "steps (16, 8)": Trial({"steps": [16, 8]}),
-    "steps (8,)": Trial({"steps": [8]}),
-    _FLOAT32: Trial({"steps": [31]}, dtype="float32"),
+    "steps (31,)": Trial({"solver_steps": [31]}),
+    "steps (16, 8)": Trial({"solver_steps": [16, 8]}),
+    "steps (8,)": Trial({"solver_steps": [8]}),
+    _FLOAT32: Trial({"solver_steps": [31]}, dtype="float32"),
     _CONSTANT: Trial(change=Variant(ridge=0.25)),
     "sketch, d = 16": Trial(change=Variant(sketch=16)),
     "sketch, d = 32": Trial(change=Variant(sketch=32)),
@@ -180,36 +180,39 @@ def section(entries: Entries, picture: Path) -> str:
     seeds = sorted({len(results) for results in by_name.values()})
     counts = next((r["held out"] for e in entries if (r := e["result"])["held out"]), None)
     read = "" if counts is None else (
-        f" Held out: {counts['tokens']:,} tokens, {counts['recall_tokens']:,} of them recall tokens, whose bigram "
-        "stands in the window before."
+        f" The held-out text has {counts['tokens']:,} tokens. {counts['recall_tokens']:,} of them are recall "
+        "tokens: their bigram occurs earlier in the window."
     )  # fmt: skip
     return "\n\n".join(
         (
-            f"Blocks: {cell['num_hidden_layers']} of {cell['hidden_size']}, heads of "
-            f"{cell['hidden_size'] // cell['num_attention_heads']}; {cell['tokens']:,} tokens in "
-            f"{steps_of(cell)} steps, windows of {cell['seq_len']}, learning rate {cell['learning_rate']:g} for "
-            f"all, seeds: {span(seeds)}. The base is the layer with its defaults in bfloat16: forget gate, alpha "
-            "connection, a = 0.02, steps "
-            f"(16, 16).{read} Losses are in nats per token: the median of the seeds, least and largest in "
-            "brackets; beside the base seed by seed. The training loss is that of the last tenth. A spike is a "
-            f"step whose gradient norm, before clipping, is above {_SPIKE:g} times the median of the {_WINDOW} "
-            "before; spikes are those of all seeds.",
+            "Which parts of the layer help? Each variant changes one part of the base. The base is the layer with "
+            "its defaults in bfloat16: forget gate, alpha connection, a = 0.02, solver steps (16, 16). All models "
+            f"have {cell['num_hidden_layers']} blocks of hidden size {cell['hidden_size']} with heads of "
+            f"{cell['hidden_size'] // cell['num_attention_heads']} dims. They train on {cell['tokens']:,} tokens "
+            "in "
+            f"{steps_of(cell)} steps, in windows of {cell['seq_len']}, with learning rate "
+            f"{cell['learning_rate']:g}; seeds: {span(seeds)}.{read}",
+            "Losses are in nats per token: the median of the seeds, with least and largest in brackets. The "
+            "difference to the base is taken seed by seed. The training loss is the mean over the last tenth of "
+            "the training. A spike is a step whose gradient norm, before clipping, is more than "
+            f"{_SPIKE:g} times the median of the {_WINDOW} steps before; the table counts the spikes of all "
+            "seeds.",
             markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
-            "A constant lambda, the sketch and conjugate gradient are no options of the layer. They run in "
-            "PyTorch around the chunk-wise form's own products; a test holds that path, with nothing changed, to "
-            "the layer's op, outputs and gradients, so that the base stands for it, too. With lambda = 0.25 each "
-            "token has the Chebyshev nodes of its own interval, "
-            "from lambda to ||S|| + lambda. The sketch is a learned map of each head to d dims, orthonormal at "
-            "first. Conjugate gradient makes as many products as the base's stages, without refinement, and its "
-            "gradient is the implicit one: the adjoint system, solved by conjugate gradient again.",
+            "The layer has no option for a constant lambda, a sketch or conjugate gradient. The experiment "
+            "computes them in PyTorch with the products of the chunk-wise form. A test compares this code, with "
+            "nothing changed, with the layer's op: outputs and gradients agree. With lambda = 0.25 the Chebyshev "
+            "nodes of a token cover its own interval, from lambda to ||S|| + lambda. The sketch is a learned map "
+            "of each head to d dims, which starts orthonormal. Conjugate gradient makes as many products as the "
+            "base, without refinement. Its gradient is implicit: conjugate gradient solves the adjoint system "
+            "too.",
             _findings(by_name),
         )
     ).rstrip()
 
 
 _HEAD = [
-    "variant", "held-out loss", "beside the base", "recall tokens", "training loss", "gradient norm, median",
-    "largest", "spikes",
+    "variant", "held-out loss", "difference to the base", "recall tokens", "training loss",
+    "gradient norm, median", "largest", "spikes",
 ]  # fmt: skip
 Results = dict[int, dict[str, Any]]  # by seed
 
@@ -276,11 +279,11 @@ def _findings(by_name: dict[str, Results]) -> str:
     median = max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0)
     others = {name: middle[name] for name in middle if name not in alike}
     sides = {
-        "by more than any of these, worse than the base": [n for n, x in others.items() if x > single],
-        "by more than any of these, better than the base": [n for n, x in others.items() if -x > single],
-        "by more than their medians alone, worse": [n for n, x in others.items() if single >= x > median],
-        "by more than their medians alone, better": [n for n, x in others.items() if single >= -x > median],
-        "by no more": [n for n, x in others.items() if abs(x) <= median],
+        "worse than the base by more than any of these": [n for n, x in others.items() if x > single],
+        "better than the base by more than any of these": [n for n, x in others.items() if -x > single],
+        "worse by more than these medians": [n for n, x in others.items() if single >= x > median],
+        "better by more than these medians": [n for n, x in others.items() if single >= -x > median],
+        "no difference beyond these medians": [n for n, x in others.items() if abs(x) <= median],
     }
     said = "; ".join(f"{side}: {_listed(names)}" for side, names in sides.items() if names)
     spiky = [
@@ -289,11 +292,14 @@ def _findings(by_name: dict[str, Results]) -> str:
         if any(r["spikes"] for r in results.values())
     ]
     return (
-        f"How much is chance: {_listed(alike)} solve the same system as the base. With the same seed their losses "
-        f"lie up to {single:.3f} from its, the medians of their seeds up to {median:.3f}. The medians of the "
-        f"others: {said}. Spikes of the gradient norm: {', '.join(spiky) or 'none'}. {_verdicts(by_name, median)}."
-        " The paper's models have 440 million parameters and more; it reports loss spikes with a constant lambda, "
-        "and weaker long context without alpha, which windows of this length cannot show."
+        f"How much is chance? {_listed(alike)} solve the same system as the base, so their differences are "
+        "chance. "
+        f"Single seeds differ from the base by up to {single:.3f}, medians by up to {median:.3f}. The medians of "
+        f"the other variants are: {said}. Spikes of the gradient norm: {', '.join(spiky) or 'none'}. "
+        f"{_verdicts(by_name, median)}. The paper's models have 440 million parameters and more. The paper "
+        "reports "
+        "loss spikes with a constant lambda, and weaker long context without alpha; windows of this length cannot "
+        "show the latter."
     )
 
 
@@ -304,14 +310,17 @@ def _verdicts(by_name: dict[str, Results], chance: float) -> str:
         return any(result["spikes"] for result in by_name[name].values())
 
     verdict = "refuted" if spiked(BASE) else "confirmed"
-    said = f"Expected were no spikes of the base, whose ridge is adaptive: {verdict}"
+    said = f"The expectation was no spikes with the base, whose ridge is adaptive: {verdict}"
     if _CONSTANT in by_name:
-        said += f", and a constant one has {'some' if spiked(_CONSTANT) else 'none here either'}"
+        said += f". A constant lambda has {'some' if spiked(_CONSTANT) else 'none here either'}"
     wide = [-x for x in _beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
     if wide:
         more = statistics.median(wide)
         verdict = "within chance" if abs(more) <= chance else "refuted" if more > 0 else "confirmed"
-        said += f"; and a base, refined in bfloat16, no worse than float32: {verdict}, {spread(wide, '+.4f')}"
+        said += (
+            ". A second expectation was a base, refined in bfloat16, that is no worse than float32: "
+            f"{verdict}, {spread(wide, '+.4f')}"
+        )
     return said
 
 

@@ -166,15 +166,17 @@ def section(entries: Entries, picture: Path) -> str:
     sizes = entries[0]["cell"]
     return "\n\n".join(
         (
-            f"One block, hidden size {sizes['hidden_size']}, {sizes['num_attention_heads']} heads, one sequence. "
-            f"By: {'; '.join(f'{mixer}, {by}' for mixer, by in ways.items())}.",
-            f"Milliseconds, median of {_CALLS} calls, of {_MORE_CALLS} below {1e3 * _QUICK:g}; what takes only a "
-            "few is the time of Python and of launching kernels, and varies with it. A step of softmax attention "
-            "is one on transformers' DynamicCache, which copies keys and values to append to them, by kernels "
-            "that are ready at every length: cuDNN's, PyTorch's first choice on a Hopper GPU, plan anew at each "
-            "length.",
+            "How do time and memory grow with the length? The experiment measures one block with hidden size "
+            f"{sizes['hidden_size']} and {sizes['num_attention_heads']} heads, on one sequence. Implementations: "
+            f"{'; '.join(f'{mixer}, {by}' for mixer, by in ways.items())}.",
+            f"Milliseconds: median of {_CALLS} calls, or of {_MORE_CALLS} calls below {1e3 * _QUICK:g} ms. Times "
+            "of "
+            "a few milliseconds are mostly Python and kernel launches, and vary with them. A decode step of "
+            "softmax attention uses transformers' DynamicCache, which copies all keys and values to append one. "
+            "It does not use cuDNN's kernels, PyTorch's first choice on a Hopper GPU, because these plan again at "
+            "every new length.",
             markdown_table(head, times),
-            "Megabytes: peak above parameters and input where it was measured; for decoding the cache.",
+            "Megabytes: peak memory above parameters and input; for a decode step, the size of the cache.",
             markdown_table(head, memory),
             _findings(entries),
         )
@@ -220,8 +222,8 @@ def _findings(entries: Entries) -> str:
     if not parts:
         return ""
     return (
-        f"Expected of GKA were linear time and constant memory of decoding: {'; '.join(parts)}. The paper shows "
-        "throughput of whole models on other hardware; this is one block."
+        f"The expectation for GKA was linear time and constant decoding memory. Measured: {'; '.join(parts)}. The "
+        "paper shows the throughput of whole models on other hardware; this is one block."
     )
 
 

@@ -186,7 +186,8 @@ def section(entries: Entries, picture: Path) -> str:
                 [[*_row(found), *(_speeds(speeds[mixer]) if speeds else [])] for mixer, found in by_seed.items()],
             ),
             _findings(by_seed, entries),
-            f"Held-out loss of recall tokens in nats, by the distance to where their bigram stands last{middle}:",
+            "Held-out loss of recall tokens in nats per token. A recall token is one whose bigram occurs earlier "
+            f"in the window; rows are the distance in tokens to its last occurrence{middle}:",
             markdown_table(*_bins(by_seed, "distance")),
             f"Held-out loss by position in the window{middle}:",
             markdown_table(*_bins(by_seed, "position")),
@@ -206,8 +207,8 @@ _HEAD = [
     "other tokens", "largest gradient norm",
 ]  # fmt: skip
 _OF_SEEDS = (
-    ": the median of the seeds, least and largest in brackets. The picture shows training with the first seed, "
-    "recall with all"
+    ": the median of the seeds, with least and largest in brackets. The picture shows the training of the first "
+    "seed, and the recall of all seeds"
 )
 _SPEED_HEAD = ["tokens/s", "peak GB"]
 
@@ -216,24 +217,27 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
     read = speed = ""
     if with_speed:
         speed = (
-            " Tokens per second and peak memory are those of short trainings, in which the mixers take turns: of "
-            "the speeds the median, least and largest in brackets. On a large GPU models so small wait for "
-            "Python and for the launching of kernels, whose time varies with all that the machine does: mixers "
-            "whose ranges overlap are not told apart. What a mixer runs by decides, too: Gated DeltaNet by "
-            "flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where they are installed, else by "
-            "transformers' PyTorch code."
+            " Tokens per second and peak memory are from short trainings, in which the mixers take turns; the "
+            "speed is the median, with least and largest in brackets. Models this small do not use a large GPU "
+            "fully: they wait for Python and for kernel launches, whose time varies with the load of the machine. "
+            "Mixers whose ranges overlap cannot be told apart. The implementation matters too: Gated DeltaNet "
+            "runs "
+            "by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where these packages are "
+            "installed, else by transformers' PyTorch code."
         )
     if counts:
         train, held = counts["train"], counts["validation"]
         read = (
-            f" The text: {train['files']:,} files, {train['bytes'] / 1e6:.1f} MB and "
-            f"{train['tokens'] / 1e6:.1f} million tokens to train on; {held['files']:,} files held out, of which "
-            f"{cell['eval_bytes'] / 1e6:g} MB are read."
+            f" The training text is source code: {train['files']:,} files, {train['bytes'] / 1e6:.1f} MB, "
+            f"{train['tokens'] / 1e6:.1f} million tokens. {held['files']:,} files are held out; the loss is "
+            f"measured on {cell['eval_bytes'] / 1e6:g} MB of them."
         )
     return (
-        f"{cell['num_hidden_layers']} blocks of {cell['hidden_size']}, {cell['num_attention_heads']} heads, "
-        f"{cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, {cell['dtype']}, seeds: "
-        f"{seeds}.{read} Losses are in nats per token{_OF_SEEDS if seeds != '1' else ''}.{speed}"
+        "Which mixer makes the best small language model? All models are equal except for the mixer: "
+        f"{cell['num_hidden_layers']} blocks, hidden size {cell['hidden_size']}, {cell['num_attention_heads']} "
+        f"heads. They train on {cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, in "
+        f"{cell['dtype']}; seeds: {seeds}.{read} Losses are in nats per "
+        f"token{_OF_SEEDS if seeds != '1' else ''}.{speed}"
     )
 
 
@@ -284,8 +288,8 @@ def _rates(entries: Entries) -> str:
     ]
     table = markdown_table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
     return (
-        "Held-out loss of the short trainings that chose the learning rate; being an eighth as long, they tell "
-        f"roughly which rate is best for the model:\n\n{table}"
+        "Held-out loss of the short trainings that chose the learning rate. They are an eighth as long, so they "
+        f"show only roughly which rate is best for the full training:\n\n{table}"
     )
 
 
@@ -333,18 +337,22 @@ def _findings(by_seed: BySeed, entries: Entries) -> str:
     beside = ", ".join(f"{spread(found, '+.4f')} for {STYLE[mixer][0]}" for mixer, found in apart.items() if found)
     tried = {entry["cell"]["mixer"] for entry in entries}
     missing = ", ".join(STYLE[mixer][0] for mixer in ALL if mixer in tried and mixer not in by_seed)
-    said = [f"Loss beside GKA's, in nats per token: {beside}." if beside else ""]
+    said = [f"Difference to GKA's loss, in nats per token (positive: worse than GKA): {beside}." if beside else ""]
     if gdn := apart.get("gdn"):
         holds = sum(x >= 0 for x in gdn)
-        said.append(f"Expected was GKA at or below Gated DeltaNet: so it is with {holds} of {len(gdn)} seeds.")
+        said.append(
+            "The expectation was a loss of GKA at or below Gated DeltaNet's. "
+            f"It holds for {holds} of {len(gdn)} seeds."
+        )
     said.append(f"Not trained on all tokens yet: {missing}." if missing else "")
     if max(map(len, by_seed.values())) == 1:
         said.append(
-            "One training each: what two seeds differ by is not measured, and small differences decide nothing."
+            "There is one training of each mixer. The spread between seeds was not measured, so small differences "
+            "decide nothing."
         )
     said.append(
-        "The paper trains 2.8 billion parameters on 100 billion tokens; this is what remains at less than a "
-        "hundredth of the size, on source code."
+        "The paper trains models of 2.8 billion parameters on 100 billion tokens. These models are less than a "
+        "hundredth of that size and are trained on source code."
     )
     return " ".join(part for part in said if part)
 

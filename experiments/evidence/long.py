@@ -235,10 +235,10 @@ def section(entries: Entries, picture: Path) -> str:
         lengths, needles = _lengths(scores), _needles(scores)
         counts = {e["cell"]["length"]: e["cell"]["examples"] for e in entries if e["cell"]["part"] == "score"}
         asked = ", ".join(f"{counts[length]} at {length}" for length in lengths)
-        parts.append(f"Examples of each task: {asked} tokens. All scores are in percent.")
+        parts.append(f"Number of examples of each task: {asked} tokens. All scores are in percent.")
         if needles:
             parts += [
-                f"Needles, mean over {len(needles)} task{'s' * (len(needles) > 1)}:",
+                f"Needles, mean score over {len(needles)} task{'s' * (len(needles) > 1)}:",
                 markdown_table(
                     ["tokens", *names],
                     [[str(T), *(_percent(_needle_mean(scores, mixer, T)) for mixer in mixers)] for T in lengths],
@@ -247,7 +247,7 @@ def section(entries: Entries, picture: Path) -> str:
         for task, title in _ASKED.items():
             if any(known == task for _, known, _ in scores):
                 rows = [[str(T), *(_both(scores.get((mixer, task, T))) for mixer in mixers)] for T in lengths]
-                parts += [f"{title}, F1 of words and, in brackets, exact match:"]
+                parts += [f"{title}, F1 of the words and, in brackets, exact match:"]
                 parts += [markdown_table(["tokens", *names], rows)]
         if needles:
             rows = [[task, *(_score(scores, mixer, task, lengths[-1]) for mixer in mixers)] for task in needles]
@@ -279,11 +279,12 @@ def _described(continued: dict[str, Any]) -> str:
             ]
         )
     return (
-        "The models of `lm`, those of its first seed, trained on for "
-        f"{cell['rows'] * cell['seq_len'] / 1e6:.3g} million tokens in rows of {cell['seq_len']}, learning rate "
-        f"{cell['learning_rate']:g}, {cell['dtype']}: {examples:,} examples of all tasks in half of the rows, "
-        f"text in the other. The loss counts {counted['answers']:,} tokens of answers and {counted['text']:,} of "
-        f"text. Attention's rotary base is {cell['rope_theta']:,}."
+        "Can small models use a long context? The models of `lm`, first seed, are trained further on "
+        f"{cell['rows'] * cell['seq_len'] / 1e6:.3g} million tokens in rows of {cell['seq_len']} tokens, with "
+        f"learning rate {cell['learning_rate']:g}, in {cell['dtype']}. Half of the rows have {examples:,} "
+        "examples "
+        f"of all tasks, the other half has text. The loss counts {counted['answers']:,} tokens of answers and "
+        f"{counted['text']:,} tokens of text. The rotary base of softmax attention is {cell['rope_theta']:,}."
         "\n\n" + markdown_table(["mixer", "last training loss, nats", "peak GB"], rows)
     )
 
@@ -293,15 +294,15 @@ def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
     found = []
     for T in (T for T in _lengths(scores) if T >= trained):
         apart = {mixer: _apart(scores, mixer, T) for mixer in mixers if mixer != "gka"}
-        said = [f"{each} beside {STYLE[mixer][0]}" for mixer, each in apart.items() if each]
+        said = [f"{each} to {STYLE[mixer][0]}" for mixer, each in apart.items() if each]
         if said:
             found.append(f"at {T} tokens {', '.join(said)}")
     parts = []
     if found:
         parts.append(
-            "GKA's needle score beside each other's, in points of a hundred, with the standard error over the "
-            f"examples: {'; '.join(found)}. Lengths above {trained} are beyond the training, and so are softmax "
-            "attention's positions there."
+            "Difference of GKA's needle score to each other mixer's, in percentage points (positive: GKA is "
+            f"better), with the standard error over the examples: {'; '.join(found)}. Lengths above {trained} are "
+            "longer than the training rows; softmax attention has not seen these positions in training."
         )
     exact = {round(100 * result["exact match"]) for (_, task, _), result in scores.items() if task in _ASKED}
     if exact:
@@ -309,8 +310,8 @@ def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
         parts.append(f"Questions are answered exactly in {share} percent of the examples of a length.")
     if parts:
         parts.append(
-            "One training each, of small models: the scores say nothing of what a mixer can do at scale. The "
-            "paper's models have 2.8 billion parameters, and RULER's wording is another."
+            "There is one training of each small model, so the scores say nothing about a mixer at scale. The "
+            "paper's models have 2.8 billion parameters, and RULER words its tasks differently."
         )
     return " ".join(parts)
 

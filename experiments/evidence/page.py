@@ -17,9 +17,14 @@ from .record import Record
 
 _HEAD = """# Evidence
 
-What the layer is worth beside others, measured by commands that anyone can run; results that go against it stand
-here like any other. Made by `python -m experiments evidence page --output {folder}` from the JSON files in
-`{folder}/`.
+This page compares Gated KalmaNet (GKA) with other linear layers and with softmax attention. Each section is one
+experiment that anyone can repeat: its end names the command, the date, the commit and the machine. Results that go
+against GKA are shown in the same way as the others.
+
+GLA is the same layer without the solve (gated linear attention). "Seeds" are random seeds. a is the ridge ratio of
+the solve.
+
+`python -m experiments evidence page --output {folder}` makes this page from the JSON files in `{folder}/`.
 """
 
 

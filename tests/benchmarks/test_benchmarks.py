@@ -1,4 +1,4 @@
-"""The benchmarks run, and the page of results is what the result files say."""
+"""The benchmarks run, and the tables show what they measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked
+from pages import assert_drawn, rows_of
 from tiny_run import run_process, train, write_texts
 
 from benchmarks import bench_layer, bench_steps, common, stages, table
@@ -21,14 +22,6 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments: str) -> str:
     """What `python -m ARGUMENTS` prints."""
     return run_forked("-m", *arguments, folder=ROOT).stdout
-
-
-def test_results_page_is_up_to_date() -> None:
-    assert table.PAGE.read_text() == table.page()
-    pages = table.guides()
-    assert {path.name for path in pages} == {"tools.md", "reliability.md"}
-    for path, text in pages.items():
-        assert path.read_text(encoding="utf-8") == text
 
 
 def test_bench_ops(tmp_path: Path) -> None:
@@ -44,11 +37,11 @@ def test_bench_ops(tmp_path: Path) -> None:
 def test_bench_steps(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts", files=6, lines=3)
     assert train(tmp_path / "run", texts, max_steps=1, save_every=1, eval_every=1) == 0
-    steps, sizes = [[31], [16, 16], [2]], argparse.Namespace(prompt=8, repeats=1)
-    costs = list(bench_steps.accuracy(str(tmp_path / "run"), 40, 200, steps))
+    solver_steps, sizes = [[31], [16, 16], [2]], argparse.Namespace(prompt=8, repeats=1)
+    costs = list(bench_steps.accuracy(str(tmp_path / "run"), 40, 200, solver_steps))
     errors = [row["error of o, float32"] for row in costs]
     assert errors[0] < 1e-3 and errors[1] < 1e-3 < 1e-2 < errors[2]
-    rows = [*costs, *bench_steps.times(sizes, steps)]
+    rows = [*costs, *bench_steps.times(sizes, solver_steps)]
     common.write_result("steps", rows, "a command", tmp_path / "steps.json")
     assert "| 16,16 |" in table.steps(json.loads((tmp_path / "steps.json").read_text()))
 
@@ -60,7 +53,8 @@ def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert [row["op"] for row in result["rows"]] == 2 * ["gka (16, 16)", "gka (16, 8)", "SDPA, causal"]
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
-    assert "| B 2, T 70, H 1 | forward+backward | gka (16, 16) |" in table.ops(result)
+    cells = ["B 2, T 70, H 1", "forward+backward", "gka (16, 16)"]
+    assert cells in [row[:3] for row in rows_of(table.ops(result))]
 
 
 def test_the_picture_of_the_stages(tmp_path: Path) -> None:
@@ -76,7 +70,8 @@ def test_the_picture_of_the_stages(tmp_path: Path) -> None:
     path = tmp_path / "wide.json"
     path.write_text(json.dumps({"rows": [row], "machine": {"gpu": "a GPU", "processor": "none"}}))
     picture = stages.plot(path)
-    assert picture is not None and picture.stat().st_size > 10000
+    assert picture is not None
+    assert_drawn(picture)
     path.write_text(json.dumps({"rows": [], "machine": {"gpu": None, "processor": "none"}}))
     assert stages.plot(path) is None
 
@@ -92,7 +87,8 @@ def test_bench_decode(tmp_path: Path) -> None:
     }
     assert all(row["seconds"]["median"] > 0 for row in result["rows"])
     page = table.decode(result)
-    assert "| B | states | floor | kernel (16, 16) | PyTorch (16, 16) |" in page and "| 3 | bfloat16 |" in page
+    head, *rows = rows_of(page)
+    assert head[-2:] == ["kernel (16, 16)", "PyTorch (16, 16)"] and ["3", "bfloat16"] in [row[:2] for row in rows]
 
 
 def test_bench_length(tmp_path: Path) -> None:
@@ -107,7 +103,7 @@ def test_bench_length(tmp_path: Path) -> None:
     ]
     assert {row["op"] for row in result["rows"]} == {"gka (16, 16)", "SDPA, causal"}
     assert all(row["seconds"]["median"] > 0 for row in result["rows"])
-    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert_drawn(output.with_suffix(".png"))
     assert "![time against tokens](results/length.png)" in table.length({**result, "file": output.name})
 
 
@@ -121,7 +117,7 @@ def test_bench_length_stops_at_its_limit(tmp_path: Path) -> None:
     for row in result["rows"][2:]:
         assert row["note"].startswith(f"not run: {measured[row['op']]:.1f} s at a smaller length")
     assert "| 128 | not run | not run |" in table.length({**result, "file": output.name})
-    assert output.with_suffix(".png").exists()
+    assert_drawn(output.with_suffix(".png"))
 
 
 def test_lengths_are_written_short() -> None:

@@ -59,25 +59,33 @@ def test_markdown_is_understood(site: Path) -> None:
         assert "```" not in text and "|---" not in text, page.relative_to(site)
 
 
-def test_files_outside_the_guides_are_part_of_the_site(site: Path) -> None:
-    results = (site / "repository/benchmarks/RESULTS.html").read_text(encoding="utf-8")
-    (link,) = set(re.findall(r'href="(results/steps[^"]+json)"', results))
-    copied = site / "repository/benchmarks" / link
-    assert copied.read_bytes() == (ROOT / "benchmarks" / link).read_bytes()
-    assert 'href="../../kernels.html' in results or 'href="../../tools.html' in results
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A site of one page, with our hook and a page of results outside the guides."""
+    for name, text in {
+        "docs/hooks.py": (ROOT / "docs/hooks.py").read_text(encoding="utf-8"),
+        "docs/index.md": "# A\n\n[there](../CHANGELOG.md)\n",
+        "CHANGELOG.md": "# A page\n",
+        "CONTRIBUTING.md": "# A page\n",
+        "benchmarks/RESULTS.md": "# Results\n\n[raw](results/a.json), [how](../docs/index.md)\n",
+        "benchmarks/results/a.json": "{}",
+        "mkdocs.yml": "site_name: a\nuse_directory_urls: false\nexclude_docs: hooks.py\nhooks: [docs/hooks.py]\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
 
 
-def test_a_link_that_leads_nowhere_fails_the_build(tmp_path: Path) -> None:
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    (docs / "hooks.py").write_text((ROOT / "docs/hooks.py").read_text(encoding="utf-8"), encoding="utf-8")
-    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("# A page\n", encoding="utf-8")
-    config = tmp_path / "mkdocs.yml"
-    config.write_text("site_name: a\nexclude_docs: hooks.py\nhooks: [docs/hooks.py]\n", encoding="utf-8")
-    (docs / "index.md").write_text("# A\n\n[there](../CHANGELOG.md)\n", encoding="utf-8")
-    assert build(tmp_path / "site", config).returncode == 0
-    (docs / "index.md").write_text("# A\n\n[gone](../GONE.md)\n", encoding="utf-8")
-    done = build(tmp_path / "site", config)
+def test_files_outside_the_guides_are_part_of_the_site(small: Path) -> None:
+    done = build(small / "site", small / "mkdocs.yml")
+    assert done.returncode == 0, done.stderr
+    assert (small / "site/repository/CHANGELOG.html").exists()
+    results = (small / "site/repository/benchmarks/RESULTS.html").read_text(encoding="utf-8")
+    assert 'href="results/a.json"' in results and 'href="../../index.html"' in results
+    assert (small / "site/repository/benchmarks/results/a.json").read_text() == "{}"
+
+
+def test_a_link_that_leads_nowhere_fails_the_build(small: Path) -> None:
+    (small / "docs/index.md").write_text("# A\n\n[gone](../GONE.md)\n", encoding="utf-8")
+    done = build(small / "site", small / "mkdocs.yml")
     assert done.returncode != 0 and "../GONE.md" in done.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Case, assert_close, gradients, make_inputs, relative_error
+from pages import assert_drawn, rows_of
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -82,12 +83,18 @@ def token_loop(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("steps", [(31,), (7, 6)], ids=str)
-def test_without_a_change_it_is_the_layers_op(case: Case, steps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("solver_steps", [(31,), (7, 6)], ids=str)
+def test_without_a_change_it_is_the_layers_op(case: Case, solver_steps: tuple[int, ...]) -> None:
     leaves = leaves_of(case)
-    ref = outcome(leaves, lambda *x: gated_kalmanet(*x, normalize_qk=True, ridge_ratio=0.05, steps=steps)[0])
+    ref = outcome(
+        leaves, lambda *x: gated_kalmanet(*x, normalize_qk=True, ridge_ratio=0.05, solver_steps=solver_steps)[0]
+    )
     for chunk_size in (None, 5):
-        assert_close(changed(leaves, Variant(), ridge_ratio=0.05, steps=steps, chunk_size=chunk_size), ref, 1e-11)
+        assert_close(
+            changed(leaves, Variant(), ridge_ratio=0.05, solver_steps=solver_steps, chunk_size=chunk_size),
+            ref,
+            1e-11,
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -95,15 +102,15 @@ def test_without_a_change_it_is_the_layers_op(case: Case, steps: tuple[int, ...]
 def test_constant_ridge(case: Case, ridge: float) -> None:
     leaves = leaves_of(case)
     ref = outcome(leaves, lambda *x: token_loop(*x, ridge=ridge))
-    assert_close(changed(leaves, Variant(ridge=ridge), steps=CONVERGED, chunk_size=8), ref, 1e-9)
-    assert_close(changed(leaves, Variant(ridge=ridge), steps=(60, 40), chunk_size=8), ref, 1e-7)
+    assert_close(changed(leaves, Variant(ridge=ridge), solver_steps=CONVERGED, chunk_size=8), ref, 1e-9)
+    assert_close(changed(leaves, Variant(ridge=ridge), solver_steps=(60, 40), chunk_size=8), ref, 1e-7)
 
 
 def test_constant_ridge_cut_short_is_chebyshev_iteration() -> None:
     """Each token's polynomial is that of `Chebyshev` with a = lambda / ||S||."""
     leaves = leaves_of(Case(lengths=(12,), H=2, Hk=2, D=6, V=6, alpha=False, beta=False, state=False))
     q, k, v, g = (leaves[name].detach() for name in ("q", "k", "v", "g"))
-    out = changed_kalmanet(q, k, v, g, None, None, Variant(ridge=0.25), steps=(4, 3), chunk_size=5)
+    out = changed_kalmanet(q, k, v, g, None, None, Variant(ridge=0.25), solver_steps=(4, 3), chunk_size=5)
     q, k = (x / (x.norm(dim=-1, keepdim=True) + 1e-6) for x in (q, k))
     for head in range(2):
         S_kk, S_kv = torch.zeros(2, 6, 6, dtype=torch.float64)
@@ -124,7 +131,7 @@ def test_sketch(case: Case, d: int) -> None:
     P = torch.randn(case.Hk, d, case.D, generator=generator, dtype=torch.float64)
     leaves = {**leaves_of(case), "sketch": P.requires_grad_()}
     ref = outcome(leaves, token_loop)
-    assert_close(changed(leaves, Variant(sketch=d), steps=CONVERGED, chunk_size=8), ref, 1e-8)
+    assert_close(changed(leaves, Variant(sketch=d), solver_steps=CONVERGED, chunk_size=8), ref, 1e-8)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -134,13 +141,13 @@ def test_conjugate_gradient(case: Case) -> None:
     short = outcome(
         leaves,
         lambda *x: reference.gated_kalmanet(
-            *x, ridge_ratio=0.02, steps=None, scale=case.D**-0.5, initial_state=None, output_final_state=False,
-            cu_seqlens=None, normalize_qk=True, solver=ConjugateGradient(4),
+            *x, ridge_ratio=0.02, solver_steps=None, scale=case.D**-0.5, initial_state=None,
+            output_final_state=False, cu_seqlens=None, normalize_qk=True, solver=ConjugateGradient(4),
         )[0],
     )  # fmt: skip
-    assert_close(changed(leaves, CONJUGATE, steps=(3, 3), chunk_size=8), short, 1e-10)
+    assert_close(changed(leaves, CONJUGATE, solver_steps=(3, 3), chunk_size=8), short, 1e-10)
     exact = outcome(leaves, token_loop)
-    assert_close(changed(leaves, CONJUGATE, steps=(31,), chunk_size=8), exact, 1e-8)
+    assert_close(changed(leaves, CONJUGATE, solver_steps=(31,), chunk_size=8), exact, 1e-8)
     if case.lengths[0] > 1:
         assert relative_error(short["o"], exact["o"]) > 1e-3, "cut short too late to tell"
 
@@ -202,8 +209,8 @@ def test_a_model_without_a_change_is_the_model() -> None:
 
 @pytest.mark.parametrize("variant", [Variant(ridge=0.25), Variant(sketch=4), CONJUGATE], ids=str)
 def test_a_model_with_a_change_learns_and_leaves_pads_alone(variant: Variant) -> None:
-    base = small_model(steps=[4, 4])(IDS).logits
-    model = with_variant(small_model(steps=[4, 4]), variant)
+    base = small_model(solver_steps=[4, 4])(IDS).logits
+    model = with_variant(small_model(solver_steps=[4, 4]), variant)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(IDS, labels=IDS).loss
     loss.backward()
@@ -255,9 +262,9 @@ def test_models_differ_in_what_their_name_says() -> None:
     assert layers["no forget gate"].a_proj is None and layers["no alpha connection"].alpha_proj is None
     for a in (0.01, 0.05, 0.1):
         assert layers[f"a = {a:g}"].ridge_ratio == a
-    assert layers[ablations.BASE].ridge_ratio == 0.02 and layers[ablations.BASE].steps is None
-    for steps in ((31,), (16, 8), (8,)):
-        assert layers[f"steps {steps}"].steps == steps
+    assert layers[ablations.BASE].ridge_ratio == 0.02 and layers[ablations.BASE].solver_steps is None
+    for solver_steps in ((31,), (16, 8), (8,)):
+        assert layers[f"steps {solver_steps}"].solver_steps == solver_steps
     for d in (16, 32, 64):
         assert layers[f"sketch, d = {d}"].sketch.shape == (1, d, 64)
     assert layers["lambda = 0.25"].variant == Variant(ridge=0.25)
@@ -295,8 +302,10 @@ def test_a_training_and_its_page(tmp_path: Path) -> None:
     assert sketch["parameters"] == base["parameters"] + 16 * 32
     page = ablations.section(entries, tmp_path / "it.png")
     beside = sketch["held out"]["loss"] - base["held out"]["loss"]
-    assert f"| {base['held out']['loss']:.4f} |  |" in page and f"| {beside:+.4f} |" in page
-    assert "How much is chance" not in page and (tmp_path / "it.png").stat().st_size > 10_000
+    rows = {row[0]: row for row in rows_of(page)}
+    assert rows[ablations.BASE][1:3] == [f"{base['held out']['loss']:.4f}", ""]
+    assert rows["sketch, d = 16"][2] == f"{beside:+.4f}"
+    assert_drawn(tmp_path / "it.png")
 
 
 def test_the_page_says_what_is_more_than_chance_and_what_diverged(tmp_path: Path) -> None:
@@ -320,19 +329,20 @@ def test_the_page_says_what_is_more_than_chance_and_what_diverged(tmp_path: Path
             }
             entries.append({"cell": cells[name, seed], "result": result})
     page = ablations.section(entries, tmp_path / "it.png")
-    assert 'chance: "steps (16, 8)", "float32, steps (31,)" solve' in page
-    assert "lie up to 0.040 from its, the medians of their seeds up to 0.020." in page
-    assert (
-        'by more than any of these, worse than the base: "a = 0.01", "lambda = 0.25"; by more than their' in page
+    findings = " ".join(line for line in page.splitlines() if not line.startswith("|"))
+    alike, *groups = (
+        '"steps (16, 8)", "float32, steps (31,)"',  # how much their losses differ is chance
+        '"a = 0.01", "lambda = 0.25"',  # worse by more than any of these
+        '"sketch, d = 32"',  # worse by more than their medians alone
+        '"a = 0.1"',  # better so
+        '"steps (8,)", "sketch, d = 16"',  # no more than chance
     )
-    assert 'medians alone, worse: "sketch, d = 32"; by more than their medians alone, better: "a = 0.1"; ' in page
-    assert 'by no more: "steps (8,)", "sketch, d = 16".' in page
-    assert 'Spikes of the gradient norm: 2 with "lambda = 0.25". Expected were no spikes of the base' in page
-    assert (
-        "confirmed, and a constant one has some; and a base, refined in bfloat16, no worse than float32: " in page
-    )
-    assert "within chance, +0.0200 (+0.0100 to +0.0300)." in page
-    assert "| a = 0.01 | 3.1750 (3.1500 to 3.2000) | +0.1250 (+0.0500 to +0.2000) |" in page
-    row = next(line for line in page.splitlines() if line.startswith("| lambda"))
-    assert row.startswith("| lambda = 0.25 | not finite in 1 of 2 | not finite in 1 of 2 |")
-    assert row.endswith("| 1.750 (1.500 to 2.000) | 2.5 (2 to 3) | 2 |")
+    places = [findings.index(group, findings.index(alike)) for group in groups]
+    assert places == sorted(places)
+    for number in ("0.040", "0.020", "+0.0200 (+0.0100 to +0.0300)"):
+        assert number in findings
+    assert '2 with "lambda = 0.25"' in findings, "spikes of the gradient norm"
+    rows = {row[0]: row for row in rows_of(page)}
+    assert rows["a = 0.01"][1:3] == ["3.1750 (3.1500 to 3.2000)", "+0.1250 (+0.0500 to +0.2000)"]
+    assert rows["lambda = 0.25"][1:3] == 2 * ["not finite in 1 of 2"]
+    assert rows["lambda = 0.25"][-3:] == ["1.750 (1.500 to 2.000)", "2.5 (2 to 3)", "2"]

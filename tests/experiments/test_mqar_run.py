@@ -1,16 +1,16 @@
-"""`python -m experiments mqar`: trainings, results files, resuming, the table, and the committed results."""
+"""`python -m experiments mqar`: trainings, results files, resuming and the table."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import assert_drawn
 from transformers import DynamicCache
 
 from experiments import __main__ as command_line
@@ -21,12 +21,7 @@ from experiments.tasks.mqar_report import format_table, summarise
 from experiments.tasks.mqar_run import main
 from experiments.tasks.mqar_train import answers, model_config, state_size, steps_of, train_cell
 from gka import GKAForCausalLM
-from gka.cli.options import build_parser, parse_options
 from gka.training.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-SMALL = ROOT / "configs" / "mqar_small.yaml"
-COMMITTED = ROOT / "benchmarks" / "results" / "mqar_small.json"
 
 
 def tiny(**changes: Any) -> MQAROptions:
@@ -189,7 +184,7 @@ def test_results_hold_every_cell_and_what_made_them(tmp_path: Path, capsys: pyte
     assert run["options"] == dataclasses.asdict(options)
     assert run["versions"]["torch"] and run["machine"]["processor"] and run["command"]
     assert run["seconds"] > 0 and run["cpu_seconds"] > 0
-    assert (tmp_path / "new" / "folder" / "mqar.png").read_bytes().startswith(b"\x89PNG")
+    assert_drawn(tmp_path / "new" / "folder" / "mqar.png")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["mqar.json", "mqar.png"]
     printed = capsys.readouterr().out
     for mixer in ALL_MIXERS:
@@ -291,7 +286,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str,
 def test_the_command_line_ends_with_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["mqar", "--mixers", "gka", "rwkv"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("python -m experiments mqar: error: --mixers: 'rwkv'") and error.count("\n") == 1
+    assert "--mixers" in error and "rwkv" in error and error.count("\n") == 1
 
 
 def test_the_table_takes_the_best_rate_by_the_mean_over_seeds() -> None:
@@ -304,31 +299,7 @@ def test_the_table_takes_the_best_rate_by_the_mean_over_seeds() -> None:
     assert (row["learning_rate"], row["accuracy"], row["lowest"], row["highest"]) == (0.2, 0.65, 0.6, 0.7)
     assert (row["seeds"], row["learning_rates"]) == (2, 2)
     text = format_table({"table": table, "runs": [{"cpu_seconds": 90.0, "seconds": 60.0}]}, tiny())
-    assert "0.650  0.600 .. 0.700" in text and "1.5 CPU minutes, 1.0 minutes by the clock" in text
-
-
-# What is committed
-
-
-def test_the_committed_results_are_those_of_the_committed_settings() -> None:
-    command = command_line.COMMANDS["mqar"]
-    parser = build_parser(MQAROptions, "python -m experiments mqar", command.summary, command.examples)
-    options = parse_options(parser, MQAROptions, ["--config", str(SMALL)])
-    results = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    (run,) = results["runs"]
-    assert run["command"].endswith("gka mqar --config configs/mqar_small.yaml")
-    assert run["options"] == dataclasses.asdict(options)
-    assert {_axes(entry) for entry in results["cells"]} == {dataclasses.astuple(cell) for cell in cells(options)}
-    assert results["table"] == summarise(results["cells"])
-    assert COMMITTED.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_committed_results_show_gka_above_gla_within_ten_cpu_minutes() -> None:
-    results = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    assert math.fsum(run["cpu_seconds"] for run in results["runs"]) < 600
-    accuracy = {(row["mixer"], row["dim"]): row["accuracy"] for row in results["table"]}
-    dims = {dim for _, dim in accuracy}
-    assert all(accuracy["gka", dim] > accuracy["gla", dim] for dim in dims)
+    assert all(number in text for number in ("0.650", "0.600", "0.700", "1.5", "1.0"))
 
 
 def _axes(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers import Case, make_inputs
@@ -54,10 +57,20 @@ BAD = {
         "ridge_ratio is 0.0; expected a finite number greater than 0",
     ),
     "ridge text": ({"ridge_ratio": "0.02"}, TypeError, "ridge_ratio is '0.02'"),
-    "steps int": ({"steps": 31}, TypeError, "steps is 31; expected a sequence of integers"),
-    "steps float": ({"steps": (3.5,)}, TypeError, "steps is"),
-    "steps zero": ({"steps": (16, 0)}, ValueError, "at least one node in every stage"),
-    "state type": ({"initial_state": z(2)}, TypeError, "initial_state is a Tensor; expected a gka.ops.State"),
+    "solver_steps int": ({"solver_steps": 31}, TypeError, "solver_steps is 31; expected a sequence of integers"),
+    "solver_steps float": ({"solver_steps": (3.5,)}, TypeError, "solver_steps is"),
+    "solver_steps zero": ({"solver_steps": (16, 0)}, ValueError, "at least one node in every stage"),
+    "state type": ({"initial_state": z(2)}, TypeError, "initial_state is a Tensor; expected a pair"),
+    "state of three": (
+        {"initial_state": (z(2), z(2), z(2))},
+        ValueError,
+        "initial_state has 3 parts; expected a pair",
+    ),
+    "state of lists": (
+        {"initial_state": ([1.0], [2.0])},
+        TypeError,
+        "initial_state.S_kv is a list; expected a torch",
+    ),
     "state shape": (
         {"initial_state": State(z(1, 4, 3, 3), z(2, 4, 3, 5))},
         ValueError,
@@ -69,7 +82,7 @@ BAD = {
         "initial_state.S_kv has dtype torch.bfloat16; expected torch.float32 for torch.float32 inputs",
     ),
     "state without S_kk": ({"initial_state": State(None, z(2, 4, 3, 5))}, TypeError, "S_kk is a NoneType"),
-    "state with S_kk": ({"steps": ()}, ValueError, "S_kk is given; expected None"),
+    "state with S_kk": ({"solver_steps": ()}, ValueError, "S_kk is given; expected None"),
     "chunk size": ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
     "backend": ({"backend": "cuda"}, ValueError, "backend is 'cuda'; expected one of"),
     "empty backend": ({"backend": ""}, ValueError, "backend is ''; expected one of"),
@@ -116,6 +129,22 @@ def test_step_checks_too() -> None:
         ({"q": z(2, 1, 4, 3)}, "q has shape"),
         ({"g": z(2, 4) + 1}, "g has a value of 1.0"),
         ({"state": State(z(2, 4, 3, 3), z(2, 4, 5, 3))}, "state.S_kv has shape"),
+        ({"state": (z(2, 4, 3, 3),)}, "state has 1 parts; expected a pair"),
     ):
         with pytest.raises(ValueError, match=message):
             gated_kalmanet_step(**{**good, **changes})
+
+
+@pytest.mark.parametrize("pair", [tuple, list, lambda parts: State(*parts)], ids=["tuple", "list", "State"])
+def test_any_pair_is_a_state(pair: Callable[..., Any]) -> None:
+    arguments = make_inputs(CASE, torch.float64)
+    parts = arguments.pop("S_kk"), arguments.pop("S_kv")
+    expected, last = gated_kalmanet(**arguments, initial_state=State(*parts), output_final_state=True)
+    o, state = gated_kalmanet(**arguments, initial_state=pair(parts), output_final_state=True)
+    assert torch.equal(o, expected) and isinstance(state, State)
+    token = [arguments[name][:, 0] for name in ("q", "k", "v", "g", "alpha", "beta")]
+    expected, _ = gated_kalmanet_step(*token, state=last)
+    held = [part.clone() for part in last]
+    o, state = gated_kalmanet_step(*token, state=pair(held), inplace=True)
+    assert torch.equal(o, expected) and isinstance(state, State)
+    assert state.S_kk is held[0] and state.S_kv is held[1], "written where they were"
