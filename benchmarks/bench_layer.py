@@ -74,9 +74,12 @@ class DeltaNet(nn.Module):
         return out
 
 
-def our_layer(options: argparse.Namespace, steps: tuple[int, ...]) -> nn.Module:
+def our_layer(options: argparse.Namespace, solver_steps: tuple[int, ...]) -> nn.Module:
     config = gka.GKAConfig(
-        hidden_size=options.hidden, num_attention_heads=options.heads, head_dim=options.head_dim, steps=list(steps)
+        hidden_size=options.hidden,
+        num_attention_heads=options.heads,
+        head_dim=options.head_dim,
+        solver_steps=list(solver_steps),
     )
     return gka.GatedKalmaNet(config)
 
@@ -86,8 +89,8 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     torch.manual_seed(0)
     size = (options.hidden, options.heads, options.head_dim)
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    for steps in ((16, 16), (16, 8)):
-        found[f"gka {steps}"] = our_layer(options, steps), {}
+    for solver_steps in ((16, 16), (16, 8)):
+        found[f"gka {solver_steps}"] = our_layer(options, solver_steps), {}
     missing = fla_is_missing(options.device)
     if missing:
         print(f"{missing}: Gated DeltaNet is not measured")
