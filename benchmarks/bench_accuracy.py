@@ -38,14 +38,14 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[st
     """What is the same in a row, and the options of the call, for every backend and number of nodes."""
     for backend in ("triton", "chunked") if options.device.type == "cuda" else ("chunked",):
         for steps in ((16, 16), (16, 8)):
-            yield {"backend": backend, "steps": list(steps)}, {"backend": backend, "steps": steps}
+            yield {"backend": backend, "steps": list(steps)}, {"backend": backend, "solver_steps": steps}
 
 
 def family_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, family in FAMILIES.items():
         for random in (False, True):
             inputs = on_device(with_gates(family_inputs(family, options.heads), random), options.device)
-            exact = run(doubled(inputs), backend="chunked", steps=EXACT)
+            exact = run(doubled(inputs), backend="chunked", solver_steps=EXACT)
             for row, call in cases(options):
                 out = run(inputs, **call)
                 errors = {key: relative_error(out[key], exact[key]) for key in exact}
@@ -59,7 +59,7 @@ def place_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         inputs: dict[str, Any] = with_gates(family_inputs(tokens, options.heads), random=False)
         inputs["cu_seqlens"] = torch.arange(options.sequences + 1) * length
         inputs = on_device(inputs, options.device)
-        exact = run(doubled(inputs), backend="chunked", steps=EXACT)
+        exact = run(doubled(inputs), backend="chunked", solver_steps=EXACT)
         for row, call in cases(options):
             out = run(inputs, **call)
             for key in ("o", "dq", "dk", "dv", "dg", "dalpha", "dbeta"):
