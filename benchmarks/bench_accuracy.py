@@ -39,7 +39,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[st
     """What is the same in a row, and the options of the call, for every backend and number of nodes."""
     for backend in ("triton", "chunked") if options.device.type == "cuda" else ("chunked",):
         for steps in ((16, 16), (16, 8)):
-            yield {"backend": backend, "steps": list(steps)}, {"backend": backend, "steps": steps}
+            yield {"backend": backend, "steps": list(steps)}, {"backend": backend, "solver_steps": steps}
 
 
 def family_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -186,25 +188,41 @@ def launches_of(case: str, architecture: int) -> list[Launch]:
     return launches(*CASES[case], architecture)
 
 
-def compile_all(architectures: list[int], cases: list[str], only: str | None = None) -> list[dict[str, Any]]:
+def compile_case(name: str, architecture: int, only: str | None = None) -> list[dict[str, Any]]:
+    """Rows of one case on one architecture."""
     rows = []
-    for name, architecture in itertools.product(cases, architectures):
-        if name in CASES and CASES[name][0] == torch.float32 and architecture != 90:
-            continue  # tf32x3 is one code everywhere, and takes ptxas minutes
-        seen: Counter[str] = Counter()
-        for kernel, values, options in launches_of(name, architecture):
-            seen[kernel.fn.__name__] += 1
-            number = seen[kernel.fn.__name__]
-            label = kernel.fn.__name__ if number == 1 else f"{kernel.fn.__name__} {number}"
-            if only and only not in kernel.fn.__name__:
-                continue
-            target = GPUTarget("cuda", architecture, 32)
-            compiled = triton.compile(source(kernel, values), target=target, options=options)
-            row = {"case": name, "kernel": label, "architecture": architecture}
-            row |= {"warps": compiled.metadata.num_warps, **resources(compiled.asm["cubin"])}
-            row["shared bytes"] = compiled.metadata.shared
-            rows.append(row)
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    seen: Counter[str] = Counter()
+    for kernel, values, options in launches_of(name, architecture):
+        seen[kernel.fn.__name__] += 1
+        number = seen[kernel.fn.__name__]
+        label = kernel.fn.__name__ if number == 1 else f"{kernel.fn.__name__} {number}"
+        if only and only not in kernel.fn.__name__:
+            continue
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source(kernel, values), target=target, options=options)
+        row = {"case": name, "kernel": label, "architecture": architecture}
+        row |= {"warps": compiled.metadata.num_warps, **resources(compiled.asm["cubin"])}
+        row["shared bytes"] = compiled.metadata.shared
+        rows.append(row)
+    return rows
+
+
+def compile_all(
+    architectures: list[int], cases: list[str], only: str | None = None, workers: int = 1
+) -> list[dict[str, Any]]:
+    """Rows of all cases on all architectures, in this order, compiled by several processes."""
+    wanted = [
+        (name, architecture, only)
+        for name, architecture in itertools.product(cases, architectures)
+        # tf32x3 is one code everywhere, and takes ptxas minutes
+        if not (name in CASES and CASES[name][0] == torch.float32 and architecture != 90)
+    ]
+    rows = []
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(compile_case, *zip(*wanted, strict=True)):
+            for row in found:
+                rows.append(row)
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return rows
 
 
@@ -234,11 +252,14 @@ def main() -> None:
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="all if not given")
     parser.add_argument("--case", action="append", choices=ALL_CASES, help="all if not given")
     parser.add_argument("--only", help="kernels with this in their name")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes that compile")
     parser.add_argument("--check", action="store_true", help="compare with benchmarks/kernels.json")
     parser.add_argument("--write", action="store_true", help="write benchmarks/kernels.json")
     options = parser.parse_args()
     table = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
-    rows = compile_all(options.arch or list(ARCHITECTURES), options.case or ALL_CASES, options.only)
+    rows = compile_all(
+        options.arch or list(ARCHITECTURES), options.case or ALL_CASES, options.only, options.workers
+    )
     if options.check:
         if triton.__version__ not in table:
             sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; make them with --write")
