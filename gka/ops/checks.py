@@ -16,6 +16,7 @@ from .solvers import default_steps
 from .types import State, state_dtype
 
 MAX_DIM = 256
+NEVER_WAITING = ("cpu",)  # kinds of devices whose values are there at once
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -118,14 +119,15 @@ def check_state(
         check_same_device(q, **{f"{name}.{part}": tensor})
 
 
-def _values_may_be_read(tensor: Tensor) -> bool:
+def values_may_be_read(tensor: Tensor) -> bool:
+    """Whether a check may read values: on the CPU always, on other devices if GKA_CHECK_VALUES is 1."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
-    return tensor.device.type == "cpu" or os.environ.get("GKA_CHECK_VALUES") == "1"
+    return tensor.device.type in NEVER_WAITING or os.environ.get("GKA_CHECK_VALUES") == "1"
 
 
 def check_decay(g: Tensor) -> None:
-    if g.numel() and _values_may_be_read(g):
+    if g.numel() and values_may_be_read(g):
         largest = g.detach().amax().item()
         if not largest <= 0.0:
             raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
@@ -140,7 +142,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [N + 1]")
     if B != 1:
         raise ValueError(f"q has batch size {B}; expected 1 with cu_seqlens: concatenate the sequences")
-    if _values_may_be_read(cu_seqlens):
+    if values_may_be_read(cu_seqlens):
         edges = cu_seqlens.tolist()
         if edges[0] != 0 or edges[-1] != T or edges != sorted(edges):
             raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")
