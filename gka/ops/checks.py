@@ -6,6 +6,7 @@ Legend: B batch, T time, H query heads, D key dim, V value dim, N sequences.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .solvers import default_steps
+from .triton import config as triton_config
 from .types import State, state_dtype
 
 MAX_DIM = 256
@@ -124,6 +126,37 @@ def values_may_be_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type in NEVER_WAITING or os.environ.get("GKA_CHECK_VALUES") == "1"
+
+
+_told_slow: set[tuple[str, torch.dtype, int, int | None]] = set()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_slow(name: str, dtype: torch.dtype, D: int, chunk_size: int | None = None, why: str = "") -> bool:
+    """Warn, once for each such call, that a GPU runs the op in PyTorch, and say what would be fast.
+
+    Args:
+        name: of the function.
+        dtype, D, chunk_size: what it was called with.
+        why: a further reason, if these are not it.
+
+    Returns:
+        True: torch.compile takes it for a constant.
+    """
+    if (name, dtype, D, chunk_size) not in _told_slow:
+        _told_slow.add((name, dtype, D, chunk_size))
+        narrow, wide = triton_config.MAX_DIM[False], triton_config.MAX_DIM[True]
+        fast = {
+            "gated_kalmanet": f"bfloat16 with D up to {narrow}, float32 or float16 with D up to {wide}, "
+            f"chunk_size None or {triton_config.CHUNK_SIZES[-1]}",
+            "gated_kalmanet_step": f"bfloat16, float16 or float32 with D up to {narrow}",
+        }[name]
+        warnings.warn(
+            f"{name} runs in PyTorch on this GPU, much slower than by its kernels, for {dtype}, D = {D}, "
+            f"chunk_size = {chunk_size}; fast are {fast}{why and '; ' + why}",
+            stacklevel=4,
+        )
+    return True
 
 
 def check_decay(g: Tensor) -> None:
