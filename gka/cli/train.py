@@ -28,7 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..hf.config import GKAConfig
-from ..hf.folders import end_folder
+from ..hf.folders import end_folder, write_whole
 from ..hf.model import GKAForCausalLM
 from ..hf.recipe import model_fields
 from ..training.data import (
@@ -50,7 +50,7 @@ from .machine import describe_command, describe_machine, describe_versions
 from .options import flag
 from .plots import plot_loss
 from .quiet import quiet
-from .run_folder import PARTIAL_MODEL, open_run, write_whole
+from .run_folder import PARTIAL_MODEL, open_run
 
 
 def main(options: TrainOptions) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..hf.folders import to_disk
+from ..hf.folders import end_folder
 from ..nn.layer import decayed
 from .errors import UserError
 from .learning_rate import Schedule
@@ -160,9 +160,7 @@ class GKATrainer(Trainer):
         if self.is_world_process_zero():
             state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
             (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
-            to_disk(partial / name)
-            shutil.rmtree(run / name, ignore_errors=True)
-            (partial / name).rename(run / name)
+            end_folder(partial / name, run / name)
             partial.rmdir()
             rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
