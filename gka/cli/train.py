@@ -83,7 +83,7 @@ def main(options: TrainOptions) -> None:
 def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
     """The model that the options describe. Raises UserError with the configuration's own message."""
     if options.family != "gka":
-        for name in ("mixer", "attention_layers", "steps", "ridge_ratio"):
+        for name in ("mixer", "attention_layers", "solver_steps", "ridge_ratio"):
             if getattr(options, name) is not None:
                 raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
     try:

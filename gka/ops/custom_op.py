@@ -38,7 +38,7 @@ def gated_kalmanet(
     *,
     backend: str,
     ridge_ratio: float,
-    steps: tuple[int, ...],
+    solver_steps: tuple[int, ...],
     scale: float,
     initial_state: State | None,
     output_final_state: bool,
@@ -58,7 +58,7 @@ def gated_kalmanet(
         cu_seqlens,
         backend,
         ridge_ratio,
-        list(steps),
+        list(solver_steps),
         scale,
         chunk_size or 0,
         normalize_qk,
@@ -67,7 +67,7 @@ def gated_kalmanet(
     )
     if not output_final_state:
         return o, None
-    return o, State(S_kk if steps else None, S_kv)
+    return o, State(S_kk if solver_steps else None, S_kv)
 
 
 def _given(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -79,14 +79,14 @@ def _options(
     q: Tensor,
     backend: str,
     ridge_ratio: float,
-    steps: Sequence[int],
+    solver_steps: Sequence[int],
     scale: float,
     chunk_size: int,
     normalize_qk: bool,
 ) -> Options:
     """The numbers as an operator gets them; chunk_size 0 stands for what suits the device."""
     C = chunk_size or backend_module(backend).default_chunk_size(q.device)
-    return Options(ridge_ratio, tuple(steps), scale, C, normalize_qk)
+    return Options(ridge_ratio, tuple(solver_steps), scale, C, normalize_qk)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     backend: str,
     ridge_ratio: float,
-    steps: Sequence[int],
+    solver_steps: Sequence[int],
     scale: float,
     chunk_size: int,
     normalize_qk: bool,
@@ -123,7 +123,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the final S_kk and S_kv, and x, x_lo, norm, edge_kk, edge_kv of `Saved`; empty for None."""
     inputs = Inputs(q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens)
-    options = _options(q, backend, ridge_ratio, steps, scale, chunk_size, normalize_qk)
+    options = _options(q, backend, ridge_ratio, solver_steps, scale, chunk_size, normalize_qk)
     o, final_kk, final_kv, saved = backend_module(backend).forward(inputs, options, output_final_state, save)
     final_kk, final_kv, x, x_lo, norm, edge_kk, edge_kv = _given(q, final_kk, final_kv, *saved)
     return o, final_kk, final_kv, x, x_lo, norm, edge_kk, edge_kv
@@ -138,7 +138,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     final_kk = final_kv = None
     if output_final_state:
         final_kv = q.new_empty(N, H, D, V, dtype=state_dtype(q.dtype))
-        final_kk = q.new_empty(N, H, D, D, dtype=state_dtype(q.dtype)) if options.steps else None
+        final_kk = q.new_empty(N, H, D, D, dtype=state_dtype(q.dtype)) if options.solver_steps else None
     saved = backend_module(backend).empty_saved(inputs, options) if save else Saved()
     return q.new_empty(B, T, H, V), *_given(q, final_kk, final_kv, *saved)
 
@@ -167,14 +167,14 @@ def _backward(
     dS_kv: Tensor | None,
     backend: str,
     ridge_ratio: float,
-    steps: Sequence[int],
+    solver_steps: Sequence[int],
     scale: float,
     chunk_size: int,
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Gradients`, empty for None."""
     inputs = Inputs(q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens)
-    options = _options(q, backend, ridge_ratio, steps, scale, chunk_size, normalize_qk)
+    options = _options(q, backend, ridge_ratio, solver_steps, scale, chunk_size, normalize_qk)
     saved, final = Saved(x, x_lo, norm, edge_kk, edge_kv), (final_kk, final_kv)
     found = backend_module(backend).backward(inputs, options, saved, final, do, (dS_kk, dS_kv))
     dq, dk, dv, dg, dalpha, dbeta, dS_kk_0, dS_kv_0 = _given(q, *found)

@@ -33,7 +33,7 @@ def gated_kalmanet(
     beta: Tensor | None,
     *,
     ridge_ratio: float,
-    steps: tuple[int, ...] | None,
+    solver_steps: tuple[int, ...] | None,
     scale: float,
     initial_state: State | None,
     output_final_state: bool,
@@ -45,14 +45,14 @@ def gated_kalmanet(
     """The definition, in float64 whatever comes in; gradients by autograd and `ridge_solve`.
 
     Takes what `gka.ops.gated_kalmanet` takes, already checked, and `solver`: None means Chebyshev nodes
-    with `steps`, or the exact solve where `steps` is None too. `chunk_size` changes nothing: there are no
-    chunks.
+    with `solver_steps`, or the exact solve where `solver_steps` is None too. `chunk_size` changes nothing:
+    there are no chunks.
 
     Returns:
         o [B, T, H, V] float64, and the final state in float64.
     """
-    solver = solver or (Exact() if steps is None else Chebyshev(steps))
-    solve = steps != ()
+    solver = solver or (Exact() if solver_steps is None else Chebyshev(solver_steps))
+    solve = solver_steps != ()
     heads = q.shape[2]
     q, k, v, g = (tensor.double() for tensor in (q, k, v, g))
     if normalize_qk:

@@ -128,7 +128,7 @@ class Systems:
     norm: Tensor
     inverse_norm: Tensor
     ridge_ratio: float
-    steps: tuple[int, ...]
+    solver_steps: tuple[int, ...]
     product_dtype: torch.dtype
 
     @classmethod
@@ -137,13 +137,13 @@ class Systems:
         chunks: Chunks,
         S_0: Tensor,
         ridge_ratio: float,
-        steps: tuple[int, ...],
+        solver_steps: tuple[int, ...],
         product_dtype: torch.dtype,
     ) -> Systems:
         KS = torch.matmul(chunks.K.unsqueeze(1), S_0)
         norm = squared_norm(chunks, S_0, KS).clamp_min_(0.0).sqrt_()
         inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
-        return cls(chunks, S_0, KS, norm, inverse_norm, ridge_ratio, steps, product_dtype)
+        return cls(chunks, S_0, KS, norm, inverse_norm, ridge_ratio, solver_steps, product_dtype)
 
     def matvec(self, dtype: torch.dtype) -> Matvec:
         """X [b, R, C, D] -> X S_hat, with products in `dtype`, which is that of the result."""
@@ -165,7 +165,7 @@ class Systems:
         exact = self.matvec(Q.dtype)
         rough = exact if self.product_dtype == Q.dtype else self.matvec(self.product_dtype)
         rhs = Q * self.inverse_norm.unsqueeze(-1)
-        return chebyshev(rough, rhs, self.ridge_ratio, self.steps, residual_matvec=exact)
+        return chebyshev(rough, rhs, self.ridge_ratio, self.solver_steps, residual_matvec=exact)
 
     def energy(self, Z: Tensor, X: Tensor) -> Tensor:
         """z_c^T (S_c + lambda_c I) x_c, [b, R, C]."""

@@ -49,13 +49,13 @@ def default_chunk_size(device: torch.device) -> int:
 
 def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
     """The op; `save` keeps x for `backward`."""
-    p, steps, q = Problem(inputs, options), options.steps, inputs.q
+    p, solver_steps, q = Problem(inputs, options), options.solver_steps, inputs.q
     o = q.new_empty(p.tokens + 1, p.H, p.V)
-    x = p.target(q, p.dtype) if save and steps else None
+    x = p.target(q, p.dtype) if save and solver_steps else None
     final_kk = final_kv = None
     if output_final_state:
         final_kv = q.new_empty(len(p.bounds), p.H, p.D, p.V, dtype=p.dtype)
-        if steps:
+        if solver_steps:
             final_kk = q.new_empty(len(p.bounds), p.H, p.D, p.D, dtype=p.dtype)
     for group in p.groups:
         carry = p.carries(group)
@@ -66,7 +66,7 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
             Y = p.read(q, index)
             if options.normalize_qk:
                 Y = unit_rows(Y)[0]
-            if steps:
+            if solver_steps:
                 X = p.systems(chunks, first_kk).solve(Y)
                 if x is not None:
                     p.write(x, index, X)
@@ -83,7 +83,7 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
 def empty_saved(inputs: Inputs, options: Options) -> Saved:
     """What `forward` saves, uninitialised."""
     q = inputs.q
-    return Saved(q.new_empty(q.shape, dtype=state_dtype(q.dtype)) if options.steps else None)
+    return Saved(q.new_empty(q.shape, dtype=state_dtype(q.dtype)) if options.solver_steps else None)
 
 
 def backward(
@@ -95,7 +95,7 @@ def backward(
     d_final: tuple[Tensor | None, Tensor | None],
 ) -> Gradients:
     """Gradients of the inputs from those of o and of the final states; `final` itself is not needed."""
-    p, steps, q, x = Problem(inputs, options), options.steps, inputs.q, saved.x
+    p, solver_steps, q, x = Problem(inputs, options), options.solver_steps, inputs.q, saved.x
     dS_kk, dS_kv = d_final
     assert x is not None
     targets = [None if tensor is None else p.target(tensor) for tensor in inputs[:6]]
@@ -107,8 +107,8 @@ def backward(
             p.states(block, p.chunks(p.index(block))[0], carry)
         numbers = p.sequences(group)
         W = p.first_state(dS_kv, p.V, numbers)
-        G = p.first_state(dS_kk, p.D, numbers) if steps else W[..., :0]
-        if steps:
+        G = p.first_state(dS_kk, p.D, numbers) if solver_steps else W[..., :0]
+        if solver_steps:
             G = 0.5 * (G + G.transpose(-1, -2))
         for block in reversed(group.blocks):
             first, index = firsts.pop(), p.index(block)
@@ -148,7 +148,7 @@ def _block_backward(
     dO = p.read(do, index) * (p.scale * real.to(p.dtype))
     dY = readout_adjoint(chunks, S_kv, dO)
     X, Y, alpha = Q, Q, None
-    if p.steps:
+    if p.solver_steps:
         X = p.read(x, index)
         Y, alpha = p.blend(Q, X, index)
     through_readout = ReadoutAdjoint(chunks, Y, dO)
@@ -161,7 +161,7 @@ def _block_backward(
     later = (Y * dY).sum(-1) - chunks.weight * later
     passing = (W_plus * S_kv).sum((-1, -2))
     dQ, dalpha = dY, None
-    if p.steps:
+    if p.solver_steps:
         systems = p.systems(chunks, S_kk)
         if alpha is None:
             dQ = Z = systems.solve(dY)

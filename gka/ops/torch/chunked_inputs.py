@@ -36,13 +36,13 @@ class Problem:
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
         self.q, self.k, self.v, self.g, self.alpha, self.beta, self.S_kk, self.S_kv, self.cu_seqlens = inputs
-        self.ridge_ratio, self.steps, self.scale, self.chunk_size, self.normalize_qk = options
+        self.ridge_ratio, self.solver_steps, self.scale, self.chunk_size, self.normalize_qk = options
         batch, length, self.H, self.D = self.q.shape
         self.Hk, self.V = self.v.shape[2], self.v.shape[3]
         self.R = self.H // self.Hk
         self.tokens = batch * length
         self.dtype = state_dtype(self.q.dtype)
-        refined_16_bit = self.q.dtype in (torch.bfloat16, torch.float16) and len(self.steps) > 1
+        refined_16_bit = self.q.dtype in (torch.bfloat16, torch.float16) and len(self.solver_steps) > 1
         fast = refined_16_bit and _has_fast_bfloat16(self.q.device)
         self.product_dtype = torch.bfloat16 if fast else self.dtype
         if self.cu_seqlens is None:
@@ -126,16 +126,16 @@ class Problem:
         """First states S_kk, S_kv of a block's chunks; `carry` moves to the block's end."""
         decay = chunks.zeta[..., -1]
         S_kv = self.scan(block, decay, chunks.increment(chunks.Vv), carry[1], reverse=False)
-        if not self.steps:
+        if not self.solver_steps:
             return S_kv[..., :0], S_kv
         return self.scan(block, decay, chunks.increment(chunks.K), carry[0], reverse=False), S_kv
 
     def systems(self, chunks: Chunks, S_kk: Tensor) -> Systems:
-        return Systems.build(chunks, S_kk, self.ridge_ratio, self.steps, self.product_dtype)
+        return Systems.build(chunks, S_kk, self.ridge_ratio, self.solver_steps, self.product_dtype)
 
     def carries(self, group: Group) -> tuple[Tensor, Tensor]:
         numbers = self.sequences(group)
-        if not self.steps:
+        if not self.solver_steps:
             return self.q.new_zeros(0), self.first_state(self.S_kv, self.V, numbers)
         S_kk = self.first_state(self.S_kk, self.D, numbers)
         return 0.5 * (S_kk + S_kk.transpose(-1, -2)), self.first_state(self.S_kv, self.V, numbers)

@@ -28,7 +28,7 @@ def gated_kalmanet_step(
     *,
     state: State,
     ridge_ratio: float,
-    steps: tuple[int, ...],
+    solver_steps: tuple[int, ...],
     scale: float,
     normalize_qk: bool,
     inplace: bool,
@@ -39,7 +39,7 @@ def gated_kalmanet_step(
     `ridge_solve`.
     """
     with torch.autocast(q.device.type, enabled=False):
-        o, (S_kk, S_kv) = _step(q, k, v, g, alpha, beta, state, ridge_ratio, steps, scale, normalize_qk)
+        o, (S_kk, S_kv) = _step(q, k, v, g, alpha, beta, state, ridge_ratio, solver_steps, scale, normalize_qk)
     if not inplace:
         dtype = state.S_kv.dtype
         return o, State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
@@ -58,7 +58,7 @@ def _step(
     beta: Tensor | None,
     state: State,
     ridge_ratio: float,
-    steps: tuple[int, ...],
+    solver_steps: tuple[int, ...],
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, State]:
@@ -72,13 +72,13 @@ def _step(
     S_kv = _updated(state.S_kv.to(dtype), kept, rate, weighted, values)
     S_kk: Tensor | None = None
     y = query
-    if steps:
+    if solver_steps:
         assert state.S_kk is not None
         S_kk = state.S_kk.to(dtype)
         if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
         S_kk = _updated(S_kk, kept, rate, weighted, keys)
-        x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(steps))
+        x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(solver_steps))
         y = x if alpha is None else torch.lerp(query, x, alpha.to(dtype).unsqueeze(-1))
     o = scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
     return o.to(q.dtype), State(S_kk, S_kv)

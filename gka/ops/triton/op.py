@@ -47,10 +47,10 @@ def default_chunk_size(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
-def _node_table(steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Step sizes of all stages in a row, float32, and where each stage starts, int32."""
-    taus = [tau for n in steps for tau in node_steps(n, ridge_ratio)]
-    starts = [sum(steps[:stage]) for stage in range(len(steps) + 1)]
+    taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio)]
+    starts = [sum(solver_steps[:stage]) for stage in range(len(solver_steps) + 1)]
     return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
 
 
@@ -71,7 +71,7 @@ class _Call:
             )
         self.B, self.T, self.H, self.D = q.shape
         self.Hk, self.V = inputs.v.shape[2:]
-        self.N, self.solve = inputs.sequences, bool(self.options.steps)
+        self.N, self.solve = inputs.sequences, bool(self.options.solver_steps)
         self.config: Config = config_for(q.dtype, self.D, self.V, C, capability(q.device))
         self.NT = chunk_count(inputs, C)
         if inputs.cu_seqlens is None:
@@ -79,7 +79,7 @@ class _Call:
         else:
             self.chunks, self.offsets = packed_chunks(inputs.cu_seqlens, self.NT, C)
             self.crossing = crossing_sequences(self.offsets, self.NT, EDGE_EVERY)
-        self.taus, self.stages = _node_table(self.options.steps, self.options.ridge_ratio, q.device)
+        self.taus, self.stages = _node_table(self.options.solver_steps, self.options.ridge_ratio, q.device)
         per_part = part_length(inputs, self.options)
         self.parts = [(n, min(n + per_part, self.NT)) for n in range(0, max(self.NT, 1), per_part)]
         self.part_chunks = self.parts[0][1]  # the first part is the longest
@@ -214,7 +214,7 @@ class _Call:
         launch(solve_chunks, (last - first) * self.H,
             rhs, *x, inputs.k, inputs.g, scales[0], inputs.beta, scales[1], norm, states[0], states[1],
             *(adjoint or 3 * (None,)), self.taus, self.stages, self.chunks, self.options.ridge_ratio, first,
-            self.H, self.Hk, self.D, BD=self.config.BD, STAGES=len(self.options.steps),
+            self.H, self.Hk, self.D, BD=self.config.BD, STAGES=len(self.options.solver_steps),
             ADJOINT=adjoint is not None, HAS_SCALE=scales[0] is not None,
             **self.flags("HAS_BETA", "NORMALIZE"), **self.arithmetic, **self.config.solve,
         )  # fmt: skip
@@ -233,13 +233,13 @@ def chunk_count(inputs: Inputs, C: int) -> int:
 def part_length(inputs: Inputs, options: Options) -> int:
     """Chunks of one part, a multiple of EDGE_EVERY."""
     H, D, V = inputs.q.shape[2], inputs.q.shape[3], inputs.v.shape[3]
-    per_edge = H * D * ((D if options.steps else 0) + V) * 4 * EDGE_EVERY
+    per_edge = H * D * ((D if options.solver_steps else 0) + V) * 4 * EDGE_EVERY
     return max(1, WORKSPACE_BYTES // per_edge) * EDGE_EVERY
 
 
 def empty_saved(inputs: Inputs, options: Options) -> Saved:
     """What `forward` saves, uninitialised."""
-    q, V, solve = inputs.q, inputs.v.shape[3], bool(options.steps)
+    q, V, solve = inputs.q, inputs.v.shape[3], bool(options.solver_steps)
     H, D = q.shape[2:]
     edges = chunk_count(inputs, options.chunk_size) // EDGE_EVERY + 1
     in_pairs = q.dtype == torch.bfloat16
@@ -265,7 +265,7 @@ _compiling = threading.Lock()
 def compile_ahead(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> None:
     """Compile the kernels of a call like this, and of its backward pass if `save`, unless that was done."""
     shapes = tuple(None if x is None else (x.shape[2:], x.dtype) for x in inputs[:8])
-    numbers = (len(options.steps), options.chunk_size, options.normalize_qk, output_final_state, save)
+    numbers = (len(options.solver_steps), options.chunk_size, options.normalize_qk, output_final_state, save)
     key = (inputs.q.device, shapes, numbers)
     if key in _seen or compiling_ahead():
         return

@@ -32,14 +32,14 @@ def gated_kalmanet_step(
     *,
     state: State,
     ridge_ratio: float,
-    steps: tuple[int, ...],
+    solver_steps: tuple[int, ...],
     scale: float,
     normalize_qk: bool,
     inplace: bool,
 ) -> tuple[Tensor, State]:
     """The kernel's form of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes."""
     inputs = (q, k, v, g, alpha, beta, *state)
-    options = (ridge_ratio, list(steps), scale, normalize_qk)
+    options = (ridge_ratio, list(solver_steps), scale, normalize_qk)
     # The way through an operator takes longer than the launch: it is for whom only traces.
     traced = torch.compiler.is_compiling() or type(q) is not Tensor
     if inplace:
@@ -50,14 +50,14 @@ def gated_kalmanet_step(
                     torch.autograd.graph.increment_version(held)
         return o, state
     o, S_kk, S_kv = (_step if traced else _stepped)(*inputs, *options)
-    return o, State(S_kk if steps else None, S_kv)
+    return o, State(S_kk if solver_steps else None, S_kv)
 
 
 @lru_cache(maxsize=64)
-def _node_table(steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> Tensor:
+def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> Tensor:
     """Step sizes of all stages in a row, negative where a later stage starts, and one more that is read unused."""
     taus: list[float] = []
-    for n in steps:
+    for n in solver_steps:
         first, *rest = node_steps(n, ridge_ratio)
         taus += [-first if taus else first, *rest]
     return torch.tensor([*taus, 0.0], dtype=torch.float32, device=device)
@@ -73,7 +73,7 @@ def _launch(
     state: State,
     new_state: State,
     ridge_ratio: float,
-    steps: Sequence[int],
+    solver_steps: Sequence[int],
     scale: float,
     normalize_qk: bool,
 ) -> Tensor:
@@ -88,12 +88,12 @@ def _launch(
     o = torch.empty(B, H, V, dtype=q.dtype, device=q.device)
     inputs = [x if x is None else x.contiguous() for x in (q, k, v, g, alpha, beta)]
     states, targets = ([x if x is None else x.contiguous() for x in both] for both in (state, new_state))
-    table = _node_table(tuple(steps), ridge_ratio, q.device)
+    table = _node_table(tuple(solver_steps), ridge_ratio, q.device)
     if B:
         with on_device(q.device):
             launch(step_token, B * H,
-                *inputs, *both(*states), *both(*targets), o, table, scale, ridge_ratio, sum(steps), H, Hk,
-                D=D, V=V, SOLVE=bool(steps), HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None,
+                *inputs, *both(*states), *both(*targets), o, table, scale, ridge_ratio, sum(solver_steps), H, Hk,
+                D=D, V=V, SOLVE=bool(solver_steps), HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None,
                 NORMALIZE=normalize_qk, **step_config(state.S_kv.dtype, D, V),
             )  # fmt: skip
     for target, written in zip(new_state, targets, strict=True):
@@ -112,14 +112,14 @@ def _stepped(
     S_kk: Tensor | None,
     S_kv: Tensor,
     ridge_ratio: float,
-    steps: Sequence[int],
+    solver_steps: Sequence[int],
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o and the new S_kk (empty for None) and S_kv."""
     new_kk = None if S_kk is None else torch.empty_like(S_kk, memory_format=torch.contiguous_format)
     new_kv = torch.empty_like(S_kv, memory_format=torch.contiguous_format)
-    options = (ridge_ratio, steps, scale, normalize_qk)
+    options = (ridge_ratio, solver_steps, scale, normalize_qk)
     o = _launch(q, k, v, g, alpha, beta, State(S_kk, S_kv), State(new_kk, new_kv), *options)
     return o, q.new_empty(0) if new_kk is None else new_kk, new_kv
 
@@ -144,13 +144,13 @@ def _stepped_inplace(
     S_kk: Tensor | None,
     S_kv: Tensor,
     ridge_ratio: float,
-    steps: Sequence[int],
+    solver_steps: Sequence[int],
     scale: float,
     normalize_qk: bool,
 ) -> Tensor:
     """o; S_kk and S_kv are brought up to date."""
     state = State(S_kk, S_kv)
-    return _launch(q, k, v, g, alpha, beta, state, state, ridge_ratio, steps, scale, normalize_qk)
+    return _launch(q, k, v, g, alpha, beta, state, state, ridge_ratio, solver_steps, scale, normalize_qk)
 
 
 _step_ = torch.library.custom_op("gka::step_", _stepped_inplace, mutates_args=("S_kk", "S_kv"))
