@@ -7,16 +7,18 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .cache/venv-oldest
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint docs pages clean
+.PHONY: help setup demo test test-gpu test-oldest lint docs pages clean
 
 help:
 	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
 	@echo "               make demo ARGS='--data my/texts'  takes your own files (gka train --help)"
 	@echo "make test      run the whole test suite, 10 minutes on 2 cores"
 	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make test-oldest  run the tests of the models on the oldest transformers that is supported, 3 minutes"
 	@echo "make lint      ruff, mypy and the layers of imports"
 	@echo "make docs      build the site of the guides into site/"
 	@echo "make pages     write the pages and tables that are generated from committed results"
@@ -45,6 +47,21 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# The pins of constraints.txt, but for transformers and the one library that it does not take as new.
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	@echo "Setting up $(OLDEST) ..."
+	@$(PYTHON) -m venv $(OLDEST)
+	@grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	@printf 'transformers==5.16.0\nhuggingface_hub==1.33.0\n' >> $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt torch==2.13.0 setuptools
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		--no-build-isolation --editable '.[test]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready
+	@$(OLDEST)/bin/python tests/fetch_transformers_tests.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hf -n $(WORKERS) --dist worksteal -m "not gpu and not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from gka.cli.run_folder import write_whole
+from gka.hf.folders import write_whole
 from gka.training.data import (
     Manifest,
     TokenBlocks,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gka.cli.machine import describe_command, describe_commit, describe_machine, describe_versions
-from gka.cli.run_folder import write_whole
+from gka.hf.folders import write_whole
 from gka.training.errors import UserError, reason
 
 Cell = dict[str, Any]

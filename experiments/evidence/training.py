@@ -131,8 +131,8 @@ def train(
     diverged = None
     try:
         train_to_the_end(trainer, folder)
-    except Diverged:
-        diverged = trainer.state.global_step + 1
+    except Diverged as error:
+        diverged = error.step
     history = trainer.state.log_history
     tokens = batch_size * len(dataset[0]["input_ids"])
     return Trained(

@@ -17,11 +17,11 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gka.cli.options import flag
+from gka.hf.folders import partial_of, whole_file, write_whole
 from gka.training.errors import UserError, reason
 
 from .mqar_options import ALL_MIXERS, Cell, MQAROptions, cells
@@ -77,8 +77,9 @@ def main(options: MQAROptions) -> int:
             run["seconds"] = round(time.perf_counter() - wall, 1)
             run["cpu_seconds"] = round(time.process_time() - cpu, 1)
             results["table"] = summarise(results["cells"])
-            _write(folder / RESULTS_FILE, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    _write(folder / PLOT_FILE, lambda path: plot(path, results, options))
+            write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    with whole_file(folder / PLOT_FILE) as partial:
+        plot(partial, results, options)
     print(format_table(results, options))
     print(f"\nresults  {folder / RESULTS_FILE}\npicture  {folder / PLOT_FILE}")
     return 0
@@ -114,11 +115,11 @@ def _open_results(options: MQAROptions, folder: Path) -> dict[str, Any]:
     kept: dict[str, Any] = {"runs": [], "table": [], "cells": []}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / (RESULTS_FILE + ".partial")).touch()
+        partial_of(file).touch()
         held = file.read_text(encoding="utf-8") if file.exists() else None
     except OSError as error:
         raise UserError(f"--output {folder}: cannot write there: {reason(error)}") from None
-    (folder / (RESULTS_FILE + ".partial")).unlink()
+    partial_of(file).unlink()
     if held is None or options.overwrite:
         return kept
     if not options.resume:
@@ -144,13 +145,6 @@ def _open_results(options: MQAROptions, folder: Path) -> dict[str, Any]:
 
 def _cell_of(entry: dict[str, Any]) -> Cell:
     return Cell(**{axis.name: entry[axis.name] for axis in dataclasses.fields(Cell)})
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, then rename it: it is whole whenever the run is killed."""
-    partial = path.with_name("partial-" + path.name)
-    write(partial)
-    partial.replace(path)
 
 
 class _Progress:

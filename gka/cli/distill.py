@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..hf.cache_size import cache_bytes
 from ..hf.convert import attention_layers, replace_by_fresh
+from ..hf.folders import write_whole
 from ..training.errors import UserError
 from ..training.matching import block_loss
 from ..training.trainer import GKATrainer
@@ -32,7 +33,6 @@ from .loading import load_model
 from .machine import describe_command, describe_machine, describe_versions
 from .priming import Errors, Lesson, load_teacher, match_layers, new_trainer, open_lesson, say
 from .quiet import quiet
-from .run_folder import write_whole
 from .train import save_model, train_to_the_end
 
 TUNE_FOLDER = "tune"

@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Show errors only, of every library; for commands, never called by the library itself."""
+    """Show errors only, of every library, and where the op is slow; for commands, not called by the library."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
@@ -17,3 +17,4 @@ def quiet() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", message="gated_kalmanet")  # a slow path is worth a line

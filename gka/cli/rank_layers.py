@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ..hf.convert import attention_layers, convert
+from ..hf.folders import write_whole
 from ..training.errors import UserError
 from ..training.matching import block_loss
 from .convert_options import RankOptions
 from .machine import describe_command, describe_machine, describe_versions
 from .priming import Lesson, load_teacher, match_layers, open_lesson, say
 from .quiet import quiet
-from .run_folder import write_whole
 
 
 def main(options: RankOptions) -> None:

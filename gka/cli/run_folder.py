@@ -9,7 +9,7 @@
     loss.png, metrics.json   the picture and the figures of the end, with machine, versions, command
 
 Options, tokens, checkpoints, model and metrics appear whole: they are written beside their place
-(`*.partial`) and renamed. So a run that is killed at any time leaves something to go on from, and
+and renamed (gka/hf/folders.py). So a run that is killed at any time leaves something to go on from, and
 nothing that looks finished and is not. A run that is overwritten stays beside the new one (`*.old`)
 until that has its tokens.
 """
@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..hf.folders import partial_of, write_whole
 from ..training.data import Manifest, write_tokens
 from ..training.errors import UserError, reason
 from ..training.trainer import PARTIAL_CHECKPOINT
@@ -88,13 +89,6 @@ def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _fill(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
     """Write options and tokens, and check that the text is enough for a step."""
     try:
@@ -127,7 +121,7 @@ def _check_place(options: Any, output: Path) -> None:
                 f"--output {output}: holds a run already; --resume goes on with it, --overwrite deletes it, "
                 "or choose another folder"
             )
-    elif set(held) - {OPTIONS_FILE + ".partial"}:
+    elif set(held) - {partial_of(output / OPTIONS_FILE).name}:
         raise UserError(f"--output {output}: is not empty and no run of gka; choose another folder")
 
 

@@ -28,8 +28,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..hf.config import GKAConfig
-from ..hf.folders import end_folder
+from ..hf.folders import end_folder, write_whole
 from ..hf.model import GKAForCausalLM
+from ..hf.recipe import model_fields
 from ..training.data import (
     Manifest,
     TokenBlocks,
@@ -49,7 +50,7 @@ from .machine import describe_command, describe_machine, describe_versions
 from .options import flag
 from .plots import plot_loss
 from .quiet import quiet
-from .run_folder import PARTIAL_MODEL, open_run, write_whole
+from .run_folder import PARTIAL_MODEL, open_run
 
 
 def main(options: TrainOptions) -> None:
@@ -81,40 +82,20 @@ def main(options: TrainOptions) -> None:
 
 def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
     """The model that the options describe. Raises UserError with the configuration's own message."""
-    given: dict[str, Any] = {
-        "num_key_value_heads": options.kv_heads,
-        "head_dim": options.head_dim,
-        "mixer": options.mixer,
-        "solver_steps": options.solver_steps,
-        "ridge_ratio": options.ridge_ratio,
-    }
     if options.family != "gka":
         for name in ("mixer", "attention_layers", "solver_steps", "ridge_ratio"):
             if getattr(options, name) is not None:
                 raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
-        given["layer_types"] = ["full_attention"] * options.layers
-    if options.attention_layers:
-        if max(options.attention_layers) >= options.layers:
-            raise UserError(
-                f"--attention-layers: there is no block {max(options.attention_layers)}, "
-                f"with --layers {options.layers} they are 0 to {options.layers - 1}"
-            )
-        given["layer_types"] = [
-            "full_attention" if index in options.attention_layers else "linear_attention"
-            for index in range(options.layers)
-        ]
     try:
+        fields = model_fields(dataclasses.asdict(options))
+        if options.family != "gka":
+            fields["layer_types"] = ["full_attention"] * options.layers
         return GKAConfig(
             vocab_size=vocabulary_size(tokenizer),
-            hidden_size=options.hidden_size,
-            intermediate_size=options.intermediate_size or math.ceil(options.hidden_size / 3) * 8,
-            num_hidden_layers=options.layers,
-            num_attention_heads=options.heads,
-            tie_word_embeddings=options.tie_embeddings,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=document_token(tokenizer),
-            **{name: value for name, value in given.items() if value is not None},
+            **fields,
         )
     except ValueError as error:
         raise UserError(f"the model options do not fit: {error}") from None

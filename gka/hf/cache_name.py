@@ -2,6 +2,8 @@
 
 `forward` of this library's models takes both. Outputs, and arguments of `generate`, have the name of the
 transformers there is; from 5.24 on transformers itself takes the old one, too.
+
+This file goes when transformers 5.24 is the oldest supported, at the latest on 1 July 2027: `cache` stays.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
@@ -17,6 +18,7 @@ from ..ops.solvers import RIDGE_RATIO
 from .mixers import OURS, known_mixers, registered_mixer
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
+from .recipe import read_recipe
 
 _FORMER = {"steps": "solver_steps"}  # names that saved configurations may still have
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -194,6 +196,20 @@ class GKAConfig(PreTrainedConfig):
         if isinstance(kwargs.get("solver_steps"), tuple):
             kwargs["solver_steps"] = list(kwargs["solver_steps"])
         return super().from_dict(read_config(config_dict), **kwargs)
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, **fields: Any) -> GKAConfig:
+        """The model that a recipe, a YAML file of `gka train` options such as configs/440m.yaml, describes.
+
+        Args:
+            path: the file; what it says of data and training is not read.
+            **fields: further fields such as vocab_size, which a recipe leaves to the tokenizer; they win.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it does not describe a model.
+        """
+        return cls(**{**read_recipe(path), **fields})
 
     def check(self) -> None:
         """Check every field against the others; the model does so once more, for fields set later.

@@ -1,8 +1,9 @@
-"""Folders that appear whole: written beside their place and put there by renames.
+"""Files and folders that appear whole: written beside their place and put there by renames.
 
     NAME             the folder, always whole
     .NAME.partial    the new one while it is written
     .NAME.old        the one before, while the new one takes its place
+    .partial-NAME    a new file while it is written
 
 A process that is killed leaves NAME as it was or as it shall be. Killed between the two renames of the end it
 leaves no NAME, and both others whole; the next write puts the one before back first.
@@ -12,7 +13,32 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a place to write a file at; it replaces the file at `path` when the block ends without an error."""
+    partial = partial_of(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def partial_of(path: Path) -> Path:
+    """Where `whole_file` writes a file."""
+    return path.with_name(".partial-" + path.name)
 
 
 def begin_folder(folder: Path, *, overwrite: bool = False) -> Path:

@@ -13,13 +13,18 @@ from transformers.cache_utils import Cache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs, is_tracing
 
+from ..ops.checks import values_may_be_read
 from .packing import Packing
 
 _KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
 
 
 def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
-    """The mask of a GKA layer: the last T columns of a 2-D mask [B, P + T], None if they hold no pad."""
+    """The mask of a GKA layer: the last T columns of a 2-D mask [B, P + T]; None if they are known to hold no pad.
+
+    A mask without pads gives the same numbers and costs a little more. Reading it would make a GPU wait, so it is
+    read there only if the environment variable GKA_CHECK_VALUES is 1.
+    """
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] < T:
@@ -28,7 +33,7 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
             f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
         )
     recent = attention_mask[:, -T:]
-    if not is_tracing(recent) and bool((recent != 0).all()):
+    if values_may_be_read(recent) and not is_tracing(recent) and bool((recent != 0).all()):
         return None
     return recent
 

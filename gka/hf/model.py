@@ -247,7 +247,8 @@ class GKAModel(GKAPreTrainedModel):
                 `cache` is another name of this argument, transformers' own from 5.24 on.
             use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
             **kwargs: those of transformers' models: output_hidden_states, output_attentions, and for packed
-                batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx.
+                batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx. And no_pads: True where
+                the T tokens are known to be none, whatever attention_mask says of those before.
 
         Raises:
             TypeError: an unknown keyword, or past_key_values is no Cache.
@@ -259,6 +260,7 @@ class GKAModel(GKAPreTrainedModel):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; expected a transformers.Cache"
             )
+        no_pads = kwargs.pop("no_pads", False)
         check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -270,7 +272,7 @@ class GKAModel(GKAPreTrainedModel):
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            masks = self._masks(inputs_embeds, attention_mask, past_key_values, packing)
+            masks = self._masks(inputs_embeds, attention_mask, past_key_values, packing, no_pads)
         arguments = None
         if self.config.has_attention:
             if position_ids is None:
@@ -327,6 +329,7 @@ class GKAModel(GKAPreTrainedModel):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         packing: Packing | None,
+        no_pads: bool,
     ) -> dict[str, Any]:
         """The mask of each kind of layer that the model has."""
         makers = {
@@ -336,7 +339,7 @@ class GKAModel(GKAPreTrainedModel):
         masks: dict[str, Any] = {}
         for kind in set(self.config.layer_types):
             if kind == "linear_attention":
-                masks[kind] = padding_mask(attention_mask, inputs_embeds.shape[1])
+                masks[kind] = padding_mask(None if no_pads else attention_mask, inputs_embeds.shape[1])
                 continue
             masks[kind] = makers[kind](
                 config=self.config,
@@ -430,11 +433,16 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers'; without the tokenizers that `generate`, given them for stop strings, hands on."""
+        """As transformers'; without the tokenizers that `generate`, given them for stop strings, hands on.
+
+        A token that `generate` has made is no pad: the model is told, as the mask is not read on a GPU.
+        """
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+        if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration", False):
+            inputs["no_pads"] = True
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -4,7 +4,8 @@
 - `seq_idx` [B, T]: the number of each token's sequence; it changes where a sequence starts.
 - `position_ids` [B, T], neither with a mask nor with a cache: 0 where a sequence starts.
 
-Every row's first token starts a sequence. The first of the three that is there decides.
+Every row's first token starts a sequence. The first of the three that is there decides. With `cu_seq_lens_q`
+nothing waits for a GPU. With the others the GPU has to say how many sequences there are, the size of a tensor.
 
 Legend: B batch, T time, N sequences in all rows together.
 """

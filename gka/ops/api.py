@@ -33,6 +33,7 @@ from .checks import (
     check_shapes,
     checked_solver_steps,
     checked_state,
+    warn_slow,
 )
 from .solvers import RIDGE_RATIO
 from .torch import step
@@ -228,16 +229,26 @@ def gated_kalmanet_step(
     )
 
 
+_NO_KERNELS = "the kernels need Triton and an NVIDIA GPU of compute capability 8.0 or above"
+
+
 def _suitable_backend(q: Tensor, chunk_size: int | None) -> str:
-    """Kernels where there are some for a CUDA device, dtype, dim and chunk size, else PyTorch."""
-    if q.device.type == "cuda" and supports(q.dtype, q.shape[3], chunk_size) and runs_kernels(q.device.index):
+    """Kernels where there are some for a CUDA device, dtype, dim and chunk size, else PyTorch, with a warning."""
+    if q.device.type != "cuda":
+        return "chunked"
+    supported, running = supports(q.dtype, q.shape[3], chunk_size), runs_kernels(q.device.index)
+    if supported and running:
         return "triton"
+    warn_slow("gated_kalmanet", q.dtype, q.shape[3], chunk_size, "" if running else _NO_KERNELS)
     return "chunked"
 
 
 def _step_backend(q: Tensor, differentiable: bool) -> Any:
-    """The module of the kernel where it serves the tensors, else that of PyTorch."""
-    if q.device.type == "cuda" and not differentiable and supports_step(q.dtype, q.shape[2]):
-        if runs_kernels(q.device.index):
-            return triton_step
+    """The module of the kernel where it serves the tensors, else that of PyTorch; it has no gradients."""
+    if q.device.type != "cuda" or differentiable:
+        return step
+    supported, running = supports_step(q.dtype, q.shape[2]), runs_kernels(q.device.index)
+    if supported and running:
+        return triton_step
+    warn_slow("gated_kalmanet_step", q.dtype, q.shape[2], why="" if running else _NO_KERNELS)
     return step

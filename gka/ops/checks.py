@@ -6,6 +6,7 @@ Legend: B batch, T time, H query heads, D key dim, V value dim, N sequences.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .solvers import default_solver_steps
+from .triton import config as triton_config
 from .types import State, state_dtype
 
 MAX_DIM = 256
+NEVER_WAITING = ("cpu",)  # kinds of devices whose values are there at once
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -124,14 +127,46 @@ def checked_state(
     return State(*state)
 
 
-def _values_may_be_read(tensor: Tensor) -> bool:
+def values_may_be_read(tensor: Tensor) -> bool:
+    """Whether a check may read values: on the CPU always, on other devices if GKA_CHECK_VALUES is 1."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
-    return tensor.device.type == "cpu" or os.environ.get("GKA_CHECK_VALUES") == "1"
+    return tensor.device.type in NEVER_WAITING or os.environ.get("GKA_CHECK_VALUES") == "1"
+
+
+_told_slow: set[tuple[str, torch.dtype, int, int | None]] = set()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_slow(name: str, dtype: torch.dtype, D: int, chunk_size: int | None = None, why: str = "") -> bool:
+    """Warn, once for each such call, that a GPU runs the op in PyTorch, and say what would be fast.
+
+    Args:
+        name: of the function.
+        dtype, D, chunk_size: what it was called with.
+        why: a further reason, if these are not it.
+
+    Returns:
+        True: torch.compile takes it for a constant.
+    """
+    if (name, dtype, D, chunk_size) not in _told_slow:
+        _told_slow.add((name, dtype, D, chunk_size))
+        narrow, wide = triton_config.MAX_DIM[False], triton_config.MAX_DIM[True]
+        fast = {
+            "gated_kalmanet": f"bfloat16 with D up to {narrow}, float32 or float16 with D up to {wide}, "
+            f"chunk_size None or {triton_config.CHUNK_SIZES[-1]}",
+            "gated_kalmanet_step": f"bfloat16, float16 or float32 with D up to {narrow}",
+        }[name]
+        warnings.warn(
+            f"{name} runs in PyTorch on this GPU, much slower than by its kernels, for {dtype}, D = {D}, "
+            f"chunk_size = {chunk_size}; fast are {fast}{why and '; ' + why}",
+            stacklevel=4,
+        )
+    return True
 
 
 def check_decay(g: Tensor) -> None:
-    if g.numel() and _values_may_be_read(g):
+    if g.numel() and values_may_be_read(g):
         largest = g.detach().amax().item()
         if not largest <= 0.0:
             raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
@@ -146,7 +181,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [N + 1]")
     if B != 1:
         raise ValueError(f"q has batch size {B}; expected 1 with cu_seqlens: concatenate the sequences")
-    if _values_may_be_read(cu_seqlens):
+    if values_may_be_read(cu_seqlens):
         edges = cu_seqlens.tolist()
         if edges[0] != 0 or edges[-1] != T or edges != sorted(edges):
             raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")

@@ -27,6 +27,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from ..hf.folders import begin_folder, end_folder
 from .errors import UserError, reason
 
 TEXT_SUFFIXES = frozenset(
@@ -278,9 +279,7 @@ def write_tokens(
         UserError: as find_files and read_texts; or there is no text in the files.
     """
     sources, skipped = find_files(arguments)
-    building = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building = begin_folder(folder, overwrite=True)
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
     manifest = Manifest(dtype, Part(), Part(), [], "")
     end = np.asarray([document_token(tokenizer)], dtype)
@@ -310,8 +309,7 @@ def write_tokens(
         manifest.skipped = str(skipped)
         _check_parts(manifest, arguments)
         (building / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
+        end_folder(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

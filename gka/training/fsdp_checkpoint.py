@@ -6,19 +6,21 @@ Both kinds hold the weights whole, `model.safetensors`, and differ in the rest:
     FSDP    optimizer.bin: moments by the parameters' names; pytorch_model_fsdp.bin: the weights once more
 
 (FSDP with the Trainer's default state_dict_type, FULL_STATE_DICT.) The Trainer refuses one kind in the other mode.
+torch.distributed.checkpoint knows which name has which number.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import Trainer
+
+from ..hf.folders import begin_folder, end_folder
 
 FSDP_WEIGHTS, FSDP_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
 PLAIN_WEIGHTS, PLAIN_OPTIMIZER = "model.safetensors", "optimizer.pt"
@@ -68,53 +70,40 @@ def fit_checkpoint(trainer: Trainer, checkpoint: str | Path) -> str:
 
 
 def _translate(trainer: Trainer, source: Path, target: Path, to_plain: bool) -> None:
-    partial = target.with_name(target.name + ".partial")
-    for folder in (target, partial):
-        shutil.rmtree(folder, ignore_errors=True)
-    names = _names_in_order(trainer)
     found = torch.load(source / (FSDP_OPTIMIZER if to_plain else PLAIN_OPTIMIZER), weights_only=True)
-    by_name = [name for group in names for name in group]
-    by_number = list(range(len(by_name)))
-    here, there = (by_name, by_number) if to_plain else (by_number, by_name)
-    renamed: dict[Any, Any] = dict(zip(here, there, strict=True))
-    _check(trainer, source, found, names, here)
-    left_out = (FSDP_WEIGHTS, FSDP_OPTIMIZER, PLAIN_OPTIMIZER, "rng_state*")
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out))
-    state = {new: found["state"][old] for old, new in renamed.items() if old in found["state"]}
-    ordered = iter(there)
-    groups = [
-        {**group, "params": list(islice(ordered, len(own)))}
-        for group, own in zip(found["param_groups"], names, strict=True)
-    ]
-    torch.save(
-        {"state": state, "param_groups": groups}, partial / (PLAIN_OPTIMIZER if to_plain else FSDP_OPTIMIZER)
-    )
+    moments = _other_form(trainer, source, found, to_plain)
+    partial = begin_folder(target, overwrite=True)
+    left_out = shutil.ignore_patterns(FSDP_WEIGHTS, FSDP_OPTIMIZER, PLAIN_OPTIMIZER, "rng_state*")
+    shutil.copytree(source, partial, ignore=left_out, dirs_exist_ok=True)
+    torch.save(moments, partial / (PLAIN_OPTIMIZER if to_plain else FSDP_OPTIMIZER))
     if not to_plain:
         weights = load_file(source / PLAIN_WEIGHTS)
         for tied, name in (getattr(trainer.model, "all_tied_weights_keys", None) or {}).items():
             weights.setdefault(tied, weights[name])
         torch.save(weights, partial / FSDP_WEIGHTS)
-    partial.rename(target)
+    end_folder(partial, target)
 
 
-def _names_in_order(trainer: Trainer) -> list[list[str]]:
-    """Names of the optimiser's parameters by group, as the Trainer makes it: with weight decay, without."""
+def _other_form(trainer: Trainer, source: Path, found: dict[str, Any], to_plain: bool) -> dict[str, Any]:
+    """The state of the optimiser by numbers where it is by names, and the reverse: a plain optimiser holds it."""
     model: Any = trainer.model
-    decayed = set(trainer.get_decay_parameter_names(model))
-    trained = [name for name, value in model.named_parameters() if value.requires_grad]
-    return [[n for n in trained if n in decayed], [n for n in trained if n not in decayed]]
-
-
-def _check(trainer: Trainer, source: Path, found: Any, names: list[list[str]], keys: Sequence[Any]) -> None:
-    """Whether the moments are those of this trainer's parameters, group by group."""
-    sizes = [len(group["params"]) for group in found["param_groups"]]
-    if sizes != [len(group) for group in names]:
-        wanted = [len(group) for group in names]
-        raise ValueError(
-            f"{source}: its optimiser has groups of {sizes} parameters, this trainer's would of {wanted}"
-        )
-    shapes = {name: tuple(value.shape) for name, value in trainer.model.named_parameters()}  # type: ignore[union-attr]
-    for key, name in zip(keys, (name for group in names for name in group), strict=True):
-        moments = found["state"].get(key, {})
-        if "exp_avg" in moments and tuple(moments["exp_avg"].shape) != shapes[name]:
-            raise ValueError(f"{source}: its optimiser's moments do not have the shape of {name}, {shapes[name]}")
+    held, trainer.optimizer = trainer.optimizer, None
+    try:
+        optimizer: Any = trainer.create_optimizer()
+    finally:
+        trainer.optimizer = held
+    try:
+        if to_plain:
+            set_optimizer_state_dict(model, optimizer, found)
+        else:
+            optimizer.load_state_dict(found)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{source}: its optimiser is not that of this trainer: {error}") from None
+    for name, parameter in model.named_parameters():
+        shape = optimizer.state.get(parameter, {}).get("exp_avg", parameter).shape
+        if shape != parameter.shape:
+            raise ValueError(
+                f"{source}: its optimiser's moments do not have the shape of {name}, {tuple(parameter.shape)}"
+            )
+    state: dict[str, Any] = optimizer.state_dict() if to_plain else get_optimizer_state_dict(model, optimizer)
+    return state

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..hf.folders import to_disk
+from ..hf.folders import end_folder
 from ..nn.layer import decayed
 from .errors import UserError
 from .learning_rate import Schedule
@@ -29,7 +29,17 @@ PARTIAL_CHECKPOINT = "checkpoint.partial"
 
 
 class Diverged(UserError):
-    """A training whose loss is not finite."""
+    """A training whose loss is not finite.
+
+    Args:
+        step: the first step whose loss was not.
+        what: what was seen there.
+    """
+
+    def __init__(self, step: int, what: str) -> None:
+        cure = "lower --learning-rate, or raise --warmup; the checkpoints before it are good"
+        super().__init__(f"the training has diverged at step {step} ({what}): {cure}")
+        self.step = step
 
 
 def on_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
@@ -56,6 +66,7 @@ class GKATrainer(Trainer):
             config.use_cache = use_cache  # else the saved model would generate without a cache
         self.schedule = schedule
         self.tokens_per_byte = tokens_per_byte
+        self._first_bad: torch.Tensor | None = None  # on the device: [step, loss], zeros while all were finite
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
@@ -84,26 +95,44 @@ class GKATrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        """The Trainer's forward and backward pass; a loss that is not a number ends the run at once.
+        """The Trainer's forward and backward pass; a loss that is not finite is noted on the device.
+
+        Logging and saving read the note, so no checkpoint holds weights that such a loss has spoiled.
 
         Raises:
-            Diverged: before the optimiser could spoil the weights, so the checkpoints stay good.
+            Diverged: the model refuses values that earlier steps have spoiled.
         """
-        where = f"the training has diverged at step {self.state.global_step + 1}"
-        cure = "lower --learning-rate, or raise --warmup; the checkpoints before it are good"
+        step = self.state.global_step + 1
         try:
             loss = super().training_step(model, inputs, *rest)
         except ValueError as error:
+            self._refuse_diverged()
             if self.state.global_step == 0:
                 raise
             # All steps have the same shapes: what only a later one meets are bad values.
-            raise Diverged(f"{where} ({error}): {cure}") from error
-        if not math.isfinite(loss.item()):
-            raise Diverged(f"{where} (its loss is {loss.item()}): {cure}")
+            raise Diverged(step, str(error)) from error
+        seen = self._first_bad
+        if seen is None:
+            seen = torch.zeros(2, device=loss.device)
+        now = torch.stack([torch.full_like(seen[0], step), loss.detach().float()])
+        self._first_bad = torch.where((seen[0] == 0) & ~now[1].isfinite(), now, seen)
         return loss
 
+    def _refuse_diverged(self) -> None:
+        """Raise Diverged if the loss of some step was not finite. Waits for the device."""
+        step, loss = (0.0, 0.0) if self._first_bad is None else self._first_bad.tolist()
+        if step:
+            raise Diverged(int(step), f"its loss is {loss}")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, with bits per byte beside the validation loss."""
+        """Log as the Trainer does, with bits per byte beside the validation loss.
+
+        Raises:
+            Diverged: a loss since the last log was not finite, in this process or another.
+        """
+        self._refuse_diverged()
+        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes
+            raise Diverged(self.state.global_step, f"its loss is {logs['loss']}")
         if "eval_loss" in logs:
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) * self.tokens_per_byte
         super().log(logs, start_time)
@@ -112,7 +141,11 @@ class GKATrainer(Trainer):
         """Write a checkpoint beside its place and rename it when every process has written its part.
 
         So a folder named checkpoint-N is always whole, whenever the run is killed.
+
+        Raises:
+            Diverged: the loss of a step before was not finite.
         """
+        self._refuse_diverged()
         run = Path(str(self.args.output_dir))
         partial, name = run / PARTIAL_CHECKPOINT, f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
@@ -127,9 +160,7 @@ class GKATrainer(Trainer):
         if self.is_world_process_zero():
             state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
             (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
-            to_disk(partial / name)
-            shutil.rmtree(run / name, ignore_errors=True)
-            (partial / name).rename(run / name)
+            end_folder(partial / name, run / name)
             partial.rmdir()
             rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()

@@ -217,7 +217,7 @@ def test_bad_yaml(tmp_path: Path, text: str, words: list[str], capsys: pytest.Ca
         (["train", "--config", "/none.yaml"], ["/none.yaml", "no such file"]),
         (["train", "--resume", "--overwrite"], ["contradict"]),
         (["train", "--save-every", "15"], ["--save-every 15", "--log-every 10"]),
-        (["train", "--attention-layers", "4", "--layers", "4"], ["--attention-layers", "0 to 3"]),
+        (["train", "--attention-layers", "4", "--layers", "4"], ["attention_layers", "0 to 3"]),
         (["train", "--heads", "3", "--kv-heads", "2"], ["model options do not fit"]),
         (["train", "--tokenizer", "/none"], ["--tokenizer /none", "no such folder"]),
         (["generate"], ["CHECKPOINT is missing"]),

@@ -239,7 +239,7 @@ def test_the_divergence_is_part_of_the_loss(place: Path, tmp_path: Path) -> None
     ("target", "call"),
     [
         pytest.param("gka.training.trainer:ScheduleCallback.on_step_end", 6, id="while-layers-match"),
-        pytest.param("gka.training.trainer:to_disk", 3, id="before-a-checkpoint-of-the-fine-tune-is-renamed"),
+        pytest.param("gka.hf.folders:to_disk", 4, id="before-a-checkpoint-of-the-fine-tune-is-renamed"),
         pytest.param("gka.training.trainer:ScheduleCallback.on_step_end", 14, id="in-the-fine-tune"),
         pytest.param("gka.cli.distill:as_text", 1, id="before-the-report"),
     ],

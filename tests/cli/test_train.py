@@ -123,7 +123,7 @@ def test_the_checkpoint_loads_with_the_auto_classes_in_a_new_process(place: Path
     [
         pytest.param("gka.training.data:encode", 3, None, id="while-tokens-are-written"),
         pytest.param("torch:save", 6, "checkpoint-4", id="in-the-middle-of-a-checkpoint"),
-        pytest.param("gka.training.trainer:to_disk", 2, "checkpoint-4", id="before-a-checkpoint-is-renamed"),
+        pytest.param("gka.hf.folders:to_disk", 3, "checkpoint-4", id="before-a-checkpoint-is-renamed"),
         pytest.param(
             "gka.training.trainer:ScheduleCallback.on_step_end", 11, "checkpoint-8", id="between-checkpoints"
         ),
