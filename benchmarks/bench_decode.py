@@ -85,16 +85,18 @@ def in_turn(calls: list[Call]) -> Call:
     return call_all
 
 
-def calls_by_name(inputs: list[Tensor], states: list[State], steps: tuple[int, ...]) -> dict[str, list[Call]]:
+def calls_by_name(
+    inputs: list[Tensor], states: list[State], solver_steps: tuple[int, ...]
+) -> dict[str, list[Call]]:
     """What is timed with these steps, a call for every set of states."""
-    options: dict[str, Any] = dict(ridge_ratio=0.02, steps=steps, normalize_qk=True, inplace=True)
+    options: dict[str, Any] = dict(ridge_ratio=0.02, solver_steps=solver_steps, normalize_qk=True, inplace=True)
 
     def kernel(state: State) -> Call:
         return lambda: gated_kalmanet_step(*inputs, state=state, **options)
 
     def in_pytorch(state: State) -> Call:
         scale = inputs[0].shape[-1] ** -0.5
-        arguments = Arguments(*inputs, *state, None, 0.02, steps, scale, normalize_qk=True)
+        arguments = Arguments(*inputs, *state, None, 0.02, solver_steps, scale, normalize_qk=True)
         return lambda: pytorch_step.gated_kalmanet_step(arguments, inplace=True)
 
     return {
@@ -132,16 +134,16 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
             parts: list[tuple[tuple[int, ...] | None, dict[str, list[Call]]]] = [
                 (None, peers_by_name(inputs, states))
             ]
-            parts += [(steps, calls_by_name(inputs, states, steps)) for steps in STEPS]
-            for steps, calls in parts:
+            parts += [(solver_steps, calls_by_name(inputs, states, solver_steps)) for solver_steps in STEPS]
+            for solver_steps, calls in parts:
                 functions = {name: in_turn(each) for name, each in calls.items()}
                 if device.type == "cuda":
-                    name = "kernel" if steps else "floor"
-                    functions["graph" if steps else "floor"] = replayed(calls[name])
+                    name = "kernel" if solver_steps else "floor"
+                    functions["graph" if solver_steps else "floor"] = replayed(calls[name])
                 for name, time in medians(functions, device, options.repeats).items():
                     per_call = {key: value / sets for key, value in time.items()}
-                    rows.append({"what": name, **shape, "steps": steps, "seconds": per_call})
-                    label = f"{name} {steps}" if steps else name
+                    rows.append({"what": name, **shape, "steps": solver_steps, "seconds": per_call})
+                    label = f"{name} {solver_steps}" if solver_steps else name
                     print(
                         f"B {B:4d} {shape['states']:8s} {label:44s} {per_call['median'] * 1e3:8.4f} ms", flush=True
                     )

@@ -77,9 +77,12 @@ class DeltaNet(nn.Module):
         return out
 
 
-def our_layer(options: argparse.Namespace, steps: tuple[int, ...]) -> nn.Module:
+def our_layer(options: argparse.Namespace, solver_steps: tuple[int, ...]) -> nn.Module:
     config = gka.GKAConfig(
-        hidden_size=options.hidden, num_attention_heads=options.heads, head_dim=options.head_dim, steps=list(steps)
+        hidden_size=options.hidden,
+        num_attention_heads=options.heads,
+        head_dim=options.head_dim,
+        solver_steps=list(solver_steps),
     )
     return gka.GatedKalmaNet(config)
 
@@ -90,11 +93,11 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     size = (options.hidden, options.heads, options.head_dim)
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
     extra = options.device.type == "cuda" and gated_norm.ENABLED and gated_norm.installed()
-    for steps in ((16, 16), (16, 8)):
-        layer = our_layer(options, steps)
+    for solver_steps in ((16, 16), (16, 8)):
+        layer = our_layer(options, solver_steps)
         if extra:
-            found[f"gka {steps}"] = layer, {"extra": True}
-        found[f"gka {steps}, without the extra"] = layer, {"extra": False}
+            found[f"gka {solver_steps}"] = layer, {"extra": True}
+        found[f"gka {solver_steps}, without the extra"] = layer, {"extra": False}
     missing = fla_is_missing(options.device)
     if missing:
         print(f"{missing}: Gated DeltaNet and our layer with the extra are not measured")

@@ -25,7 +25,7 @@ LINES = {f"gka {STEPS}": "#c8553d", "Gated DeltaNet": "#1d3557", "SDPA, causal":
 def bench_length(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of every length, pass and op; one that took longer than --limit is not run at greater lengths."""
     peers, note = op_peers(options.device)
-    ops = {f"gka {STEPS}": partial(forward, steps=STEPS)} | {n: f for n, f in peers.items() if n in LINES}
+    ops = {f"gka {STEPS}": partial(forward, solver_steps=STEPS)} | {n: f for n, f in peers.items() if n in LINES}
     last: dict[tuple[str, str], float | None] = {}
     T, longest = options.least_tokens, options.most_tokens
     if "Gated DeltaNet" in ops:  # it tunes itself at its first call: at a length that matters

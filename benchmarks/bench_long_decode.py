@@ -43,7 +43,7 @@ STEPS = (8,)  # the solve reads the states and changes nothing in them
 GATES: tuple[float | str, ...] = (0.0, -1e-5, -1e-4, -1e-3, -1e-2, -1e-1, -1.0, -10.0, "varied")
 LAYER_GATES = (-1e-3, -1e-2, -1e-1, -1.0)
 FADED = 16.0
-OPTIONS: dict[str, Any] = dict(steps=STEPS, normalize_qk=True)
+OPTIONS: dict[str, Any] = dict(solver_steps=STEPS, normalize_qk=True)
 
 
 class Tokens(NamedTuple):
@@ -181,7 +181,7 @@ def layer_of_gates() -> tuple[Any, GKAConfig]:
     H = len(LAYER_GATES)
     config = GKAConfig(
         vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=H,
-        num_key_value_heads=H // 2, head_dim=8, steps=list(STEPS), initializer_range=0.3,
+        num_key_value_heads=H // 2, head_dim=8, solver_steps=list(STEPS), initializer_range=0.3,
     )  # fmt: skip
     layer = GKAForCausalLM(config).model.layers[0].gka.eval()
     layer.a_proj.weight.zero_()

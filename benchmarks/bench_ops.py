@@ -84,11 +84,11 @@ def bench_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
 def bench_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     T, H, D = 4096, 8, 128
-    for dtype, steps in ((torch.float32, (31,)), (torch.bfloat16, (16, 16))):
+    for dtype, solver_steps in ((torch.float32, (31,)), (torch.bfloat16, (16, 16))):
         inputs = make_inputs(T, H, D, dtype, options.device)
-        ours, peer = f"gka {steps}", "gated delta rule (transformers)"
+        ours, peer = f"gka {solver_steps}", "gated delta rule (transformers)"
         for what, wrap in (("forward", without_gradients), ("forward+backward", with_gradients)):
-            functions = {ours: wrap(forward, inputs, steps), peer: wrap(delta_rule, inputs)}
+            functions = {ours: wrap(forward, inputs, solver_steps), peer: wrap(delta_rule, inputs)}
             times = medians(functions, options.device, options.repeats)
             for name, time in times.items():
                 ratio = time["median"] / times[peer]["median"]
@@ -150,7 +150,8 @@ def bench_wide(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         inputs = {n: x.detach().view(B, T, *x.shape[2:]).requires_grad_() for n, x in made.items()}
         shape = {"B": B, "T": T, "H": H, "D": 128, "V": 128, "dtype": "bfloat16"}
         functions: dict[str, Callable[[Inputs], Tensor]] = {
-            f"gka {steps}": partial(forward, steps=steps) for steps in ((16, 16), (16, 8), (31,))
+            f"gka {solver_steps}": partial(forward, solver_steps=solver_steps)
+            for solver_steps in ((16, 16), (16, 8), (31,))
         }
         peers, note = op_peers(options.device)
         functions |= peers

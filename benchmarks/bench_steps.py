@@ -55,36 +55,38 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
         gka.nn.layer.gated_kalmanet = gated_kalmanet
 
 
-def errors(calls: list[dict[str, Any]], dtype: torch.dtype, steps: list[list[int]]) -> list[float]:
-    """The error of o over all layers, for each of `steps`."""
-    squares, norm = [0.0] * len(steps), 0.0
+def errors(calls: list[dict[str, Any]], dtype: torch.dtype, solver_steps: list[list[int]]) -> list[float]:
+    """The error of o over all layers, for each of `solver_steps`."""
+    squares, norm = [0.0] * len(solver_steps), 0.0
     for call in calls:
         q, k, v = (call[name].to(dtype) for name in ("q", "k", "v"))
         tensors = (q, k, v, call["g"], call["alpha"], call["beta"])
         options: dict[str, Any] = {"ridge_ratio": call["ridge_ratio"], "normalize_qk": True}
         exact, _ = reference.gated_kalmanet(
-            *tensors, **options, steps=None, scale=q.shape[3] ** -0.5, initial_state=None,
+            *tensors, **options, solver_steps=None, scale=q.shape[3] ** -0.5, initial_state=None,
             output_final_state=False, cu_seqlens=None,
         )  # fmt: skip
         norm += float(exact.square().sum())
-        for number, stages in enumerate(steps):
-            o, _ = gated_kalmanet(*tensors, **options, steps=stages)
+        for number, stages in enumerate(solver_steps):
+            o, _ = gated_kalmanet(*tensors, **options, solver_steps=stages)
             squares[number] += float((o.double() - exact).square().sum())
     return [(square / norm) ** 0.5 for square in squares]
 
 
 @torch.inference_mode()
-def accuracy(checkpoint: str, tokens: int, max_bytes: int, steps: list[list[int]]) -> Iterator[dict[str, Any]]:
+def accuracy(
+    checkpoint: str, tokens: int, max_bytes: int, solver_steps: list[list[int]]
+) -> Iterator[dict[str, Any]]:
     model, tokenizer = load_checkpoint(checkpoint, "cpu")
     texts = validation_texts(find_checkpoint(checkpoint).parent / "data", max_bytes)
     start = [document_token(tokenizer)]
     ids = torch.tensor([start + encode(tokenizer, b"".join(text for _, text in texts)).tolist()[: tokens - 1]])
     with recorded() as calls:
         model(ids, use_cache=False)
-    both = [errors(calls, dtype, steps) for dtype in (torch.float32, torch.bfloat16)]
-    trained = model.config.steps
-    for number, stages in enumerate(steps):
-        model.set_steps(stages)
+    both = [errors(calls, dtype, solver_steps) for dtype in (torch.float32, torch.bfloat16)]
+    trained = model.config.solver_steps
+    for number, stages in enumerate(solver_steps):
+        model.set_solver_steps(stages)
         total = total_score(score_texts(model, tokenizer, texts, window=1024, batch_size=4))
         yield {
             "part": "accuracy",
@@ -103,12 +105,12 @@ def accuracy(checkpoint: str, tokens: int, max_bytes: int, steps: list[list[int]
 
 
 def processor_seconds(
-    function: Callable[[list[int]], None], steps: list[list[int]], repeats: int
+    function: Callable[[list[int]], None], solver_steps: list[list[int]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median, least and largest processor seconds of a call with each of `steps`, which take turns."""
-    measured: dict[str, list[float]] = {str(stages): [] for stages in steps}
+    """Median, least and largest processor seconds of a call with each of `solver_steps`, which take turns."""
+    measured: dict[str, list[float]] = {str(stages): [] for stages in solver_steps}
     for turn in range(repeats + 1):
-        for stages in steps:
+        for stages in solver_steps:
             begin = time.process_time()
             function(stages)
             if turn > 0:  # the first warms up
@@ -120,7 +122,7 @@ def processor_seconds(
 
 
 @torch.inference_mode()
-def times(options: argparse.Namespace, steps: list[list[int]]) -> Iterator[dict[str, Any]]:
+def times(options: argparse.Namespace, solver_steps: list[list[int]]) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_hidden_layers": 4}
@@ -130,16 +132,19 @@ def times(options: argparse.Namespace, steps: list[list[int]]) -> Iterator[dict[
     model(prompt, past_key_values=cache)
 
     def prefill(stages: list[int]) -> None:
-        model.set_steps(stages)
+        model.set_solver_steps(stages)
         model(prompt, use_cache=False)
 
     def decode(stages: list[int]) -> None:
-        model.set_steps(stages)
+        model.set_solver_steps(stages)
         for _ in range(DECODED):
             model(token, past_key_values=cache)
 
-    found = [processor_seconds(prefill, steps, options.repeats), processor_seconds(decode, steps, options.repeats)]
-    for stages in steps:
+    found = [
+        processor_seconds(prefill, solver_steps, options.repeats),
+        processor_seconds(decode, solver_steps, options.repeats),
+    ]
+    for stages in solver_steps:
         per_token = {name: value / DECODED for name, value in found[1][str(stages)].items()}
         yield {
             "part": "time",
@@ -164,14 +169,18 @@ def main() -> None:
     parser.add_argument("--max-bytes", type=int, default=60000, help="of held-out text")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the timed prompt")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", default="", help="such as 31;8;16,16; default: those of the page of results")
+    parser.add_argument(
+        "--solver-steps", default="", help="such as 31;8;16,16; default: those of the page of results"
+    )
     parser.add_argument("--output", type=Path, help="file; default: one under benchmarks/results/")
     options = parser.parse_args()
-    steps = [list(map(int, part.split(","))) for part in options.steps.split(";") if part] or list(STEPS)
+    solver_steps = [list(map(int, part.split(","))) for part in options.solver_steps.split(";") if part] or list(
+        STEPS
+    )
 
     def rows() -> Iterator[dict[str, Any]]:
-        yield from accuracy(options.checkpoint, options.tokens, options.max_bytes, steps)
-        yield from times(options, steps)
+        yield from accuracy(options.checkpoint, options.tokens, options.max_bytes, solver_steps)
+        yield from times(options, solver_steps)
 
     command = shlex.join(["python", "-m", "benchmarks.bench_steps", *sys.argv[1:]])
     write_result("steps", rows(), command, options.output)

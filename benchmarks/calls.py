@@ -34,8 +34,8 @@ def make_inputs(T: int, H: int, D: int, dtype: torch.dtype, device: torch.device
     return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
 
-def forward(inputs: Inputs, steps: tuple[int, ...] | None) -> Tensor:
-    return gated_kalmanet(*inputs.values(), steps=steps)[0]
+def forward(inputs: Inputs, solver_steps: tuple[int, ...] | None) -> Tensor:
+    return gated_kalmanet(*inputs.values(), solver_steps=solver_steps)[0]
 
 
 def attention(inputs: Inputs) -> Tensor:

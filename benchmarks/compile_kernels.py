@@ -86,7 +86,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack bytes": int(found["STACK"])}
 
 
-def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...], architecture: int) -> list[Launch]:
+def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architecture: int) -> list[Launch]:
     """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
     from gka.ops import State, gated_kalmanet
     from gka.ops.triton import config
@@ -94,11 +94,11 @@ def launches(dtype: torch.dtype, D: int, steps: tuple[int, ...], architecture: i
     q, k, v = (torch.randn(1, 4224, 16, D, dtype=dtype, requires_grad=True) for _ in range(3))
     gates = [torch.rand(1, 4224, 16, requires_grad=True) for _ in range(3)]
     states = [torch.zeros(1, 16, D, D, requires_grad=True) for _ in range(2)]
-    initial = State(states[0] if steps else None, states[1])
+    initial = State(states[0] if solver_steps else None, states[1])
     capability = mock.patch.object(config, "capability", return_value=divmod(architecture, 10))
     with mock.patch.object(config, "INTERPRETED", True), capability, taken_down() as found:
         o, final = gated_kalmanet(
-            q, k, v, -gates[0], *gates[1:], steps=steps, normalize_qk=True, backend="triton",
+            q, k, v, -gates[0], *gates[1:], solver_steps=solver_steps, normalize_qk=True, backend="triton",
             initial_state=initial, output_final_state=True,
         )  # fmt: skip
         torch.autograd.backward(

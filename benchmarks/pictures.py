@@ -78,8 +78,8 @@ def errors_by_products(S_hat: Tensor, q: Tensor, stages: int, products: Sequence
     exact = Exact().solve(S_hat, q, RIDGE_RATIO)
     errors = []
     for n in products:
-        steps = tuple((n + 1 + stage) // stages for stage in range(stages))[::-1]
-        x = Chebyshev(steps, product_dtype=torch.bfloat16).solve(S_hat.float(), q.float(), RIDGE_RATIO)
+        solver_steps = tuple((n + 1 + stage) // stages for stage in range(stages))[::-1]
+        x = Chebyshev(solver_steps, product_dtype=torch.bfloat16).solve(S_hat.float(), q.float(), RIDGE_RATIO)
         errors.append(_relative(x, exact))
     return errors
 

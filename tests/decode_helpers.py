@@ -23,7 +23,7 @@ class StepCase:
     Hk: int = 1
     D: int = 16
     V: int = 16
-    steps: tuple[int, ...] = (16, 16)
+    solver_steps: tuple[int, ...] = (16, 16)
     dtype: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
     alpha: bool = True
@@ -33,19 +33,19 @@ class StepCase:
     def __str__(self) -> str:
         flags = "".join(f"-{name}" for name in ("alpha", "beta", "normalize_qk") if getattr(self, name))
         types = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.state))
-        return f"B{self.B}-H{self.H}/{self.Hk}-D{self.D}-V{self.V}-{self.steps}-{types}{flags}"
+        return f"B{self.B}-H{self.H}/{self.Hk}-D{self.D}-V{self.V}-{self.solver_steps}-{types}{flags}"
 
 
 STEP_CASES = (
     StepCase(H=4, Hk=2, D=128, V=128, dtype=torch.bfloat16),
-    StepCase(B=1, H=4, D=128, V=128, steps=(31,), state=torch.bfloat16, beta=False),
-    StepCase(D=5, V=9, steps=(31,)),
+    StepCase(B=1, H=4, D=128, V=128, solver_steps=(31,), state=torch.bfloat16, beta=False),
+    StepCase(D=5, V=9, solver_steps=(31,)),
     StepCase(B=3, H=3, Hk=3, D=33, V=5, alpha=False, normalize_qk=False),
-    StepCase(B=1, D=100, V=130, steps=(8, 8, 8, 8), dtype=torch.float16),
+    StepCase(B=1, D=100, V=130, solver_steps=(8, 8, 8, 8), dtype=torch.float16),
     StepCase(B=1, H=4, Hk=2, D=64, V=40, state=torch.bfloat16, normalize_qk=False),
-    StepCase(H=1, D=96, V=300, steps=(), state=torch.bfloat16),
-    StepCase(D=7, V=64, steps=(), alpha=False, beta=False, dtype=torch.bfloat16),
-    StepCase(B=1, D=40, V=1, steps=(1, 2, 1)),
+    StepCase(H=1, D=96, V=300, solver_steps=(), state=torch.bfloat16),
+    StepCase(D=7, V=64, solver_steps=(), alpha=False, beta=False, dtype=torch.bfloat16),
+    StepCase(B=1, D=40, V=1, solver_steps=(1, 2, 1)),
     StepCase(D=1, V=1, state=torch.bfloat16),
     StepCase(B=0),
 )
@@ -72,9 +72,9 @@ def step_arguments(case: StepCase, device: torch.device | str = "cpu", seed: int
         "alpha": torch.sigmoid(normal(B, H)).to(device) if case.alpha else None,
         "beta": torch.sigmoid(normal(B, H)).to(device) if case.beta else None,
         "state": State(
-            S_kk.to(device) if case.steps else None, (normal(B, H, D, case.V) / D).to(device, case.state)
+            S_kk.to(device) if case.solver_steps else None, (normal(B, H, D, case.V) / D).to(device, case.state)
         ),
-        "steps": case.steps,
+        "solver_steps": case.solver_steps,
         "normalize_qk": case.normalize_qk,
     }
 
@@ -92,8 +92,8 @@ def call_step(
 
 def packed_arguments(arguments: dict[str, Any], scale: float = 0.3) -> Arguments:
     tensors = [arguments[name] for name in ("q", "k", "v", "g", "alpha", "beta")]
-    steps, normalize_qk = arguments["steps"], arguments["normalize_qk"]
-    return Arguments(*tensors, *arguments["state"], None, 0.02, steps, scale, normalize_qk)
+    solver_steps, normalize_qk = arguments["solver_steps"], arguments["normalize_qk"]
+    return Arguments(*tensors, *arguments["state"], None, 0.02, solver_steps, scale, normalize_qk)
 
 
 def reference_step(arguments: dict[str, Any]) -> tuple[Tensor, State]:
@@ -112,7 +112,7 @@ def assert_step_equals_the_reference(function: Any, case: StepCase, device: torc
     expected_o, expected = reference_step(arguments)
     before = copied(arguments["state"])
     o, new = call_step(function, arguments, inplace=False)
-    assert o.dtype == case.dtype and new.S_kv.dtype == case.state and (new.S_kk is None) == (not case.steps)
+    assert o.dtype == case.dtype and new.S_kv.dtype == case.state and (new.S_kk is None) == (not case.solver_steps)
     bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
     assert_close({"o": o}, {"o": expected_o}, bound[case.dtype], "o")
     for x, ref, old, given in zip(new, expected, before, arguments["state"], strict=True):

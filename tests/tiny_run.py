@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "heads": 2,
     "seq_len": 32,
     "batch_size": 4,
-    "steps": "8",
+    "solver_steps": "8",
     "max_steps": 12,
     "log_every": 1,
     "eval_every": 6,

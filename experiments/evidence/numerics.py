@@ -248,7 +248,9 @@ def _retention(cell: Cell) -> dict[str, Any]:
     for lag, t in zip(lags, asking, strict=True):
         q[:, t] = k[:, t - lag]
     g = torch.full((1, T, heads), cell["log_gate"], dtype=torch.float64)
-    solve: dict[str, Any] = {"steps": ()} if cell["ridge_ratio"] is None else {"ridge_ratio": cell["ridge_ratio"]}
+    solve: dict[str, Any] = (
+        {"solver_steps": ()} if cell["ridge_ratio"] is None else {"ridge_ratio": cell["ridge_ratio"]}
+    )
     o, _ = op(q, k, v, g, normalize_qk=True, **solve)
     found = [
         nn.functional.cosine_similarity(o[0, t], v[0, t - lag], dim=-1).mean().item()
@@ -259,7 +261,7 @@ def _retention(cell: Cell) -> dict[str, Any]:
 
 def _layer(q: Tensor, k: Tensor, v: Tensor, g: Tensor, solver: Solver) -> Tensor:
     return gated_kalmanet(
-        q, k, v, g, None, None, ridge_ratio=RIDGE_RATIO, steps=None, scale=1.0, initial_state=None,
+        q, k, v, g, None, None, ridge_ratio=RIDGE_RATIO, solver_steps=None, scale=1.0, initial_state=None,
         output_final_state=False, cu_seqlens=None, normalize_qk=False, solver=solver,
     )[0]  # fmt: skip
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gka.nn.layer import GatedKalmaNet
 from gka.ops import State
-from gka.ops.solvers import RIDGE_RATIO, conjugate_gradient, default_steps, node_steps
+from gka.ops.solvers import RIDGE_RATIO, conjugate_gradient, default_solver_steps, node_steps
 from gka.ops.torch.chunk_math import Chunks, Systems, decay_mask, readout, squared_norm, unit_rows
 from gka.ops.torch.chunked import default_chunk_size
 from gka.ops.types import state_dtype
@@ -116,7 +116,7 @@ class _Changed(GatedKalmaNet):
         with torch.autocast(q.device.type, enabled=False):
             o = changed_kalmanet(
                 q, k, v, g, alpha, beta, self.variant, sketch=self.sketch, ridge_ratio=self.ridge_ratio,
-                steps=self.steps, chunk_size=self.chunk_size,
+                solver_steps=self.solver_steps, chunk_size=self.chunk_size,
             )  # fmt: skip
         return o, None
 
@@ -132,14 +132,14 @@ def changed_kalmanet(
     *,
     sketch: Tensor | None = None,
     ridge_ratio: float = RIDGE_RATIO,
-    steps: tuple[int, ...] | None = None,
+    solver_steps: tuple[int, ...] | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """`gka.ops.gated_kalmanet` with normalize_qk=True and a variant; with `Variant()` it is the same.
 
     Args:
-        q, k, v, g, alpha, beta, ridge_ratio, steps, chunk_size: as there. A constant ridge takes the place of
-            ridge_ratio; conjugate gradient makes sum(n - 1) products with S_kk, as many as Chebyshev's stages.
+        q, k, v, g, alpha, beta, ridge_ratio, solver_steps, chunk_size: as there. A constant ridge takes the place
+            of ridge_ratio; conjugate gradient makes sum(n - 1) products with S_kk, as many as Chebyshev's stages.
         sketch: P [Hk, d, D], any float dtype, where the variant has one.
 
     Returns:
@@ -151,7 +151,7 @@ def changed_kalmanet(
     method = _Method(
         variant,
         ridge_ratio,
-        default_steps(q.dtype) if steps is None else steps,
+        default_solver_steps(q.dtype) if solver_steps is None else solver_steps,
         torch.bfloat16 if q.dtype.itemsize == 2 and not variant.wide else dtype,
     )
     C = chunk_size or default_chunk_size(q.device)
@@ -216,11 +216,11 @@ class _Method:
 
     variant: Variant
     ridge_ratio: float
-    steps: tuple[int, ...]
+    solver_steps: tuple[int, ...]
     product_dtype: torch.dtype
 
     def systems(self, chunks: Chunks, S_0: Tensor) -> Systems:
-        return Systems.build(chunks, S_0, self.ridge_ratio, self.steps, self.product_dtype)
+        return Systems.build(chunks, S_0, self.ridge_ratio, self.solver_steps, self.product_dtype)
 
     def solve(self, systems: Systems, rhs: Tensor) -> Tensor:
         """X [b, R, C, d] with (S_c + lambda_c I) X_c = rhs_c."""
@@ -228,7 +228,7 @@ class _Method:
             return self._with_constant_ridge(systems, rhs, self.variant.ridge)
         if self.variant.solver == "Chebyshev":
             return systems.solve(rhs)
-        products = sum(n - 1 for n in self.steps)
+        products = sum(n - 1 for n in self.solver_steps)
         rhs = rhs * systems.inverse_norm.unsqueeze(-1)
         return conjugate_gradient(systems.matvec(self.product_dtype), rhs, self.ridge_ratio, products)
 
@@ -246,8 +246,8 @@ class _Method:
                 x = x + (rhs - rough(x) - ridge * x) / (ridge + norm * place)
             return x
 
-        x = stage(rhs, self.steps[0])
-        for nodes in self.steps[1:]:
+        x = stage(rhs, self.solver_steps[0])
+        for nodes in self.solver_steps[1:]:
             x = x + stage(rhs - exact(x) - ridge * x, nodes)
         return x
 

@@ -153,7 +153,7 @@ class TrainOptions:
         group=_MODEL,
         minimum=0,
     )
-    steps: list[int] | None = option(
+    solver_steps: list[int] | None = option(
         None,
         "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; fewer is faster and less exact; "
         "default: 31 in float32, 16,16 in bfloat16",
@@ -257,7 +257,7 @@ class GenerateOptions:
     seed: int | None = option(None, "the same seed gives the same text", group=_SAMPLING, minimum=0)
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
-    steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
+    solver_steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
 
 
 _SERVER = "server"
@@ -307,7 +307,7 @@ class EvalOptions:
     batch_size: int = option(8, "files read side by side", group=_MACHINE, minimum=1)
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
-    steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
+    solver_steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
     per_file: bool = option(False, "print a line for every file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
 

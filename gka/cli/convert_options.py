@@ -22,7 +22,7 @@ class ConvertOptions:
     layers: list[int] = option(
         MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=_LAYERS, minimum=0
     )
-    steps: list[int] | None = option(
+    solver_steps: list[int] | None = option(
         None,
         "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; default: what suits the dtype",
         group=_LAYERS,

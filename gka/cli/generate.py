@@ -13,7 +13,7 @@ from transformers import TextStreamer, set_seed
 from ..training.data import document_token, encode
 from ..training.errors import UserError
 from .commands import GenerateOptions
-from .loading import load_checkpoint, use_steps
+from .loading import load_checkpoint, use_solver_steps
 from .quiet import quiet
 
 
@@ -108,7 +108,7 @@ def main(options: GenerateOptions) -> None:
     except UnicodeEncodeError:
         raise UserError("--prompt is not UTF-8 text") from None
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
-    use_steps(model, options.steps)
+    use_solver_steps(model, options.solver_steps)
     generate(
         model,
         tokenizer,

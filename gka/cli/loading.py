@@ -130,14 +130,14 @@ def load_checkpoint(
     return model, tokenizer
 
 
-def use_steps(model: Any, steps: list[int] | None) -> None:
+def use_solver_steps(model: Any, solver_steps: list[int] | None) -> None:
     """Solve with these steps, not the checkpoint's, which None leaves. UserError if the model has no solve."""
-    if steps is None:
+    if solver_steps is None:
         return
     try:
-        model.set_steps(steps)
+        model.set_solver_steps(solver_steps)
     except ValueError as error:
-        raise UserError(f"--steps: {error}") from None
+        raise UserError(f"--solver-steps: {error}") from None
 
 
 def write_checkpoint(

@@ -85,11 +85,11 @@ def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
         "num_key_value_heads": options.kv_heads,
         "head_dim": options.head_dim,
         "mixer": options.mixer,
-        "steps": options.steps,
+        "solver_steps": options.solver_steps,
         "ridge_ratio": options.ridge_ratio,
     }
     if options.family != "gka":
-        for name in ("mixer", "attention_layers", "steps", "ridge_ratio"):
+        for name in ("mixer", "attention_layers", "solver_steps", "ridge_ratio"):
             if getattr(options, name) is not None:
                 raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
         given["layer_types"] = ["full_attention"] * options.layers

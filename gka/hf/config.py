@@ -18,6 +18,7 @@ from .mixers import OURS, known_mixers, registered_mixer
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
 
+_FORMER = {"steps": "solver_steps"}  # names that saved configurations may still have
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 _COUNTS = (
@@ -45,7 +46,7 @@ _SWITCHES = (
     "use_cache",
     "tie_word_embeddings",
 )
-# What only a GKA layer has, beside steps.
+# What only a GKA layer has, beside solver_steps.
 _OWN = (
     "ridge_ratio",
     "chunk_size",
@@ -78,7 +79,7 @@ class GKAConfig(PreTrainedConfig):
             (alpha = 0 and no S_kk); or the name of a layer given to `register_mixer`, which takes none of the
             fields that are a GKA layer's own.
         ridge_ratio: a of the paper: lambda_t = a * ||S_kk_t||_F, greater than 0.
-        steps: Chebyshev nodes of each stage of the solve, e.g. [31] (the paper's 30 iterations) or
+        solver_steps: Chebyshev nodes of each stage of the solve, e.g. [31] (the paper's 30 iterations) or
             [16, 16] (two stages with one refinement); None means what suits the input's dtype.
         chunk_size: tokens per chunk of the training form; None means what suits the device. The
             result does not depend on it.
@@ -127,7 +128,7 @@ class GKAConfig(PreTrainedConfig):
     layer_types: list[str] = None  # type: ignore[assignment]
     mixer: str = "gka"
     ridge_ratio: float = RIDGE_RATIO
-    steps: list[int] | None = None
+    solver_steps: list[int] | None = None
     chunk_size: int | None = None
     conv_size: int = 4
     use_v_conv: bool = True
@@ -166,8 +167,8 @@ class GKAConfig(PreTrainedConfig):
         if self.layer_types is None:
             self._check_counts("num_hidden_layers")
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
-        if isinstance(self.steps, tuple):
-            self.steps = list(self.steps)
+        if isinstance(self.solver_steps, tuple):
+            self.solver_steps = list(self.solver_steps)
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
             self.rope_parameters = dict(self.rope_parameters)
         self.check()
@@ -181,9 +182,13 @@ class GKAConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; a published configuration is translated. Keywords replace what the dict says."""
-        if isinstance(kwargs.get("steps"), tuple):
-            kwargs["steps"] = list(kwargs["steps"])
+        """As transformers'; a published configuration is translated, and `steps` of a configuration that was saved
+        under the former name of `solver_steps`. Keywords replace what the dict says.
+        """
+        if "steps" in config_dict:
+            config_dict = {_FORMER.get(name, name): value for name, value in config_dict.items()}
+        if isinstance(kwargs.get("solver_steps"), tuple):
+            kwargs["solver_steps"] = list(kwargs["solver_steps"])
         return super().from_dict(read_config(config_dict), **kwargs)
 
     def check(self) -> None:
@@ -215,13 +220,13 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("pad_token_id", f"None or a token id less than vocab_size, {self.vocab_size}")
 
     def _check_steps(self) -> None:
-        if self.steps is None:
+        if self.solver_steps is None:
             return
         if self.mixer != "gka":
-            self._refuse("steps", f"None with mixer={self.mixer!r}, which solves nothing")
-        whole = isinstance(self.steps, list) and all(_is_count(n) for n in self.steps)
-        if not whole or not self.steps:
-            self._refuse("steps", "None or a list of integers of at least 1, such as [31] or [16, 16]")
+            self._refuse("solver_steps", f"None with mixer={self.mixer!r}, which solves nothing")
+        whole = isinstance(self.solver_steps, list) and all(_is_count(n) for n in self.solver_steps)
+        if not whole or not self.solver_steps:
+            self._refuse("solver_steps", "None or a list of integers of at least 1, such as [31] or [16, 16]")
 
     def _check_layers(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -280,6 +285,8 @@ class GKAConfig(PreTrainedConfig):
         """transformers keeps unknown keywords as attributes; a misspelt field must not pass as one."""
         fields = [name for name in GKAConfig.__annotations__ if not name.endswith("_token_id")]
         for name in unknown:
+            if name in _FORMER:
+                raise ValueError(f"{name} is no field of GKAConfig; expected {_FORMER[name]}")
             if near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
                 raise ValueError(f"{name} is no field of GKAConfig; expected {near[0]}?")
 

@@ -58,7 +58,7 @@ def convert(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> G
             GKAForCausalLM with attention layers. It stays as it is.
         layers: numbers of the layers to replace, from 0; [] replaces none. What the new layers do not take over
             is random: `torch.manual_seed` decides it.
-        **settings: fields of GKAConfig for the new layers, such as ridge_ratio, steps or use_v_conv.
+        **settings: fields of GKAConfig for the new layers, such as ridge_ratio, solver_steps or use_v_conv.
 
     Returns:
         a model of the same dtype, on the same device and in the same mode; it shares no memory with `model`.
@@ -166,7 +166,7 @@ def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
 
 def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any]) -> GKAConfig:
     types = [_LINEAR if index in chosen else kind for index, kind in enumerate(source.layer_types)]
-    allowed = {"ridge_ratio", "steps", "chunk_size", "conv_size", "mixer"}
+    allowed = {"ridge_ratio", "solver_steps", "chunk_size", "conv_size", "mixer"}
     for name in settings:
         if name not in allowed and not (name.startswith("use_") and name not in ("use_qk_norm", "use_cache")):
             raise ValueError(f"{name} is no setting of the new layers")

@@ -148,26 +148,27 @@ class GKAPreTrainedModel(PreTrainedModel):
             return load(pretrained_model_name_or_path, *args, **kwargs)
         return load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
 
-    def set_steps(self, steps: Sequence[int] | None) -> None:
+    def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
 
-        Setting `model.config.steps` reaches no layer. A cache may be gone on with: states do not depend on it.
+        Setting `model.config.solver_steps` reaches no layer. A cache stays valid: states do not
+        depend on it.
 
         Args:
-            steps: as `GKAConfig.steps`, such as [31], [16, 16] or None.
+            solver_steps: as `GKAConfig.solver_steps`, such as [31], [16, 16] or None.
 
         Raises:
-            ValueError: steps do not fit, or no layer solves; the model stays as it was.
+            ValueError: solver_steps do not fit, or no layer solves; the model stays as it was.
         """
         if "linear_attention" not in self.config.layer_types or self.config.mixer not in OURS:
-            raise ValueError("steps are of no use: no layer of the model is a GKA layer")
+            raise ValueError("solver_steps are of no use: no layer of the model is a GKA layer")
         config = copy.copy(self.config)
-        config.steps = list(steps) if isinstance(steps, tuple) else steps  # type: ignore[assignment]
+        config.solver_steps = list(solver_steps) if isinstance(solver_steps, tuple) else solver_steps  # type: ignore[assignment]
         config.check()
-        self.config.steps = config.steps
+        self.config.solver_steps = config.solver_steps
         for module in self.modules():
             if isinstance(module, GatedKalmaNet):
-                module.set_steps(config.steps)
+                module.set_solver_steps(config.solver_steps)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -4,7 +4,7 @@ It has Qwen3's keys, the kinds of layers as symbols, `hybrid_override_pattern: "
 `layer_types`, and the tables `gka_config` and `swa_config`. The tensors have the names that they have here. What
 a key of `gka_config` is called here:
 
-    num_iter        steps = [num_iter + 1]: updates after x_0, a polynomial of that degree (docs/math.md)
+    num_iter        solver_steps = [num_iter + 1]: updates after x_0, a polynomial of that degree (docs/math.md)
     ridge_strength  ridge_ratio: lambda_t = ridge_strength ||S_kk_t||_F
     use_gate        use_output_gate
     chunk_size      nothing: the result does not depend on it, and what suits the device is taken
@@ -292,4 +292,4 @@ def _read_gka(table: Any, fields: dict[str, Any]) -> dict[str, Any]:
             _refuse(f"gka_config.{key}", values[key], "true or false")
     if values["kv_learnable_residual"] and values["kv_proj_rank"] is None:
         values["kv_learnable_residual"] = False  # published: "only used when kv_proj_rank is set"
-    return {**{RENAMED[key]: values[key] for key in RENAMED}, "steps": [values["num_iter"] + 1]}
+    return {**{RENAMED[key]: values[key] for key in RENAMED}, "solver_steps": [values["num_iter"] + 1]}

@@ -23,19 +23,19 @@ def write_config(config: GKAConfig, num_iter: int | None = None) -> dict[str, An
 
     Args:
         config: of the model.
-        num_iter: what to write; None takes it from config.steps, 30 where that is None.
+        num_iter: what to write; None takes it from config.solver_steps, 30 where that is None.
 
     Raises:
         ValueError: the model has what the format cannot say.
     """
     _check_exportable(config)
     if num_iter is None:
-        if config.steps is not None and (len(config.steps) != 1 or config.steps[0] < 2):
+        if config.solver_steps is not None and (len(config.solver_steps) != 1 or config.solver_steps[0] < 2):
             raise ValueError(
-                f"steps is {config.steps}; the published format has one stage of at least 2: say how many "
-                "iterations to write (num_iter)"
+                f"solver_steps is {config.solver_steps}; the published format has one stage of at least 2: "
+                "say how many iterations to write (num_iter)"
             )
-        num_iter = DEFAULTS["num_iter"] if config.steps is None else config.steps[0] - 1
+        num_iter = DEFAULTS["num_iter"] if config.solver_steps is None else config.solver_steps[0] - 1
     check_whole("num_iter", num_iter, MOST_ITERATIONS)
     symbols = {kind: symbol for symbol, kind in SYMBOLS.items()}
     layers = [symbols[kind] for kind in config.layer_types]

@@ -168,7 +168,7 @@ class GatedKalmaNet(nn.Module):
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.solves = config.mixer == "gka"
         self.ridge_ratio, self.chunk_size = config.ridge_ratio, config.chunk_size
-        self.set_steps(config.steps)
+        self.set_solver_steps(config.solver_steps)
         hidden, H = config.hidden_size, self.num_heads
         inner, inner_kv = H * self.head_dim, self.num_key_value_heads * self.head_dim
 
@@ -193,17 +193,18 @@ class GatedKalmaNet(nn.Module):
         self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
-    def set_steps(self, steps: Sequence[int] | None) -> None:
+    def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Solve with other steps from the next call on, as in `GKAConfig`; with mixer "gla" there are none.
 
         Raises:
             ValueError: no steps, or one that is no integer of at least 1.
         """
-        if steps is not None and not (steps and all(type(n) is int and n > 0 for n in steps)):
+        if solver_steps is not None and not (solver_steps and all(type(n) is int and n > 0 for n in solver_steps)):
             raise ValueError(
-                f"steps is {steps!r}; expected None or integers of at least 1, such as [31] or [16, 16]"
+                f"solver_steps is {solver_steps!r}; expected None or integers of at least 1, such as [31] "
+                "or [16, 16]"
             )
-        self.steps = (None if steps is None else tuple(steps)) if self.solves else ()
+        self.solver_steps = (None if solver_steps is None else tuple(solver_steps)) if self.solves else ()
 
     def forward(
         self,
@@ -308,7 +309,9 @@ class GatedKalmaNet(nn.Module):
         state_wanted: bool,
     ) -> tuple[Tensor, State | None]:
         """o [B, T, H, D] in q's dtype and, if wanted, the state behind the last token."""
-        options: dict[str, Any] = dict(ridge_ratio=self.ridge_ratio, steps=self.steps, normalize_qk=True)
+        options: dict[str, Any] = dict(
+            ridge_ratio=self.ridge_ratio, solver_steps=self.solver_steps, normalize_qk=True
+        )
         with torch.autocast(q.device.type, enabled=False):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]

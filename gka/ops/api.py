@@ -30,7 +30,7 @@ from .checks import (
     check_same_dtype,
     check_shapes,
     check_state,
-    checked_steps,
+    checked_solver_steps,
 )
 from .solvers import RIDGE_RATIO
 from .types import Arguments, State
@@ -45,7 +45,7 @@ def gated_kalmanet(
     beta: Tensor | None = None,
     *,
     ridge_ratio: float = RIDGE_RATIO,
-    steps: Sequence[int] | None = None,
+    solver_steps: Sequence[int] | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
     output_final_state: bool = False,
@@ -67,7 +67,7 @@ def gated_kalmanet(
             means 1. A token with beta = 0 and g = 0 leaves the state exactly as it was: that is how
             padding is passed.
         ridge_ratio: a > 0; lambda_t = a ||S_kk_t||_F, so the condition number is at most (1 + a) / a.
-        steps: Chebyshev nodes of each stage of the solve (section 4.2): (31,) is the paper's 30
+        solver_steps: Chebyshev nodes of each stage of the solve (section 4.2): (31,) is the paper's 30
             iterations, (16, 16) two stages with one refinement. None means (31,) for 32- and 64-bit inputs and
             (16, 16) for 16-bit ones. () solves nothing: gated linear attention, y = q, and S_kk is None.
         scale: factor of the output; None means D ** -0.5.
@@ -105,7 +105,7 @@ def gated_kalmanet(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T)
         N = cu_seqlens.shape[0] - 1
-    stages = checked_steps(steps, q.dtype)
+    stages = checked_solver_steps(solver_steps, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta, cu_seqlens=cu_seqlens)
     if initial_state is not None:
@@ -144,7 +144,7 @@ def gated_kalmanet_step(
     *,
     state: State,
     ridge_ratio: float = RIDGE_RATIO,
-    steps: Sequence[int] | None = None,
+    solver_steps: Sequence[int] | None = None,
     scale: float | None = None,
     normalize_qk: bool = False,
     inplace: bool = False,
@@ -155,12 +155,12 @@ def gated_kalmanet_step(
 
     Args:
         q: [B, H, D]; k: [B, Hk, D]; v: [B, Hk, V]; g, alpha, beta: [B, H]; dtypes and ranges as there.
-        state: the states so far, S_kk [B, H, D, D] (None with `steps=()`) and S_kv [B, H, D, V], both float32
-            (float64 for float64 inputs) or, except for float64 inputs, both bfloat16: half the memory and traffic,
-            each update rounded when it is stored. The arithmetic is float32 all the same, and o is made of the
-            update before it is rounded. bfloat16 states need decays of about -0.01 or stronger: weaker ones round
-            to none, and the state no longer follows (docs/reliability.md).
-        ridge_ratio, steps, scale, normalize_qk: as in `gated_kalmanet`.
+        state: the states so far, S_kk [B, H, D, D] (None with `solver_steps=()`) and S_kv [B, H, D, V], both
+            float32 (float64 for float64 inputs) or, except for float64 inputs, both bfloat16: half the memory and
+            traffic, each update rounded when it is stored. The arithmetic is float32 all the same, and o is made
+            of the update before it is rounded. bfloat16 states need decays of about -0.01 or stronger: weaker ones
+            round to none, and the state no longer follows (docs/reliability.md).
+        ridge_ratio, solver_steps, scale, normalize_qk: as in `gated_kalmanet`.
         inplace: whether the new states are written over `state`, whose tensors are then those returned; without,
             they are left as they were. There are no gradients in place.
 
@@ -180,7 +180,7 @@ def gated_kalmanet_step(
     Hk, V = v.shape[1:]
     check_shapes({"k": (k, (B, Hk, D)), "v": (v, (B, Hk, V))})
     check_shapes({name: (x, (B, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
-    stages = checked_steps(steps, q.dtype)
+    stages = checked_solver_steps(solver_steps, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     check_state("state", state, B, H, D, V, stages, q, may_be_bfloat16=True)

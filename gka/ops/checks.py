@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .solvers import default_steps
+from .solvers import default_solver_steps
 from .types import State, state_dtype
 
 MAX_DIM = 256
@@ -75,15 +75,17 @@ def check_numbers(**numbers: float) -> None:
             raise ValueError(f"{name} is {number}; expected a finite number greater than 0")
 
 
-def checked_steps(steps: Sequence[int] | None, dtype: torch.dtype) -> tuple[int, ...]:
-    if steps is None:
-        return default_steps(dtype)
-    wrong = isinstance(steps, str | int) or not isinstance(steps, Sequence)
-    if wrong or any(isinstance(n, bool) or not isinstance(n, int) for n in steps):
-        raise TypeError(f"steps is {steps!r}; expected a sequence of integers such as (31,) or (16, 16)")
-    if any(n < 1 for n in steps):
-        raise ValueError(f"steps is {tuple(steps)}; expected at least one node in every stage")
-    return tuple(steps)
+def checked_solver_steps(solver_steps: Sequence[int] | None, dtype: torch.dtype) -> tuple[int, ...]:
+    if solver_steps is None:
+        return default_solver_steps(dtype)
+    wrong = isinstance(solver_steps, str | int) or not isinstance(solver_steps, Sequence)
+    if wrong or any(isinstance(n, bool) or not isinstance(n, int) for n in solver_steps):
+        raise TypeError(
+            f"solver_steps is {solver_steps!r}; expected a sequence of integers such as (31,) or (16, 16)"
+        )
+    if any(n < 1 for n in solver_steps):
+        raise ValueError(f"solver_steps is {tuple(solver_steps)}; expected at least one node in every stage")
+    return tuple(solver_steps)
 
 
 def check_state(
@@ -93,7 +95,7 @@ def check_state(
     H: int,
     D: int,
     V: int,
-    steps: tuple[int, ...],
+    solver_steps: tuple[int, ...],
     q: Tensor,
     may_be_bfloat16: bool = False,
 ) -> None:
@@ -101,10 +103,10 @@ def check_state(
         raise TypeError(f"{name} is a {type(state).__name__}; expected a gka.ops.State (S_kk, S_kv)")
     dtype = state_dtype(q.dtype)
     parts: list[tuple[str, Any, tuple[int, ...]]] = [("S_kv", state[1], (N, H, D, V))]
-    if steps:
+    if solver_steps:
         parts.append(("S_kk", state[0], (N, H, D, D)))
     elif state[0] is not None:
-        raise ValueError(f"{name}.S_kk is given; expected None, as steps=() keeps no S_kk")
+        raise ValueError(f"{name}.S_kk is given; expected None, as solver_steps=() keeps no S_kk")
     for part, tensor, expected in parts:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}.{part} is a {type(tensor).__name__}; expected a torch.Tensor {expected}")

@@ -33,7 +33,7 @@ def gated_kalmanet(
     beta: Tensor | None,
     *,
     ridge_ratio: float,
-    steps: tuple[int, ...] | None,
+    solver_steps: tuple[int, ...] | None,
     scale: float,
     initial_state: State | None,
     output_final_state: bool,
@@ -44,13 +44,13 @@ def gated_kalmanet(
     """The definition, in float64 whatever comes in; gradients by autograd and `ridge_solve`.
 
     Takes what `gka.ops.gated_kalmanet` takes, already checked, and `solver`: None means Chebyshev nodes
-    with `steps`, or the exact solve where `steps` is None too.
+    with `solver_steps`, or the exact solve where `solver_steps` is None too.
 
     Returns:
         o [B, T, H, V] float64, and the final state in float64.
     """
-    solver = solver or (Exact() if steps is None else Chebyshev(steps))
-    solve = steps != ()
+    solver = solver or (Exact() if solver_steps is None else Chebyshev(solver_steps))
+    solve = solver_steps != ()
     heads = q.shape[2]
     q, k, v, g = (tensor.double() for tensor in (q, k, v, g))
     if normalize_qk:
@@ -103,7 +103,7 @@ def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Ou
     o, final = gated_kalmanet(
         *arguments[:6],
         ridge_ratio=arguments.ridge_ratio,
-        steps=arguments.solver_steps,
+        solver_steps=arguments.solver_steps,
         scale=arguments.scale,
         initial_state=None if S_kv is None else State(S_kk, S_kv),
         output_final_state=output_final_state,

@@ -13,7 +13,7 @@ number is at most kappa = (1 + a) / a (paper, section 4.2).
     Refinement: stages of n_1, n_2, ... nodes; every later stage solves for the residual of the sum of
         the earlier ones, formed with a more exact product.
 
-`steps` is the tuple (n_1, n_2, ...). (31,) is the paper's 30 iterations: they count the updates after x_0.
+`solver_steps` is the tuple (n_1, n_2, ...). (31,) is the paper's 30 iterations: they count the updates after x_0.
 
 Legend: D dim of the system; "..." any batch dims; `matvec(x)` returns S_hat x, without the ridge, for x of
 any shape that it understands: in the chunk-wise op every row of x has a matrix of its own.
@@ -35,7 +35,7 @@ Matvec = Callable[[Tensor], Tensor]
 Form = Literal["nodes", "three_term"]
 
 
-def default_steps(dtype: torch.dtype) -> tuple[int, ...]:
+def default_solver_steps(dtype: torch.dtype) -> tuple[int, ...]:
     """Stages that suit inputs of `dtype`: (16, 16) for 16-bit floats, (31,) for 32 and 64 bits."""
     return (16, 16) if dtype in (torch.bfloat16, torch.float16) else (31,)
 
@@ -105,7 +105,7 @@ def chebyshev(
     matvec: Matvec,
     rhs: Tensor,
     ridge_ratio: float,
-    steps: tuple[int, ...],
+    solver_steps: tuple[int, ...],
     *,
     residual_matvec: Matvec | None = None,
     form: Form = "nodes",
@@ -116,7 +116,7 @@ def chebyshev(
         matvec: x -> S_hat x, `rhs`'s shape and dtype in and out. May compute in low precision.
         rhs: q_hat, any shape, float32 or float64.
         ridge_ratio: a > 0.
-        steps: nodes of each stage, positive; len(steps) - 1 residuals are formed between them.
+        solver_steps: nodes of each stage, positive; len(solver_steps) - 1 residuals are formed between them.
         residual_matvec: the product from which residuals are formed; None means `matvec`.
         form: "nodes" (one vector) or "three_term" (the paper's, two vectors): the same polynomial.
 
@@ -125,8 +125,8 @@ def chebyshev(
     """
     stage = _stage_nodes if form == "nodes" else _stage_three_term
     exact_matvec = matvec if residual_matvec is None else residual_matvec
-    x = stage(matvec, rhs, ridge_ratio, steps[0])
-    for n in steps[1:]:
+    x = stage(matvec, rhs, ridge_ratio, solver_steps[0])
+    for n in solver_steps[1:]:
         residual = rhs - exact_matvec(x) - ridge_ratio * x
         x = x + stage(matvec, residual, ridge_ratio, n)
     return x
@@ -195,13 +195,13 @@ class Chebyshev:
     """Chebyshev iteration. Its error is the product over the stages of 1 / T_n(1 + 2a).
 
     Args:
-        steps: nodes of each stage.
+        solver_steps: nodes of each stage.
         form: "nodes" or "three_term".
         product_dtype: dtype to which the factors of every product but those of the residuals are
             rounded; None means no rounding.
     """
 
-    steps: tuple[int, ...] = (31,)
+    solver_steps: tuple[int, ...] = (31,)
     form: Form = "nodes"
     product_dtype: torch.dtype | None = None
 
@@ -210,14 +210,14 @@ class Chebyshev:
             _dense_matvec(S_hat, self.product_dtype),
             rhs,
             ridge_ratio,
-            self.steps,
+            self.solver_steps,
             residual_matvec=_dense_matvec(S_hat),
             form=self.form,
         )
 
     def error_bound(self, ridge_ratio: float) -> float:
         growth = math.acosh(1.0 + 2.0 * ridge_ratio)
-        return math.prod(1.0 / math.cosh(n * growth) for n in self.steps)
+        return math.prod(1.0 / math.cosh(n * growth) for n in self.solver_steps)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ class State(NamedTuple):
     """The two running sums, all that a sequence's past is kept in (spec of the paper, section 4.1).
 
     S_kk: [N, H, D, D], sum of decayed beta^2 k k^T, symmetric positive semidefinite; None where nothing
-        is solved (`steps=()`).
+        is solved (`solver_steps=()`).
     S_kv: [N, H, D, V], sum of decayed beta^2 k v^T.
 
     Both float32, or float64 for float64 inputs; for decoding they may both be bfloat16.

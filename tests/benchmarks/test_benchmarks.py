@@ -44,11 +44,11 @@ def test_bench_ops(tmp_path: Path) -> None:
 def test_bench_steps(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts", files=6, lines=3)
     assert train(tmp_path / "run", texts, max_steps=1, save_every=1, eval_every=1) == 0
-    steps, sizes = [[31], [16, 16], [2]], argparse.Namespace(prompt=8, repeats=1)
-    costs = list(bench_steps.accuracy(str(tmp_path / "run"), 40, 200, steps))
+    solver_steps, sizes = [[31], [16, 16], [2]], argparse.Namespace(prompt=8, repeats=1)
+    costs = list(bench_steps.accuracy(str(tmp_path / "run"), 40, 200, solver_steps))
     errors = [row["error of o, float32"] for row in costs]
     assert errors[0] < 1e-3 and errors[1] < 1e-3 < 1e-2 < errors[2]
-    rows = [*costs, *bench_steps.times(sizes, steps)]
+    rows = [*costs, *bench_steps.times(sizes, solver_steps)]
     common.write_result("steps", rows, "a command", tmp_path / "steps.json")
     assert "| 16,16 |" in table.steps(json.loads((tmp_path / "steps.json").read_text()))
 

@@ -1,4 +1,4 @@
-"""`steps` of a model that is there: changed when it is loaded, or later, for all layers at once."""
+"""`solver_steps` of a model that is there: changed when it is loaded, or later, for all layers at once."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["gka", "hybrid"])
-@pytest.mark.parametrize("steps", [[7], (9, 4), None])
-def test_set_steps_is_a_model_made_with_them(kind: str, steps: Any) -> None:
-    model, made = tiny_model(kind, steps=[3]), tiny_model(kind, steps=steps)
+@pytest.mark.parametrize("solver_steps", [[7], (9, 4), None])
+def test_set_steps_is_a_model_made_with_them(kind: str, solver_steps: Any) -> None:
+    model, made = tiny_model(kind, solver_steps=[3]), tiny_model(kind, solver_steps=solver_steps)
     assert relative_error(logits(model), logits(made)) > 1e-3
-    model.set_steps(steps)
+    model.set_solver_steps(solver_steps)
     assert torch.equal(logits(model), logits(made))
-    assert model.config.steps == made.config.steps
+    assert model.config.solver_steps == made.config.solver_steps
 
 
 @pytest.mark.parametrize("loader", [GKAForCausalLM, AutoModelForCausalLM])
 def test_steps_when_loading(loader: Any, tmp_path: Path) -> None:
     tiny_model("hybrid").save_pretrained(tmp_path / "first")
-    loaded = loader.from_pretrained(tmp_path / "first", steps=[5])
-    assert torch.equal(logits(loaded), logits(tiny_model("hybrid", steps=[5])))
-    loaded.set_steps((4, 4))
+    loaded = loader.from_pretrained(tmp_path / "first", solver_steps=[5])
+    assert torch.equal(logits(loaded), logits(tiny_model("hybrid", solver_steps=[5])))
+    loaded.set_solver_steps((4, 4))
     loaded.save_pretrained(tmp_path / "second")
     assert torch.equal(logits(loader.from_pretrained(tmp_path / "second")), logits(loaded))
 
@@ -49,56 +49,56 @@ def test_steps_change_in_the_middle_of_a_text() -> None:
     """The states do not depend on them: with one layer, what a cache holds is the same whatever read the text."""
     model, tokens = tiny_model("gka without groups"), random_tokens(2, 12)
     cache = new_cache(model.config)
-    model.set_steps([2])
+    model.set_solver_steps([2])
     model(tokens[:, :11], past_key_values=cache)
-    model.set_steps(None)
+    model.set_solver_steps(None)
     after = model(tokens[:, 11:], past_key_values=cache).logits
     assert relative_error(after, model(tokens).logits[:, -1:]) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [[], [0], [2.0], [True]])
-def test_a_layer_refuses_what_its_configuration_would(steps: Any) -> None:
-    layer = tiny_layer(steps=[3])
+@pytest.mark.parametrize("solver_steps", [[], [0], [2.0], [True]])
+def test_a_layer_refuses_what_its_configuration_would(solver_steps: Any) -> None:
+    layer = tiny_layer(solver_steps=[3])
     with pytest.raises(ValueError, match="expected None or integers"):
-        layer.set_steps(steps)
-    assert list(layer.steps) == [3]
+        layer.set_solver_steps(solver_steps)
+    assert list(layer.solver_steps) == [3]
 
 
 def test_steps_of_a_model_without_gka_layers() -> None:
     model = tiny_model("hybrid", layer_types=["full_attention"])
     with pytest.raises(ValueError, match="no layer of the model is a GKA layer"):
-        model.set_steps([4])
+        model.set_solver_steps([4])
 
 
 def test_set_steps_under_an_adapter() -> None:
     adapter = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    model, expected = get_peft_model(tiny_model(), adapter).eval(), tiny_model(steps=[6])
-    model.set_steps([6])
+    model, expected = get_peft_model(tiny_model(), adapter).eval(), tiny_model(solver_steps=[6])
+    model.set_solver_steps([6])
     assert relative_error(logits(model), logits(expected)) < 1e-6
 
 
 @torch.no_grad()
 def test_set_steps_of_a_compiled_layer() -> None:
     torch._dynamo.reset()
-    layer, x = tiny_layer(steps=[3]), random_inputs(2, 12, 36)
+    layer, x = tiny_layer(solver_steps=[3]), random_inputs(2, 12, 36)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(x)
-    compiled.set_steps([6])
-    assert relative_error(compiled(x), tiny_layer(steps=[6])(x)) < 1e-10
+    compiled.set_solver_steps([6])
+    assert relative_error(compiled(x), tiny_layer(solver_steps=[6])(x)) < 1e-10
 
 
-@pytest.mark.parametrize("steps", [[], [0], [2.5], 8, "8", [True]])
-def test_refuses_what_are_no_steps(steps: Any) -> None:
-    model = tiny_model(steps=[9])
-    with pytest.raises(ValueError, match="steps is"):
-        model.set_steps(steps)
-    assert model.config.steps == [9]
-    assert [module.steps for module in model.modules() if isinstance(module, GatedKalmaNet)] == [(9,), (9,)]
+@pytest.mark.parametrize("solver_steps", [[], [0], [2.5], 8, "8", [True]])
+def test_refuses_what_are_no_steps(solver_steps: Any) -> None:
+    model = tiny_model(solver_steps=[9])
+    with pytest.raises(ValueError, match="solver_steps is"):
+        model.set_solver_steps(solver_steps)
+    assert model.config.solver_steps == [9]
+    assert [module.solver_steps for module in model.modules() if isinstance(module, GatedKalmaNet)] == [(9,), (9,)]
 
 
 def test_refuses_steps_where_nothing_is_solved() -> None:
     with pytest.raises(ValueError, match="mixer='gla'"):
-        tiny_model("gla").set_steps([9])
+        tiny_model("gla").set_solver_steps([9])
 
 
 def test_of_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,11 +110,11 @@ def test_of_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         tokenizer.save_pretrained(tmp_path / mixer)
     capsys.readouterr()
     printed = []
-    for steps in ("31", "1"):
-        assert cli.main(command("eval", str(tmp_path / "gka"), data=texts, steps=steps)) == 0
+    for solver_steps in ("31", "1"):
+        assert cli.main(command("eval", str(tmp_path / "gka"), data=texts, solver_steps=solver_steps)) == 0
         printed.append(capsys.readouterr().out)
     assert cli.main(command("eval", str(tmp_path / "gka"), data=texts)) == 0
     assert capsys.readouterr().out == printed[0] != printed[1]
-    assert cli.main(command("generate", str(tmp_path / "gka"), steps="4,4", max_new_tokens=3)) == 0
-    assert cli.main(command("generate", str(tmp_path / "gla"), steps="4", max_new_tokens=3)) == 2
-    assert "--steps: steps is [4]; expected None with mixer='gla'" in capsys.readouterr().err
+    assert cli.main(command("generate", str(tmp_path / "gka"), solver_steps="4,4", max_new_tokens=3)) == 0
+    assert cli.main(command("generate", str(tmp_path / "gla"), solver_steps="4", max_new_tokens=3)) == 2
+    assert "--solver-steps: solver_steps is [4]; expected None with mixer='gla'" in capsys.readouterr().err

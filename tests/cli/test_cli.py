@@ -127,21 +127,25 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_defaults_then_yaml_then_flags(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("seq-len: 64\nlearning_rate: 3e-4\nheads: 2\ncompile: true\nsteps: [8, 8]\n")
+    (tmp_path / "c.yaml").write_text(
+        "seq-len: 64\nlearning_rate: 3e-4\nheads: 2\ncompile: true\nsolver_steps: [8, 8]\n"
+    )
     parsed = parse("train", "--config", str(tmp_path / "c.yaml"), "--heads", "8", "--no-compile")
-    assert (parsed.seq_len, parsed.learning_rate, parsed.steps) == (64, 3e-4, [8, 8])
+    assert (parsed.seq_len, parsed.learning_rate, parsed.solver_steps) == (64, 3e-4, [8, 8])
     assert (parsed.heads, parsed.compile) == (8, False)
     assert parsed.layers == TrainOptions().layers
 
 
 def test_lists_and_numbers_on_the_command_line() -> None:
-    parsed = parse("train", "--data", "a", "b", "--steps", "16,16", "--attention-layers", "1", "--warmup", "0")
-    assert (parsed.data, parsed.steps, parsed.attention_layers) == (["a", "b"], [16, 16], [1])
+    parsed = parse(
+        "train", "--data", "a", "b", "--solver-steps", "16,16", "--attention-layers", "1", "--warmup", "0"
+    )
+    assert (parsed.data, parsed.solver_steps, parsed.attention_layers) == (["a", "b"], [16, 16], [1])
     assert parsed.warmup == 0.0
 
 
 def test_written_options_are_read_back(tmp_path: Path) -> None:
-    before = TrainOptions(data=["päth"], steps=[16, 16], max_minutes=1e-7, prompt="a: 'b'\n")
+    before = TrainOptions(data=["päth"], solver_steps=[16, 16], max_minutes=1e-7, prompt="a: 'b'\n")
     (tmp_path / "o.yaml").write_text(options.as_yaml(before), encoding="utf-8")
     assert TrainOptions(**options.read_yaml(tmp_path / "o.yaml", TrainOptions)) == before
 
@@ -182,7 +186,7 @@ def test_the_demo_settings_are_valid() -> None:
         ("learning_rate: fast", ["learning_rate", "expected a number"]),
         ("compile: 1", ["compile", "expected true or false"]),
         ("data: one", ["data", "expected a list of texts"]),
-        ("steps: [1, x]", ["steps", "expected a whole number", "'x'"]),
+        ("solver_steps: [1, x]", ["solver_steps", "expected a whole number", "'x'"]),
         ("mixer: mamba", ["mixer", "one of gka, gla"]),
         ("heads: 0", ["--heads", "at least 1"]),
         ("heads: 2\nseq_len: [1", ["bad YAML", "line 2"]),
@@ -204,10 +208,10 @@ def test_bad_yaml(tmp_path: Path, text: str, words: list[str], capsys: pytest.Ca
         (["train", "stray"], ["unknown argument 'stray'"]),
         (["train", "--max-steps", "x"], ["--max-steps", "expected a whole number, got 'x'"]),
         (["train", "--max-steps"], ["--max-steps", "expected one argument"]),
-        (["train", "--steps", "8,b"], ["--steps", "separated by commas", "'8,b'"]),
+        (["train", "--solver-steps", "8,b"], ["--solver-steps", "separated by commas", "'8,b'"]),
         (["train", "--mixer", "mamba"], ["--mixer", "mamba"]),
         (["train", "--batch-size", "0"], ["--batch-size", "at least 1"]),
-        (["train", "--steps", "1000"], ["--steps", "at most 128"]),
+        (["train", "--solver-steps", "1000"], ["--solver-steps", "at most 128"]),
         (["train", "--learning-rate", "0"], ["--learning-rate", "greater than 0"]),
         (["train", "--learning-rate", "nan"], ["--learning-rate", "finite"]),
         (["train", "--config", "/none.yaml"], ["/none.yaml", "no such file"]),

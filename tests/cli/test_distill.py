@@ -27,7 +27,7 @@ from gka.training.matching import LayerMatching, block_loss, matching_errors
 
 # The teacher of the tests, and how it is read: as the runs of gka train in tiny_run.py.
 TEACHER: dict[str, Any] = {**SETTINGS, "family": "qwen3", "layers": 4, "learning_rate": 1e-2, "max_steps": 30}
-del TEACHER["steps"]
+del TEACHER["solver_steps"]
 RUN: dict[str, Any] = {
     **{name: SETTINGS[name] for name in ("seq_len", "batch_size", "eval_bytes", "validation_fraction", "device")},
     "layer_steps": 8,
@@ -293,13 +293,13 @@ def test_a_qwen3_is_trained_and_saved_as_one(place: Path) -> None:
     assert losses[max(losses)] < losses[1] - 0.5
 
 
-@pytest.mark.parametrize("option", [{"mixer": "gla"}, {"attention_layers": "1"}, {"steps": "8"}])
+@pytest.mark.parametrize("option", [{"mixer": "gla"}, {"attention_layers": "1"}, {"solver_steps": "8"}])
 def test_a_qwen3_has_no_gka_layers_to_set(
     option: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_texts(tmp_path / "texts")
     options = {**SETTINGS, "family": "qwen3"}
-    del options["steps"]
+    del options["solver_steps"]
     assert cli.main(command("train", output=tmp_path / "run", data=[data], **{**options, **option})) == 2
     assert "is of GKA layers, and a qwen3 has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

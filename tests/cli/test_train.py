@@ -210,7 +210,7 @@ def test_model_options_reach_the_configuration() -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 2, 8)
     assert config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
     assert (config.mixer, config.ridge_ratio) == ("gla", 0.05)
-    assert model_config(TrainOptions(steps=[8, 8]), load_tokenizer(None)).steps == [8, 8]
+    assert model_config(TrainOptions(solver_steps=[8, 8]), load_tokenizer(None)).solver_steps == [8, 8]
     assert (config.vocab_size, config.eos_token_id, config.tie_word_embeddings) == (259, 1, True)
 
 
@@ -251,7 +251,7 @@ def test_how_it_is_computed_does_not_change_the_losses(
 def test_other_models_train_too(place: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     settings = {**SETTINGS, **changed}
     if changed.get("mixer") == "gla":
-        del settings["steps"]  # there is nothing to solve
+        del settings["solver_steps"]  # there is nothing to solve
     assert cli.main(command("train", output=tmp_path / "run", data=[place / "texts"], **settings)) == 0
     losses = logged(tmp_path / "run")
     assert losses[12] < losses[1] - 0.1

@@ -156,9 +156,9 @@ def test_a_failing_block_is_seen(tmp_path: Path) -> None:
 
 
 def test_which_scripts_are_commands_alone() -> None:
-    code = "gka train --data 'b c' \\\n    --steps 8  # small\n\npython -m experiments mqar\n"
+    code = "gka train --data 'b c' \\\n    --solver-steps 8  # small\n\npython -m experiments mqar\n"
     assert simple_commands(code) == [
-        ["gka", "train", "--data", "b c", "--steps", "8"],
+        ["gka", "train", "--data", "b c", "--solver-steps", "8"],
         ["experiments", "mqar"],
     ]
     for other in (

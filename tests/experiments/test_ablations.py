@@ -82,12 +82,18 @@ def token_loop(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("steps", [(31,), (7, 6)], ids=str)
-def test_without_a_change_it_is_the_layers_op(case: Case, steps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("solver_steps", [(31,), (7, 6)], ids=str)
+def test_without_a_change_it_is_the_layers_op(case: Case, solver_steps: tuple[int, ...]) -> None:
     leaves = leaves_of(case)
-    ref = outcome(leaves, lambda *x: gated_kalmanet(*x, normalize_qk=True, ridge_ratio=0.05, steps=steps)[0])
+    ref = outcome(
+        leaves, lambda *x: gated_kalmanet(*x, normalize_qk=True, ridge_ratio=0.05, solver_steps=solver_steps)[0]
+    )
     for chunk_size in (None, 5):
-        assert_close(changed(leaves, Variant(), ridge_ratio=0.05, steps=steps, chunk_size=chunk_size), ref, 1e-11)
+        assert_close(
+            changed(leaves, Variant(), ridge_ratio=0.05, solver_steps=solver_steps, chunk_size=chunk_size),
+            ref,
+            1e-11,
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -95,15 +101,15 @@ def test_without_a_change_it_is_the_layers_op(case: Case, steps: tuple[int, ...]
 def test_constant_ridge(case: Case, ridge: float) -> None:
     leaves = leaves_of(case)
     ref = outcome(leaves, lambda *x: token_loop(*x, ridge=ridge))
-    assert_close(changed(leaves, Variant(ridge=ridge), steps=CONVERGED, chunk_size=8), ref, 1e-9)
-    assert_close(changed(leaves, Variant(ridge=ridge), steps=(60, 40), chunk_size=8), ref, 1e-7)
+    assert_close(changed(leaves, Variant(ridge=ridge), solver_steps=CONVERGED, chunk_size=8), ref, 1e-9)
+    assert_close(changed(leaves, Variant(ridge=ridge), solver_steps=(60, 40), chunk_size=8), ref, 1e-7)
 
 
 def test_constant_ridge_cut_short_is_chebyshev_iteration() -> None:
     """Each token's polynomial is that of `Chebyshev` with a = lambda / ||S||."""
     leaves = leaves_of(Case(lengths=(12,), H=2, Hk=2, D=6, V=6, alpha=False, beta=False, state=False))
     q, k, v, g = (leaves[name].detach() for name in ("q", "k", "v", "g"))
-    out = changed_kalmanet(q, k, v, g, None, None, Variant(ridge=0.25), steps=(4, 3), chunk_size=5)
+    out = changed_kalmanet(q, k, v, g, None, None, Variant(ridge=0.25), solver_steps=(4, 3), chunk_size=5)
     q, k = (x / (x.norm(dim=-1, keepdim=True) + 1e-6) for x in (q, k))
     for head in range(2):
         S_kk, S_kv = torch.zeros(2, 6, 6, dtype=torch.float64)
@@ -124,7 +130,7 @@ def test_sketch(case: Case, d: int) -> None:
     P = torch.randn(case.Hk, d, case.D, generator=generator, dtype=torch.float64)
     leaves = {**leaves_of(case), "sketch": P.requires_grad_()}
     ref = outcome(leaves, token_loop)
-    assert_close(changed(leaves, Variant(sketch=d), steps=CONVERGED, chunk_size=8), ref, 1e-8)
+    assert_close(changed(leaves, Variant(sketch=d), solver_steps=CONVERGED, chunk_size=8), ref, 1e-8)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -134,13 +140,13 @@ def test_conjugate_gradient(case: Case) -> None:
     short = outcome(
         leaves,
         lambda *x: reference.gated_kalmanet(
-            *x, ridge_ratio=0.02, steps=None, scale=case.D**-0.5, initial_state=None, output_final_state=False,
-            cu_seqlens=None, normalize_qk=True, solver=ConjugateGradient(4),
+            *x, ridge_ratio=0.02, solver_steps=None, scale=case.D**-0.5, initial_state=None,
+            output_final_state=False, cu_seqlens=None, normalize_qk=True, solver=ConjugateGradient(4),
         )[0],
     )  # fmt: skip
-    assert_close(changed(leaves, CONJUGATE, steps=(3, 3), chunk_size=8), short, 1e-10)
+    assert_close(changed(leaves, CONJUGATE, solver_steps=(3, 3), chunk_size=8), short, 1e-10)
     exact = outcome(leaves, token_loop)
-    assert_close(changed(leaves, CONJUGATE, steps=(31,), chunk_size=8), exact, 1e-8)
+    assert_close(changed(leaves, CONJUGATE, solver_steps=(31,), chunk_size=8), exact, 1e-8)
     if case.lengths[0] > 1:
         assert relative_error(short["o"], exact["o"]) > 1e-3, "cut short too late to tell"
 
@@ -202,8 +208,8 @@ def test_a_model_without_a_change_is_the_model() -> None:
 
 @pytest.mark.parametrize("variant", [Variant(ridge=0.25), Variant(sketch=4), CONJUGATE], ids=str)
 def test_a_model_with_a_change_learns_and_leaves_pads_alone(variant: Variant) -> None:
-    base = small_model(steps=[4, 4])(IDS).logits
-    model = with_variant(small_model(steps=[4, 4]), variant)
+    base = small_model(solver_steps=[4, 4])(IDS).logits
+    model = with_variant(small_model(solver_steps=[4, 4]), variant)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(IDS, labels=IDS).loss
     loss.backward()
@@ -255,9 +261,9 @@ def test_models_differ_in_what_their_name_says() -> None:
     assert layers["no forget gate"].a_proj is None and layers["no alpha connection"].alpha_proj is None
     for a in (0.01, 0.05, 0.1):
         assert layers[f"a = {a:g}"].ridge_ratio == a
-    assert layers[ablations.BASE].ridge_ratio == 0.02 and layers[ablations.BASE].steps is None
-    for steps in ((31,), (16, 8), (8,)):
-        assert layers[f"steps {steps}"].steps == steps
+    assert layers[ablations.BASE].ridge_ratio == 0.02 and layers[ablations.BASE].solver_steps is None
+    for solver_steps in ((31,), (16, 8), (8,)):
+        assert layers[f"steps {solver_steps}"].solver_steps == solver_steps
     for d in (16, 32, 64):
         assert layers[f"sketch, d = {d}"].sketch.shape == (1, d, 64)
     assert layers["lambda = 0.25"].variant == Variant(ridge=0.25)

@@ -122,7 +122,7 @@ def test_states_have_the_same_size() -> None:
     ("mixer", "changes", "message"),
     [
         ("gdn", {"ridge_ratio": 0.1}, "ridge_ratio is 0.1; expected 0.02 with mixer='gdn'"),
-        ("mamba2", {"steps": [31]}, "expected None with mixer='mamba2'"),
+        ("mamba2", {"solver_steps": [31]}, "expected None with mixer='mamba2'"),
         ("gdn", {"use_beta_gate": False}, "use_beta_gate is False; expected True"),
         ("gdn", {"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ("mamba2", {"head_dim": 10}, "head_dim is 10; expected hidden_size / num_attention_heads"),
@@ -146,7 +146,7 @@ def test_weight_decay_is_of_matrices_alone(mixer: str, tmp_path: Path) -> None:
 
 def test_steps_cannot_be_set() -> None:
     with pytest.raises(ValueError, match="no layer of the model is a GKA layer"):
-        model("gdn").set_steps([8])
+        model("gdn").set_solver_steps([8])
 
 
 def test_loads_after_the_import_of_the_experiments(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_positions_alone_break_the_graph() -> None:
 @torch.no_grad()
 def test_generation() -> None:
     """Two graphs, one for the prompt and one for all tokens after it; a static cache gives shapes that stay."""
-    model, tokens, backend = tiny_model(KIND, steps=[2]), random_tokens(2, 7), graphs()  # quickly traced
+    model, tokens, backend = tiny_model(KIND, solver_steps=[2]), random_tokens(2, 7), graphs()  # quickly traced
     mask = torch.tensor([[0, 0, *[1] * 5], [1] * 7])
     options = dict(max_new_tokens=9, do_sample=False, attention_mask=mask)
     expected = model.generate(tokens, **options)

@@ -142,9 +142,9 @@ def test_the_hybrid_saves_loads_and_generates(kind: str, dtype: torch.dtype, tmp
 def test_the_given_model_stays_as_it_is() -> None:
     model, tokens = small("qwen3").train(), random_tokens(1, 9)
     before = copy.deepcopy(model.state_dict())
-    new = convert(model, [0, 1, 2, 3], ridge_ratio=0.05, steps=[8, 8], use_v_conv=False)
+    new = convert(model, [0, 1, 2, 3], ridge_ratio=0.05, solver_steps=[8, 8], use_v_conv=False)
     assert new.training and not new.config.has_attention
-    assert (new.config.ridge_ratio, new.config.steps) == (0.05, [8, 8])
+    assert (new.config.ridge_ratio, new.config.solver_steps) == (0.05, [8, 8])
     assert new.model.layers[0].gka.v_conv1d is None
     new(tokens, labels=tokens).loss.backward()
     torch.optim.SGD(new.parameters(), lr=1.0).step()
@@ -275,13 +275,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder.with_name("hybrid")
-    assert main(["convert", str(folder), "--layers", "1,3", str(out), "--steps", "8,8", "--seed", "5"]) == 0
+    assert main(["convert", str(folder), "--layers", "1,3", str(out), "--solver-steps", "8,8", "--seed", "5"]) == 0
     shown = capsys.readouterr().out
     assert "2 of 4 layers replaced" in shown and "0 full_attention, 1 gka, 2 full_attention, 3 gka" in shown
     model = AutoModelForCausalLM.from_pretrained(out)
     torch.manual_seed(5)
-    expected = convert(AutoModelForCausalLM.from_pretrained(folder), [1, 3], steps=[8, 8])
-    assert model.config.steps == [8, 8]
+    expected = convert(AutoModelForCausalLM.from_pretrained(folder), [1, 3], solver_steps=[8, 8])
+    assert model.config.solver_steps == [8, 8]
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(out)("ab")["input_ids"] == [100, 101, 1]
     assert {path.name for path in out.iterdir()} == {

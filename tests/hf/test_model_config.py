@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from model_helpers import FULL, GKA, SLIDING, tiny_config
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from gka import GatedKalmaNet, GKAConfig, GKAForCausalLM
 
@@ -29,10 +29,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"ridge_ratio": 0.0}, "ridge_ratio is 0.0; expected a finite number greater than 0"),
     ({"ridge_ratio": float("nan")}, "ridge_ratio is nan; expected a finite number"),
     ({"ridge_ratio": None}, "ridge_ratio is None; expected a finite number"),
-    ({"steps": []}, r"steps is \[\]; expected None or a list"),
-    ({"steps": [16, 0]}, r"steps is \[16, 0\]; expected None or a list of integers of at least 1"),
-    ({"steps": 31}, "steps is 31; expected None or a list"),
-    ({"steps": [31], "mixer": "gla"}, r"steps is \[31\]; expected None with mixer='gla'"),
+    ({"solver_steps": []}, r"solver_steps is \[\]; expected None or a list"),
+    ({"solver_steps": [16, 0]}, r"solver_steps is \[16, 0\]; expected None or a list of integers of at least 1"),
+    ({"solver_steps": 31}, "solver_steps is 31; expected None or a list"),
+    ({"solver_steps": [31], "mixer": "gla"}, r"solver_steps is \[31\]; expected None with mixer='gla'"),
     ({"chunk_size": 0}, "chunk_size is 0; expected an integer"),
     ({"conv_size": 0}, "conv_size is 0; expected an integer"),
     ({"use_beta_gate": 1}, "use_beta_gate is 1; expected True or False"),
@@ -76,7 +76,19 @@ def test_fills_in() -> None:
     assert (config.num_key_value_heads, config.head_dim) == (8, 128)
     assert config.layer_types == [GKA] * 28 and not config.has_attention
     assert GKAConfig(num_hidden_layers=2, layer_types=[GKA, FULL]).has_attention
-    assert GKAConfig(steps=(16, 16)).steps == [16, 16]
+    assert GKAConfig(solver_steps=(16, 16)).solver_steps == [16, 16]
+
+
+def test_loads_solver_steps_saved_under_their_former_name(tmp_path: Path) -> None:
+    fields = tiny_config(solver_steps=[16, 8]).to_dict()
+    fields["steps"] = fields.pop("solver_steps")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for loader in (GKAConfig, AutoConfig):
+        config = loader.from_pretrained(tmp_path)
+        assert config.solver_steps == [16, 8] and not hasattr(config, "steps")
+    assert GKAConfig.from_pretrained(tmp_path, solver_steps=[5]).solver_steps == [5]
+    with pytest.raises(ValueError, match="steps is no field of GKAConfig; expected solver_steps"):
+        tiny_config(steps=[16, 8])
 
 
 def test_does_not_write_to_what_it_was_given() -> None:
@@ -89,7 +101,7 @@ def test_does_not_write_to_what_it_was_given() -> None:
 def test_round_trip(tmp_path: Path) -> None:
     config = tiny_config(
         "hybrid, sliding",
-        steps=[16, 8],
+        solver_steps=[16, 8],
         ridge_ratio=0.05,
         conv_size=3,
         chunk_size=16,

@@ -49,7 +49,7 @@ def measure(layer_type: str, rows: int, early: int, tokens: int) -> tuple[int, i
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         head_dim=DIM,
-        steps=[5] if layer_type == GKA else None,
+        solver_steps=[5] if layer_type == GKA else None,
     )
     cache = model(random_tokens(rows, 3), use_cache=True).past_key_values
     cache.reset()

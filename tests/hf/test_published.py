@@ -175,7 +175,7 @@ def test_auto_classes(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     assert type(config) is GKAConfig and config.model_type == "gka"
     assert config.layer_types == ["full_attention", "linear_attention", "sliding_attention", "linear_attention"]
-    assert (config.steps, config.ridge_ratio, config.sliding_window) == ([31], 0.02, 5)
+    assert (config.solver_steps, config.ridge_ratio, config.sliding_window) == ([31], 0.02, 5)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1000000}
     assert GKAConfig.from_pretrained(folder).to_dict() == {**config.to_dict(), "_name_or_path": ""}
     assert type(AutoModel.from_pretrained(folder)) is GKAModel
@@ -185,10 +185,10 @@ def test_auto_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", [GKAForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
 def test_steps_and_ridge_can_be_replaced(load: Any, tmp_path: Path) -> None:
-    model = load(folder_of(tmp_path), steps=(8, 8), ridge_ratio=0.05)
+    model = load(folder_of(tmp_path), solver_steps=(8, 8), ridge_ratio=0.05)
     layer = model.model.layers[1].gka
-    assert (list(layer.steps), layer.ridge_ratio) == ([8, 8], 0.05)
-    assert (model.config.steps, model.config.ridge_ratio) == ([8, 8], 0.05)
+    assert (list(layer.solver_steps), layer.ridge_ratio) == ([8, 8], 0.05)
+    assert (model.config.solver_steps, model.config.ridge_ratio) == ([8, 8], 0.05)
     with pytest.raises(ValueError, match="ridge_ratio is -1"):
         load(folder_of(tmp_path), ridge_ratio=-1)
 
@@ -251,7 +251,7 @@ def test_round_trip_is_bit_equal(name: str, tmp_path: Path) -> None:
     (first / "evil.py").write_text("raise SystemExit")
     assert main(["export", str(first), str(tmp_path / "ours"), "--format", "gka"]) == 0
     own = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert own["model_type"] == "gka" and own["steps"] == [13]
+    assert own["model_type"] == "gka" and own["solver_steps"] == [13]
     second = tmp_path / "second"
     assert (
         main(["export", str(tmp_path / "ours"), str(second), "--format", "hybrid_qwen3", "--shard-mb", "0.02"])
@@ -277,7 +277,7 @@ def test_export_refuses_what_the_format_cannot_say(tmp_path: Path, capsys: pytes
         [
             ({"mixer": "gla"}, "mixer is 'gla'"),
             ({"use_forget_gate": False}, "use_forget_gate is False"),
-            ({"steps": [16, 16]}, "--num-iter"),
+            ({"solver_steps": [16, 16]}, "--num-iter"),
             ({"layer_types": ["full_attention"], "use_qk_norm": False}, "use_qk_norm is False"),
             ({"mlp_bias": True}, "mlp_bias is True"),
             ({"attention_output_bias": True}, "attention_output_bias is True"),
@@ -288,7 +288,7 @@ def test_export_refuses_what_the_format_cannot_say(tmp_path: Path, capsys: pytes
         assert words in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     assert main(["export", str(tmp_path / "2"), str(tmp_path / "out"), "--num-iter", "20"]) == 0
-    assert GKAConfig.from_pretrained(tmp_path / "out").steps == [21]
+    assert GKAConfig.from_pretrained(tmp_path / "out").solver_steps == [21]
     assert main(["export", str(tmp_path / "2"), str(tmp_path / "out"), "--num-iter", "20"]) == 2
     assert "out: is not empty" in capsys.readouterr().err
 
@@ -304,7 +304,7 @@ def test_a_model_of_ours_goes_out_and_back(tmp_path: Path) -> None:
         layer_types=["linear_attention", "full_attention"],
         rms_norm_eps=1e-5,
         chunk_size=16,
-        steps=[31],
+        solver_steps=[31],
     )
     model = GKAForCausalLM(config).eval()
     gka.export_published(model, tmp_path / "out")
@@ -323,7 +323,7 @@ def test_the_commands_take_both_formats(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "9", "--seed", "0"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert GKAConfig.from_pretrained(out).steps == [8]
+    assert GKAConfig.from_pretrained(out).solver_steps == [8]
 
 
 def test_an_export_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def trainer(kind: str, way: str, folder: Path, peft_config: LoraConfig | None = 
         layer_types=LAYERS[kind],
         sliding_window=5,
         initializer_range=0.2,
-        steps=[8],
+        solver_steps=[8],
     )
     options = dict(
         output_dir=str(folder),

@@ -48,13 +48,13 @@ def plain_layer(layer: GatedKalmaNet, x: Tensor, **op_options: Any) -> Tensor:
 @pytest.mark.parametrize("T", [1, 3, 45])
 def test_computes_its_equations(T: int) -> None:
     layer, x = tiny_layer(), random_inputs(2, T, 36)
-    assert_near(layer(x), plain_layer(layer, x, backend="reference", steps=(31,)), 1e-10)
+    assert_near(layer(x), plain_layer(layer, x, backend="reference", solver_steps=(31,)), 1e-10)
 
 
 def test_a_higher_degree_comes_to_the_exact_solve() -> None:
     x = random_inputs(2, 21, 36)
-    layer = tiny_layer(steps=[120])
-    assert_near(layer(x), plain_layer(layer, x, backend="reference", steps=(400,)), 1e-6)
+    layer = tiny_layer(solver_steps=[120])
+    assert_near(layer(x), plain_layer(layer, x, backend="reference", solver_steps=(400,)), 1e-6)
 
 
 def test_chunk_size_does_not_matter() -> None:
@@ -125,7 +125,7 @@ def test_v_without_its_convolution_is_linear_in_the_input() -> None:
 def test_ridge_ratio_and_steps_reach_the_op() -> None:
     x = random_inputs(2, 20, 36)
     standard = tiny_layer()(x)
-    for change in ({"ridge_ratio": 0.1}, {"steps": [5]}):
+    for change in ({"ridge_ratio": 0.1}, {"solver_steps": [5]}):
         assert relative_error(tiny_layer(**change)(x), standard) > 1e-4
 
 

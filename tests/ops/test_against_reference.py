@@ -31,7 +31,7 @@ def reference_with(solver: object):
             beta,
             solver=solver,
             ridge_ratio=0.02,
-            steps=None,
+            solver_steps=None,
             scale=q.shape[-1] ** -0.5,
             **options,
         )
@@ -40,38 +40,38 @@ def reference_with(solver: object):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("steps", [(31,), (16, 16), (5,), ()], ids=str)
-def test_same_polynomial(case: Case, steps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("solver_steps", [(31,), (16, 16), (5,), ()], ids=str)
+def test_same_polynomial(case: Case, solver_steps: tuple[int, ...]) -> None:
     arguments = make_inputs(case)
-    if steps == () and case.state:
+    if solver_steps == () and case.state:
         arguments["S_kk"] = None
-    ref = run(arguments, backend="reference", steps=steps)
-    assert_close(run(arguments, backend="chunked", steps=steps, chunk_size=32), ref, 1e-10)
+    ref = run(arguments, backend="reference", solver_steps=solver_steps)
+    assert_close(run(arguments, backend="chunked", solver_steps=solver_steps, chunk_size=32), ref, 1e-10)
 
 
 @given(case=cases(), chunk_size=st.integers(1, 40), seed=st.integers(0, 99))
 def test_same_polynomial_random_cases(case: Case, chunk_size: int, seed: int) -> None:
     arguments = make_inputs(case, seed=seed)
-    ref = run(arguments, backend="reference", steps=(7, 6))
-    assert_close(run(arguments, backend="chunked", steps=(7, 6), chunk_size=chunk_size), ref, 1e-10)
+    ref = run(arguments, backend="reference", solver_steps=(7, 6))
+    assert_close(run(arguments, backend="chunked", solver_steps=(7, 6), chunk_size=chunk_size), ref, 1e-10)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_three_term_form_is_the_same_polynomial(case: Case) -> None:
     arguments = make_inputs(case)
     ref = run(arguments, reference_with(Chebyshev((31,), form="three_term")))
-    assert_close(run(arguments, steps=(31,)), ref, 1e-10)
+    assert_close(run(arguments, solver_steps=(31,)), ref, 1e-10)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_degree_100_is_exact(case: Case) -> None:
     arguments = make_inputs(case)
-    assert_close(run(arguments, steps=(100,)), run(arguments, reference_with(Exact())), 1e-6)
+    assert_close(run(arguments, solver_steps=(100,)), run(arguments, reference_with(Exact())), 1e-6)
 
 
 @pytest.mark.parametrize("ridge_ratio", [0.01, 0.02, 0.1])
-@pytest.mark.parametrize("steps", [(10,), (31,), (16, 8)], ids=str)
-def test_truncation_error_within_the_bound(steps: tuple[int, ...], ridge_ratio: float) -> None:
+@pytest.mark.parametrize("solver_steps", [(10,), (31,), (16, 8)], ids=str)
+def test_truncation_error_within_the_bound(solver_steps: tuple[int, ...], ridge_ratio: float) -> None:
     """With S_kv = I, v = 0 and g = 0 the op returns the solution x itself."""
     arguments = make_inputs(Case(lengths=(60,), D=24, V=24, alpha=False, beta=False, state=False))
     q, k, v = (arguments[name].detach() for name in ("q", "k", "v"))
@@ -79,10 +79,10 @@ def test_truncation_error_within_the_bound(steps: tuple[int, ...], ridge_ratio: 
     state = State(torch.zeros_like(identity), identity)
     options = {"ridge_ratio": ridge_ratio, "scale": 1.0, "initial_state": state}
     g = torch.zeros(q.shape[:3], dtype=torch.float64)
-    x, _ = gated_kalmanet(q, k, 0 * v, g, steps=steps, **options)
-    exact, _ = gated_kalmanet(q, k, 0 * v, g, steps=(400,), **options)
+    x, _ = gated_kalmanet(q, k, 0 * v, g, solver_steps=solver_steps, **options)
+    exact, _ = gated_kalmanet(q, k, 0 * v, g, solver_steps=(400,), **options)
     errors = (x - exact).norm(dim=-1) / exact.norm(dim=-1)
-    bound = Chebyshev(steps).error_bound(ridge_ratio)
+    bound = Chebyshev(solver_steps).error_bound(ridge_ratio)
     assert errors.max().item() <= bound * (1 + 1e-9)
     assert errors.max().item() >= bound / 50, "the bound says nothing here"
 
@@ -98,7 +98,7 @@ def test_gradcheck(packed: bool, normalize_qk: bool) -> None:
     def function(q, k, v, g, alpha, beta, S_kk, S_kv):
         o, final = gated_kalmanet(
             q, k, v, g, alpha, beta, initial_state=State(S_kk, S_kv), output_final_state=True,
-            cu_seqlens=arguments["cu_seqlens"], steps=(100,), chunk_size=3, normalize_qk=normalize_qk,
+            cu_seqlens=arguments["cu_seqlens"], solver_steps=(100,), chunk_size=3, normalize_qk=normalize_qk,
         )  # fmt: skip
         assert final is not None and final.S_kk is not None
         return o, final.S_kk, final.S_kv
@@ -120,7 +120,7 @@ def test_precisions(case: Case, dtype: torch.dtype) -> None:
     assert {out[name].dtype for name in ("o", "dq", "dk", "dv")} == {dtype}
     assert out["final S_kv"].dtype == torch.float32
     bound = 2e-5 if dtype == torch.float32 else 2e-2
-    ref = run(rounded, steps=(100,) if dtype != torch.float32 else (31,))
+    ref = run(rounded, solver_steps=(100,) if dtype != torch.float32 else (31,))
     assert_close(out, ref, bound)
 
 
@@ -136,17 +136,17 @@ def test_metric_sees_nan_and_missing_gradients() -> None:
     assert relative_error(torch.zeros(3), one) == 1.0
 
 
-@pytest.mark.parametrize(("steps", "deviation"), [((5,), 1e-3), ((31,), 1e-6), ((200,), 0.0)], ids=str)
+@pytest.mark.parametrize(("solver_steps", "deviation"), [((5,), 1e-3), ((31,), 1e-6), ((200,), 0.0)], ids=str)
 def test_gate_gradient_takes_the_product_not_the_right_hand_side(
-    steps: tuple[int, ...], deviation: float, monkeypatch: pytest.MonkeyPatch
+    solver_steps: tuple[int, ...], deviation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """<z, A x> in the gate's gradient is <z, q> for an exact solve only; cut short, <z, q> is not the
     gradient that goes with dk, while <z, A x> is."""
     case = Case(lengths=(24,), H=2, Hk=2, alpha=False, beta=False, state=False)
     arguments = make_inputs(case)
-    ref = run(arguments, backend="reference", steps=steps)["dg"]
-    assert relative_error(run(arguments, steps=steps, chunk_size=24)["dg"], ref) < 1e-10
+    ref = run(arguments, backend="reference", solver_steps=solver_steps)["dg"]
+    assert relative_error(run(arguments, solver_steps=solver_steps, chunk_size=24)["dg"], ref) < 1e-10
     rows = arguments["q"].detach()[0].transpose(0, 1).unsqueeze(1)
     monkeypatch.setattr(Systems, "inner_zAx", lambda self, Z, X: (Z * rows).sum(-1))
-    error = relative_error(run(arguments, steps=steps, chunk_size=24)["dg"], ref)
+    error = relative_error(run(arguments, solver_steps=solver_steps, chunk_size=24)["dg"], ref)
     assert error > deviation if deviation else error < 1e-10

@@ -53,7 +53,7 @@ def test_one_token_reads_itself() -> None:
     """S_kk = k k^T: with |k| = 1 and q = k, x = k / (1 + a) and o = scale v / (1 + a)."""
     k = torch.nn.functional.normalize(torch.randn(1, 1, 1, 8, dtype=torch.float64), dim=-1)
     v = torch.randn(1, 1, 1, 5, dtype=torch.float64)
-    o, _ = gated_kalmanet(k, k, v, torch.zeros(1, 1, 1), steps=(100,), scale=1.0)
+    o, _ = gated_kalmanet(k, k, v, torch.zeros(1, 1, 1), solver_steps=(100,), scale=1.0)
     assert relative_error(o, v / 1.02) < 1e-10
 
 
@@ -75,7 +75,9 @@ def test_extreme_decays_in_float32(decay: float) -> None:
     """Each exponent is a sum of its own: float32 keeps its digits even where the sums are long."""
     arguments = make_inputs(Case(lengths=(130,)), torch.float32)
     arguments["g"] = decay * (1 + torch.rand(arguments["g"].shape, generator=torch.Generator().manual_seed(0)))
-    ref = run({n: x.double() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}, steps=(31,))
+    ref = run(
+        {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}, solver_steps=(31,)
+    )
     out = run(arguments, chunk_size=64)
     dg, dg_ref = out.pop("dg"), ref.pop("dg")
     assert_close(out, ref, 1e-4)

@@ -11,7 +11,7 @@ from helpers import assert_close, doubled, run
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_against_exact(name: str, random: bool) -> None:
     inputs = with_gates(family_inputs(FAMILIES[name]), random)
-    out, exact = run(inputs), run(doubled(inputs), steps=(200,))
+    out, exact = run(inputs), run(doubled(inputs), solver_steps=(200,))
     assert_close({"o": out["o"]}, {"o": exact["o"]}, 2e-3, name)
     assert len(gradients_of(out)) == 12
     assert_close(gradients_of(out), gradients_of(exact), 4e-3, name)

@@ -67,8 +67,8 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """Against the chunk-wise form in float64."""
     arguments = converted(moved(make_inputs(case), device), dtype)
     backend = None if case.D > 64 and dtype != torch.bfloat16 else "triton"
-    out = run(arguments, backend=backend, steps=(16, 16) if dtype == torch.bfloat16 else (31,))
-    ref = run(doubled(arguments), backend="chunked", steps=(100,) if dtype == torch.bfloat16 else (31,))
+    out = run(arguments, backend=backend, solver_steps=(16, 16) if dtype == torch.bfloat16 else (31,))
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(100,) if dtype == torch.bfloat16 else (31,))
     assert out["o"].dtype == dtype
     o, gradients = {torch.float32: (2e-5, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1.5e-2)}[
         dtype
@@ -78,21 +78,21 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["gates 1", "gates random"])
-@pytest.mark.parametrize(("steps", "bounds"), [((16, 16), (2e-3, 5e-3)), ((16, 8), (5e-3, 4e-2))], ids=str)
+@pytest.mark.parametrize(("solver_steps", "bounds"), [((16, 16), (2e-3, 5e-3)), ((16, 8), (5e-3, 4e-2))], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(
-    name: str, steps: tuple[int, ...], bounds: tuple[float, float], random: bool, device: torch.device
+    name: str, solver_steps: tuple[int, ...], bounds: tuple[float, float], random: bool, device: torch.device
 ) -> None:
     inputs: dict[str, Any] = moved(with_gates(family_inputs(FAMILIES[name], H=4), random), device)
-    out, exact = run(inputs, steps=steps), run(doubled(inputs), steps=(200,))
-    print(name, steps, {n: f"{relative_error(out[n], exact[n]):.1e}" for n in exact})
+    out, exact = run(inputs, solver_steps=solver_steps), run(doubled(inputs), solver_steps=(200,))
+    print(name, solver_steps, {n: f"{relative_error(out[n], exact[n]):.1e}" for n in exact})
     assert_close({"o": out["o"]}, {"o": exact["o"]}, bounds[0], name)
     assert_close(gradients_of(out), gradients_of(exact), bounds[1], name)
 
 
 def test_first_tokens(device: torch.device) -> None:
     inputs = moved(with_gates(first_tokens(sequences=200, length=3, H=4), random=False), device)
-    out, exact = run(inputs, steps=(16, 16)), run(doubled(inputs), steps=(200,))
+    out, exact = run(inputs, solver_steps=(16, 16)), run(doubled(inputs), solver_steps=(200,))
     for place in range(3):
         assert_close({"o": out["o"][:, place::3]}, {"o": exact["o"][:, place::3]}, 4e-3, f"token {place}")
 
@@ -101,7 +101,7 @@ def test_starts_of_packed_sequences(device: torch.device) -> None:
     lengths = (1, 2, 3, 64, 65, 100, 17, 300, 5)
     inputs: dict[str, Any] = moved(with_gates(family_inputs(Family(sum(lengths), 4.0), H=4), random=True), device)
     inputs["cu_seqlens"] = torch.tensor([0, *lengths], device=device).cumsum(0)
-    out, exact = run(inputs, steps=(16, 16)), run(doubled(inputs), steps=(200,))
+    out, exact = run(inputs, solver_steps=(16, 16)), run(doubled(inputs), solver_steps=(200,))
     assert_close(gradients_of(out), gradients_of(exact), 5e-3)
 
 
@@ -121,8 +121,8 @@ def test_many_parts_and_a_long_sequence(device: torch.device, monkeypatch: pytes
         "normalize_qk": True,
     }
     inputs["alpha"] = inputs["beta"] = torch.sigmoid(g)
-    out = run(inputs, steps=(16, 16))
-    ref = run(doubled(inputs), backend="chunked", steps=(60,))
+    out = run(inputs, solver_steps=(16, 16))
+    ref = run(doubled(inputs), backend="chunked", solver_steps=(60,))
     print({n: f"{relative_error(out[n], ref[n]):.1e}" for n in ref})
     assert_close(out, ref, 5e-3)
 
@@ -131,8 +131,8 @@ def test_without_a_solve(device: torch.device) -> None:
     case = Case(lengths=(90, 70), H=4, Hk=2, D=64, V=40, packed=True)
     arguments = converted(moved(make_inputs(case), device), torch.bfloat16)
     arguments["S_kk"] = None
-    out = run(arguments, backend="triton", steps=())
-    assert_close(out, run(doubled(arguments), backend="chunked", steps=()), 1e-2)
+    out = run(arguments, backend="triton", solver_steps=())
+    assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=()), 1e-2)
 
 
 @pytest.fixture
@@ -312,19 +312,19 @@ def test_step_of_many_states(device: torch.device) -> None:
     many = {n: x.expand(B, *x.shape[1:]).contiguous() for n, x in one.items() if isinstance(x, torch.Tensor)}
     state = State(*(x.expand(B, *x.shape[1:]).contiguous() for x in one["state"]))
     o, state = gated_kalmanet_step(
-        **many, state=state, steps=one["steps"], normalize_qk=True, inplace=True, scale=0.3
+        **many, state=state, solver_steps=one["solver_steps"], normalize_qk=True, inplace=True, scale=0.3
     )
     ref, new = gated_kalmanet_step(**{**one, "scale": 0.3})
     assert torch.equal(o[-1], ref[0]) and torch.equal(o[0], ref[0])
     assert torch.equal(state.S_kv[-1], new.S_kv[0]) and torch.equal(state.S_kk[-1], new.S_kk[0])
 
 
-@pytest.mark.parametrize("steps", [[8, 8], []], ids=str)
-def test_registration_of_the_step(steps: list[int], device: torch.device) -> None:
-    a = step_arguments(StepCase(steps=tuple(steps)), device)
+@pytest.mark.parametrize("solver_steps", [[8, 8], []], ids=str)
+def test_registration_of_the_step(solver_steps: list[int], device: torch.device) -> None:
+    a = step_arguments(StepCase(solver_steps=tuple(solver_steps)), device)
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
     for operator in (triton_step._step, triton_step._step_):
-        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, steps, 0.3, True))
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True))
 
 
 def decoder(device: torch.device) -> gka.GKAForCausalLM:

@@ -40,7 +40,7 @@ def test_regression_is_what_the_layer_reads() -> None:
 
     k, v, g = data()
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    o, _ = gated_kalmanet(q, k, v, g, steps=(100,), scale=1.0)
+    o, _ = gated_kalmanet(q, k, v, g, solver_steps=(100,), scale=1.0)
     S = torch.zeros(2, 3, 9, 9, dtype=torch.float64)
     ridges = []
     for t in range(k.shape[1]):

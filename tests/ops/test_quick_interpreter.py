@@ -32,7 +32,7 @@ def outcomes() -> dict[str, Tensor]:
 
     found: dict[str, Tensor] = {}
     for dtype, case in CASES.items():
-        out = run(converted(make_inputs(case), dtype), backend="triton", chunk_size=16, steps=(3, 2))
+        out = run(converted(make_inputs(case), dtype), backend="triton", chunk_size=16, solver_steps=(3, 2))
         found |= {f"{dtype} {name}": value.detach() for name, value in out.items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = step_arguments(StepCase(D=5, V=9, dtype=dtype))

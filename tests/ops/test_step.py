@@ -113,6 +113,6 @@ def test_a_decay_that_never_changes_adds_no_error_up(g: float) -> None:
     zero, unit = torch.zeros(1, 1, 3), torch.full((1, 1), 1.0)
     with torch.no_grad():
         for _ in range(tokens):
-            _, S = gated_kalmanet_step(zero, zero, zero, g * unit, state=S, steps=(2,), inplace=True)
+            _, S = gated_kalmanet_step(zero, zero, zero, g * unit, state=S, solver_steps=(2,), inplace=True)
     exact = old * torch.tensor(g).double().mul(tokens).exp()
     assert relative_error(S.S_kv, exact) < 5e-6 if exact.norm() > 1e-30 else S.S_kv.norm() < 1e-30

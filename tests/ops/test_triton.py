@@ -42,27 +42,27 @@ def test_float32_equals_the_chunked_form(case: Case) -> None:
     """To rounding: the truncation of the solve is in both, in dg too."""
     arguments = converted(make_inputs(case), torch.float32)
     chunk_size = 16 if sum(case.lengths) < 60 else 32
-    out = run(arguments, backend="triton", chunk_size=chunk_size, steps=(31,))
-    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    out = run(arguments, backend="triton", chunk_size=chunk_size, solver_steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(31,))
     assert_close(out, ref, 2e-5)
 
 
-@pytest.mark.parametrize("steps", [(4,), (3, 2)], ids=str)
-def test_few_nodes_leave_the_same_everywhere(steps: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("solver_steps", [(4,), (3, 2)], ids=str)
+def test_few_nodes_leave_the_same_everywhere(solver_steps: tuple[int, ...]) -> None:
     """However far x is from the solution, all gradients go with it: dg takes <z, A x>, not <z, q>."""
     arguments = converted(make_inputs(CASES[6]), torch.float32)
-    out = run(arguments, backend="triton", chunk_size=16, steps=steps)
-    assert_close(out, run(doubled(arguments), backend="chunked", steps=steps), 5e-6)
+    out = run(arguments, backend="triton", chunk_size=16, solver_steps=solver_steps)
+    assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=solver_steps), 5e-6)
 
 
 @pytest.mark.parametrize(
-    ("case", "steps"), [*((CASES[n], (16, 16)) for n in (1, 2, 5, 6)), (CASES[6], (8, 8, 8, 8))], ids=str
+    ("case", "solver_steps"), [*((CASES[n], (16, 16)) for n in (1, 2, 5, 6)), (CASES[6], (8, 8, 8, 8))], ids=str
 )
-def test_bfloat16_is_refined(case: Case, steps: tuple[int, ...]) -> None:
+def test_bfloat16_is_refined(case: Case, solver_steps: tuple[int, ...]) -> None:
     arguments = converted(make_inputs(case), torch.bfloat16)
-    out = run(arguments, backend="triton", chunk_size=32, steps=steps)
+    out = run(arguments, backend="triton", chunk_size=32, solver_steps=solver_steps)
     assert out["o"].dtype == torch.bfloat16
-    ref = run(doubled(arguments), backend="chunked", steps=(100,))
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(100,))
     assert_close({"o": out.pop("o")}, {"o": ref.pop("o")}, 4e-3, "o")
     assert_close(out, ref, 1.5e-2)
 
@@ -73,8 +73,8 @@ def test_families(name: str, random: bool) -> None:
     """16-bit accuracy at full width, on fewer tokens than on a GPU."""
     family = FAMILIES[name]
     inputs: dict[str, Any] = with_gates(family_inputs(Family(160, family.m, family.common), H=1), random)
-    out = run(inputs, backend="triton", steps=(16, 16))
-    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    out = run(inputs, backend="triton", solver_steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", solver_steps=(200,))
     assert_close({"o": out["o"]}, {"o": exact["o"]}, 2e-3, name)
     assert_close(gradients_of(out), gradients_of(exact), 5e-3, name)
 
@@ -82,8 +82,8 @@ def test_families(name: str, random: bool) -> None:
 def test_first_tokens() -> None:
     """A norm over a whole sequence would hide its first tokens, which every packed document has."""
     inputs: dict[str, Any] = with_gates(first_tokens(sequences=24, length=3, H=1, seed=1), random=False)
-    out = run(inputs, backend="triton", steps=(16, 16))
-    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    out = run(inputs, backend="triton", solver_steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", solver_steps=(200,))
     for place in range(3):
         assert_close({"o": out["o"][:, place::3]}, {"o": exact["o"][:, place::3]}, 4e-3, f"token {place}")
 
@@ -92,16 +92,16 @@ def test_starts_of_packed_sequences() -> None:
     lengths = (1, 2, 64, 70, 3)
     inputs: dict[str, Any] = with_gates(family_inputs(Family(sum(lengths), 4.0), H=1), random=True)
     inputs["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    out = run(inputs, backend="triton", steps=(16, 16))
-    exact = run(doubled(inputs), backend="chunked", steps=(200,))
+    out = run(inputs, backend="triton", solver_steps=(16, 16))
+    exact = run(doubled(inputs), backend="chunked", solver_steps=(200,))
     assert_close(gradients_of(out), gradients_of(exact), 5e-3)
 
 
 def test_float16() -> None:
     arguments = converted(make_inputs(CASES[6]), torch.float16)
-    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    out = run(arguments, backend="triton", chunk_size=16, solver_steps=(31,))
     assert out["o"].dtype == torch.float16
-    assert_close(out, run(doubled(arguments), backend="chunked", steps=(31,)), 2e-3)
+    assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=(31,)), 2e-3)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -109,8 +109,8 @@ def test_without_a_solve(packed: bool) -> None:
     case = Case(lengths=(19, 30) if packed else (35,), H=4, Hk=2, D=6, V=9, packed=packed, normalize_qk=True)
     arguments = converted(make_inputs(case), torch.float32)
     arguments["S_kk"] = None
-    out = run(arguments, backend="triton", chunk_size=16, steps=())
-    assert_close(out, run(doubled(arguments), backend="chunked", steps=()), 5e-6)
+    out = run(arguments, backend="triton", chunk_size=16, solver_steps=())
+    assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=()), 5e-6)
 
 
 LONG_CASES = (
@@ -135,11 +135,11 @@ def test_parts_and_chunk_sizes_change_nothing(
     arguments = converted(make_inputs(case), torch.float32)
     with torch.no_grad():
         arguments["g"].mul_(1e-2)
-    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(31,))
     per_edge = case.H * case.D * (case.D + case.V) * 4 * 2
     monkeypatch.setattr(call, "WORKSPACE_BYTES", per_edge * edges_per_part)
     monkeypatch.setattr(call, "EDGE_EVERY", 2)
-    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
+    out = run(arguments, backend="triton", chunk_size=16, solver_steps=(31,))
     assert_close(out, ref, 1e-5)
 
 
@@ -150,8 +150,8 @@ def test_zero_keys_and_forgetting() -> None:
         arguments["k"][:, :5] = 0.0
         arguments["g"][:, 20] = -torch.inf
         arguments["g"][:, 30] = -1e4
-    out = run(arguments, backend="triton", chunk_size=16, steps=(31,))
-    ref = run(doubled(arguments), backend="chunked", steps=(31,))
+    out = run(arguments, backend="triton", chunk_size=16, solver_steps=(31,))
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(31,))
     for name in out:
         assert out[name].isfinite().all(), name
     assert_close(out, ref, 2e-5)
@@ -236,14 +236,14 @@ def test_step_in_place_is_seen_by_autograd() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("steps", [[8, 8], []], ids=str)
-def test_registration_of_the_step(steps: list[int]) -> None:
+@pytest.mark.parametrize("solver_steps", [[8, 8], []], ids=str)
+def test_registration_of_the_step(solver_steps: list[int]) -> None:
     from gka.ops.triton import step as triton_step
 
-    a = step_arguments(StepCase(steps=tuple(steps)))
+    a = step_arguments(StepCase(solver_steps=tuple(solver_steps)))
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
     for operator in (triton_step._step, triton_step._step_):
-        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, steps, 0.3, True))
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True))
 
 
 def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,8 +273,8 @@ q, k, v = (torch.randn(B, T, h, d, dtype=torch.bfloat16) for h, d in ((H, D), (H
 gates = [torch.rand(B, T, H) for _ in range(3)]
 states = [torch.zeros(B, H, D, d) for d in (D, V)]
 arguments = Arguments(q, k, v, *gates, *states, None, 0.02, (16, 16), 1.0, True, 64)
-for steps in ((16, 16), ()):
-    if not steps:
+for solver_steps in ((16, 16), ()):
+    if not solver_steps:
         arguments = arguments._replace(S_kk=None, solver_steps=())
     with mock.patch.object(config, "INTERPRETED", True), taken_down() as run:
         out = op.forward(arguments, output_final_state=True, save=True)

@@ -52,7 +52,7 @@ def state_of(folder: Path, old: Any, new: Any) -> str:
         assert type(error).__name__ == "SafetensorError", error
         return "error"
     for name, known in (("old", old), ("new", new)):
-        if known is not None and same(model, known) and model.config.steps == known.config.steps:
+        if known is not None and same(model, known) and model.config.solver_steps == known.config.solver_steps:
             return name
     return "mixed"
 
@@ -62,7 +62,11 @@ def state_of(folder: Path, old: Any, new: Any) -> str:
 
 def plain_save(place: Path, sharded: bool) -> Counter[str]:
     """save_pretrained into a folder that holds a checkpoint: outcomes of all points, the last whole."""
-    old, new, shards = tiny(0, steps=[8]), tiny(1, steps=[9]), {"max_shard_size": SHARD} if sharded else {}
+    old, new, shards = (
+        tiny(0, solver_steps=[8]),
+        tiny(1, solver_steps=[9]),
+        {"max_shard_size": SHARD} if sharded else {},
+    )
     outcomes = [
         state_of(folder / "model", old, new)
         for folder in killed_everywhere(
@@ -87,7 +91,7 @@ def test_save_pretrained_over_a_checkpoint_is_not_atomic(sharded: bool, tmp_path
 
 def published(place: Path) -> Counter[str]:
     """export_published: nothing, or all of it."""
-    new = tiny(1, steps=[8])
+    new = tiny(1, solver_steps=[8])
     outcomes = [
         state_of(folder / "out", None, new)
         for folder in killed_everywhere(
@@ -100,7 +104,7 @@ def published(place: Path) -> Counter[str]:
 
 def exported(place: Path, form: str) -> Counter[str]:
     """gka export: nothing, or model and tokenizer."""
-    model = tiny(1, steps=[8], vocab_size=259, eos_token_id=1)
+    model = tiny(1, solver_steps=[8], vocab_size=259, eos_token_id=1)
     outcomes = []
 
     def begin(folder: Path) -> None:
@@ -188,7 +192,7 @@ def test_gka_convert_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 
 def plain_trainer(folder: Path, steps: int) -> Trainer:
     torch.manual_seed(0)
-    model = GKAForCausalLM(tiny_config("gka without groups", steps=[4]))
+    model = GKAForCausalLM(tiny_config("gka without groups", solver_steps=[4]))
     tokens = torch.randint(1, 61, (8, 8), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, save_steps=1, per_device_train_batch_size=2, use_cpu=True,

@@ -41,6 +41,8 @@ from .blocks import Block
 from .chunk_math import ReadoutAdjoint, SolveAdjoint, readout, readout_adjoint, unit_rows, unit_rows_backward
 from .chunked_inputs import ChunkedInputs, default_chunk_size
 
+__all__ = ["backward", "default_chunk_size", "empty_saved", "forward"]
+
 
 def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Outputs:
     """The op; `save` keeps x for `backward`."""

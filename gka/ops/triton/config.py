@@ -25,7 +25,7 @@ CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
 class Config:
     """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`,
     span_tile where it only sums;
-    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; query_rows: rows of `query_gradients`;
+    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; query_rows: of `query_gradients`;
     pipeline: chunks on their way in `scan_states`.
 
     The others: num_warps and num_stages, by kernel.

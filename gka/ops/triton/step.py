@@ -44,10 +44,10 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
 
 
 @lru_cache(maxsize=64)
-def _node_table(steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> Tensor:
+def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> Tensor:
     """Step sizes of all stages in a row, negative where a later stage starts, and one more that is read unused."""
     taus: list[float] = []
-    for n in steps:
+    for n in solver_steps:
         first, *others = node_steps(n, ridge_ratio)
         taus += [-first if taus else first, *others]
     return torch.tensor([*taus, 0.0], dtype=torch.float32, device=device)

@@ -14,7 +14,8 @@ m = sum_M_w_zeta of `state_gradients`:
 A gate's gradient is what passes it, from earlier to later. With f = beta^2 r <u, v> + beta^2 r^2 <p, k> / 2, split
 into f' from the terms with G_ and W_ (what a key gives to the state at the chunk's end) and f'' from the others,
 
-    dg_t = sum_{s >= t in chunk} (<y, dy> - <A z, x> - f'')_s + sum_{s < t in chunk} f'_s + e^{G_C} (<G_, S_kk_0> + <W_, S_kv_0>)
+    dg_t = sum_{s >= t in chunk} (<y, dy> - <A z, x> - f'')_s + sum_{s < t in chunk} f'_s
+           + e^{G_C} (<G_, S_kk_0> + <W_, S_kv_0>)
 
 where nothing large cancels.
 
@@ -44,10 +45,10 @@ from .common import (
     load_scalars,
     log_decays,
     past_mask,
-    to_operand,
     store_matrix,
     store_rows,
     store_scalars,
+    to_operand,
 )
 
 

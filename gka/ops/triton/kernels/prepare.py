@@ -8,7 +8,6 @@ Legend: C tokens of a chunk, j one of them; NT chunks; H query heads, Hk key/val
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..call import Call, KeyWeights, Scales
 from ..launch import launch

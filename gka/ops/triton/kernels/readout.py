@@ -38,9 +38,9 @@ from .common import (
     log_decays,
     pair_dot,
     past_mask,
-    to_operand,
     store_rows,
     store_scalars,
+    to_operand,
 )
 from .state_gradients import blend
 

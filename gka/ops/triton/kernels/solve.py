@@ -32,13 +32,13 @@ from .common import (
     load_rows,
     load_scalars,
     log_decays,
+    operand_product,
     pair_dot,
     past_mask,
-    to_operand,
-    operand_product,
     split,
     store_pairs,
     store_scalars,
+    to_operand,
     widened,
 )
 
@@ -171,8 +171,8 @@ def solve_chunks(
 
 
 def launch_solve_chunks(
-    call: Call, part: Part, *, rhs: Tensor, rhs_scale: Tensor | None, key_scale: Tensor | None, x: Pair, norm: Tensor,
-    states: StatePairs, y: Pair | None = None, inner_yAx: Tensor | None = None,
+    call: Call, part: Part, *, rhs: Tensor, rhs_scale: Tensor | None, key_scale: Tensor | None, x: Pair,
+    norm: Tensor, states: StatePairs, y: Pair | None = None, inner_yAx: Tensor | None = None,
 ) -> None:  # fmt: skip
     """x = A^{-1} rhs_scale rhs, as a pair, and norm; with y the adjoint solve, which reads norm.
 

@@ -45,7 +45,7 @@ def _weights(weight_ptr, decay_ptr, start, stop, chunk, h, H, C: tl.constexpr):
 def scan_states(
     k_ptr, v_ptr, to_kk_ptr, to_kv_ptr, decay_ptr,  # [tokens, Hk, D], [tokens, Hk, V], [tokens, H] twice, [NT, H]
     initial_kk_ptr, initial_kv_ptr, final_kk_ptr, final_kv_ptr,  # [N, H, D, D], [N, H, D, V] float32, or no use
-    edge_kk_ptr, edge_kv_ptr, span_decay_ptr,  # at every EVERY-th chunk, [., H, D, D], [., H, D, V], [., H] float32
+    edge_kk_ptr, edge_kv_ptr, span_decay_ptr,  # at every EVERY-th chunk, [., H, D, D | V], [., H], float32
     kk_hi_ptr, kk_lo_ptr, kv_hi_ptr, kv_lo_ptr,  # [chunks, H, D, D], [chunks, H, D, V]; lo of no use if
     # WIDE, kk_lo bfloat16
     chunk_ptr, offset_ptr, crossing_ptr,  # [NT, 2], [N + 1], [edges] int64: the sequence that crosses it, or -1
