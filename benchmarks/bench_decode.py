@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.common import medians, write_result
 from gka.ops import State, gated_kalmanet_step
 from gka.ops.torch import step as pytorch_step
+from gka.ops.types import Arguments
 
 STEPS = ((16, 16), (31,), (8,))
 PEER = "gated delta rule (flash-linear-attention)"
@@ -95,7 +96,8 @@ def calls_by_name(
 
     def in_pytorch(state: State) -> Call:
         scale = inputs[0].shape[-1] ** -0.5
-        return lambda: pytorch_step.gated_kalmanet_step(*inputs, state=state, scale=scale, **options)
+        arguments = Arguments(*inputs, *state, None, 0.02, solver_steps, scale, normalize_qk=True)
+        return lambda: pytorch_step.gated_kalmanet_step(arguments, inplace=True)
 
     return {
         "kernel": [kernel(state) for state in states],

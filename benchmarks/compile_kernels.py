@@ -91,14 +91,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architecture: int) -> list[Launch]:
     """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
     from gka.ops import State, gated_kalmanet
-    from gka.ops.triton import op as triton_op
+    from gka.ops.triton import config
 
     q, k, v = (torch.randn(1, 4224, 16, D, dtype=dtype, requires_grad=True) for _ in range(3))
     gates = [torch.rand(1, 4224, 16, requires_grad=True) for _ in range(3)]
     states = [torch.zeros(1, 16, D, D, requires_grad=True) for _ in range(2)]
     initial = State(states[0] if solver_steps else None, states[1])
-    capability = mock.patch.object(triton_op, "capability", return_value=divmod(architecture, 10))
-    with mock.patch.object(triton_op, "INTERPRETED", True), capability, taken_down() as found:
+    capability = mock.patch.object(config, "capability", return_value=divmod(architecture, 10))
+    with mock.patch.object(config, "INTERPRETED", True), capability, taken_down() as found:
         o, final = gated_kalmanet(
             q, k, v, -gates[0], *gates[1:], solver_steps=solver_steps, normalize_qk=True, backend="triton",
             initial_state=initial, output_final_state=True,
@@ -111,17 +111,15 @@ def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architec
 
 def step_launches(state: torch.dtype, D: int) -> list[Launch]:
     """The kernel of a decode step, as a layer with gates launches it."""
-    from gka.ops import State
     from gka.ops.triton import step as triton_step
+    from gka.ops.types import Arguments
 
     q, k, v = (torch.randn(1, 16, D, dtype=torch.bfloat16) for _ in range(3))
     gates = [torch.rand(1, 16) for _ in range(3)]
-    states = State(*(torch.zeros(1, 16, D, D, dtype=state) for _ in range(2)))
+    states = [torch.zeros(1, 16, D, D, dtype=state) for _ in range(2)]
+    arguments = Arguments(q, k, v, -gates[0], *gates[1:], *states, None, 0.02, (16, 16), 1.0, normalize_qk=True)
     with mock.patch.object(triton_step, "INTERPRETED", True), taken_down() as found:
-        triton_step.gated_kalmanet_step(
-            q, k, v, -gates[0], *gates[1:], state=states, ridge_ratio=0.02, solver_steps=(16, 16), scale=1.0,
-            normalize_qk=True, inplace=True,
-        )  # fmt: skip
+        triton_step.gated_kalmanet_step(arguments, inplace=True)
     return distinct(found)
 
 

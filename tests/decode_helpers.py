@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gka.ops import State
 from gka.ops.torch import step as pytorch
+from gka.ops.types import Arguments
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,19 @@ def copied(state: State) -> State:
     return State(*(None if x is None else x.clone() for x in state))  # type: ignore[arg-type]
 
 
+def call_step(
+    function: Any, arguments: dict[str, Any], *, inplace: bool, scale: float = 0.3
+) -> tuple[Tensor, State]:
+    """A backend's step of `step_arguments`, with a ridge ratio of 0.02."""
+    return function(packed_arguments(arguments, scale), inplace=inplace)
+
+
+def packed_arguments(arguments: dict[str, Any], scale: float = 0.3) -> Arguments:
+    tensors = [arguments[name] for name in ("q", "k", "v", "g", "alpha", "beta")]
+    solver_steps, normalize_qk = arguments["solver_steps"], arguments["normalize_qk"]
+    return Arguments(*tensors, *arguments["state"], None, 0.02, solver_steps, scale, normalize_qk)
+
+
 def reference_step(arguments: dict[str, Any]) -> tuple[Tensor, State]:
     """The step of PyTorch in float64."""
 
@@ -89,7 +103,7 @@ def reference_step(arguments: dict[str, Any]) -> tuple[Tensor, State]:
         return x.double() if isinstance(x, Tensor) else x
 
     given = {name: wide(x) for name, x in arguments.items()} | {"state": State(*map(wide, arguments["state"]))}
-    return pytorch.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=False, **given)
+    return call_step(pytorch.gated_kalmanet_step, given, inplace=False)
 
 
 def assert_step_equals_the_reference(function: Any, case: StepCase, device: torch.device | str = "cpu") -> None:
@@ -97,7 +111,7 @@ def assert_step_equals_the_reference(function: Any, case: StepCase, device: torc
     arguments = step_arguments(case, device)
     expected_o, expected = reference_step(arguments)
     before = copied(arguments["state"])
-    o, new = function(ridge_ratio=0.02, scale=0.3, inplace=False, **arguments)
+    o, new = call_step(function, arguments, inplace=False)
     assert o.dtype == case.dtype and new.S_kv.dtype == case.state and (new.S_kk is None) == (not case.solver_steps)
     bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
     assert_close({"o": o}, {"o": expected_o}, bound[case.dtype], "o")
@@ -106,7 +120,7 @@ def assert_step_equals_the_reference(function: Any, case: StepCase, device: torc
             assert_close({"state": x}, {"state": ref}, 1e-6 if case.state == torch.float32 else 3e-3, "state")
             assert torch.equal(old, given)
     held = copied(before)
-    o_again, returned = function(ridge_ratio=0.02, scale=0.3, inplace=True, **{**arguments, "state": held})
+    o_again, returned = call_step(function, {**arguments, "state": held}, inplace=True)
     assert torch.equal(o_again, o)
     for x, ref, given in zip(returned, new, held, strict=True):
         assert x is given and (x is None or torch.equal(x, ref))

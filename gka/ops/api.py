@@ -5,7 +5,7 @@
     o_t = scale * y_t^T S_kv_t
 
 `gated_kalmanet` takes whole sequences, `gated_kalmanet_step` one token with the state so far. The arguments
-are checked here, once, and the backend is chosen by the tensors' device; `backend` overrides the choice.
+are checked here, once, and travel as one object, `types.Arguments`, to the backend that `backends` chooses.
 
 Legend: B batch, T time, H query heads, Hk key/value heads (H a multiple of Hk), D key dim, V value dim,
 N sequences: B, or those of a packed batch.
@@ -13,14 +13,12 @@ N sequences: B, or those of a packed batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import custom_op, reference
+from . import custom_op
+from .backends import backend_for, step_backend_for
 from .checks import (
     check_cu_seqlens,
     check_decay,
@@ -33,19 +31,9 @@ from .checks import (
     check_shapes,
     checked_solver_steps,
     checked_state,
-    warn_slow,
 )
 from .solvers import RIDGE_RATIO
-from .torch import step
-from .triton import step as triton_step
-from .triton.config import runs_kernels, supports, supports_step
-from .types import State, state_dtype
-
-_BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
-    "chunked": partial(custom_op.gated_kalmanet, backend="chunked"),
-    "triton": partial(custom_op.gated_kalmanet, backend="triton"),
-    "reference": reference.gated_kalmanet,
-}
+from .types import Arguments, State
 
 
 def gated_kalmanet(
@@ -125,32 +113,25 @@ def gated_kalmanet(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; expected an integer of at least 1, or None")
     check_decay(g)
-    chosen = _suitable_backend(q, chunk_size) if backend is None else backend
-    if chosen not in _BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one of {sorted(_BACKENDS)} or None")
-    o, final_state = _BACKENDS[chosen](
+    S_kk, S_kv = (None, None) if initial_state is None else initial_state
+    arguments = Arguments(
         q,
         k,
         v,
         g,
         alpha,
         beta,
+        S_kk,
+        S_kv,
+        cu_seqlens,
         ridge_ratio=float(ridge_ratio),
         solver_steps=stages,
         scale=D**-0.5 if scale is None else float(scale),
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
         normalize_qk=normalize_qk,
+        chunk_size=chunk_size,
     )
-    if chosen == "reference":
-        o = o.to(q.dtype)
-        if final_state is not None:
-            S_kk, S_kv = final_state
-            dtype = state_dtype(q.dtype)
-            final_state = State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
-    return o, final_state
+    chosen = backend_for(arguments, backend)
+    return custom_op.gated_kalmanet(arguments, backend=chosen, output_final_state=output_final_state)
 
 
 def gated_kalmanet_step(
@@ -205,50 +186,23 @@ def gated_kalmanet_step(
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     state = checked_state("state", state, B, H, D, V, stages, q, may_be_bfloat16=True)
     check_decay(g)
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (q, k, v, g, alpha, beta, *state)
-    )
-    if inplace and differentiable:
-        raise ValueError(
-            "inplace=True writes over the states, and an argument requires a gradient; "
-            "call under torch.no_grad() or leave inplace out"
-        )
-    return _step_backend(q, differentiable).gated_kalmanet_step(
+    arguments = Arguments(
         q,
         k,
         v,
         g,
         alpha,
         beta,
-        state=state,
+        *state,
+        cu_seqlens=None,
         ridge_ratio=float(ridge_ratio),
         solver_steps=stages,
         scale=D**-0.5 if scale is None else float(scale),
         normalize_qk=normalize_qk,
-        inplace=inplace,
     )
-
-
-_NO_KERNELS = "the kernels need Triton and an NVIDIA GPU of compute capability 8.0 or above"
-
-
-def _suitable_backend(q: Tensor, chunk_size: int | None) -> str:
-    """Kernels where there are some for a CUDA device, dtype, dim and chunk size, else PyTorch, with a warning."""
-    if q.device.type != "cuda":
-        return "chunked"
-    supported, running = supports(q.dtype, q.shape[3], chunk_size), runs_kernels(q.device.index)
-    if supported and running:
-        return "triton"
-    warn_slow("gated_kalmanet", q.dtype, q.shape[3], chunk_size, "" if running else _NO_KERNELS)
-    return "chunked"
-
-
-def _step_backend(q: Tensor, differentiable: bool) -> Any:
-    """The module of the kernel where it serves the tensors, else that of PyTorch; it has no gradients."""
-    if q.device.type != "cuda" or differentiable:
-        return step
-    supported, running = supports_step(q.dtype, q.shape[2]), runs_kernels(q.device.index)
-    if supported and running:
-        return triton_step
-    warn_slow("gated_kalmanet_step", q.dtype, q.shape[2], why="" if running else _NO_KERNELS)
-    return step
+    if inplace and arguments.needs_gradient():
+        raise ValueError(
+            "inplace=True writes over the states, and an argument requires a gradient; "
+            "call under torch.no_grad() or leave inplace out"
+        )
+    return step_backend_for(arguments)(arguments, inplace=inplace)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .solvers import Chebyshev, Exact, Solver, ridge_solve
-from .types import State, repeat_heads
+from .types import Arguments, Outputs, Saved, State, repeat_heads, state_dtype
 
 
 def gated_kalmanet(
@@ -38,15 +38,13 @@ def gated_kalmanet(
     initial_state: State | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    chunk_size: int | None = None,
     normalize_qk: bool,
     solver: Solver | None = None,
 ) -> tuple[Tensor, State | None]:
     """The definition, in float64 whatever comes in; gradients by autograd and `ridge_solve`.
 
     Takes what `gka.ops.gated_kalmanet` takes, already checked, and `solver`: None means Chebyshev nodes
-    with `solver_steps`, or the exact solve where `solver_steps` is None too. `chunk_size` changes nothing:
-    there are no chunks.
+    with `solver_steps`, or the exact solve where `solver_steps` is None too.
 
     Returns:
         o [B, T, H, V] float64, and the final state in float64.
@@ -97,6 +95,35 @@ def gated_kalmanet(
     S_kk_final = torch.cat([S_kk for S_kk, _ in finals]) if finals else S_kk_all
     S_kv_final = torch.cat([S_kv for _, S_kv in finals]) if finals else S_kv_all
     return o, State(S_kk_final if solve else None, S_kv_final)
+
+
+def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Outputs:
+    """`gated_kalmanet` as a backend: o in q's dtype, the state in the one that belongs to it. It saves nothing."""
+    q, S_kk, S_kv = arguments.q, arguments.S_kk, arguments.S_kv
+    o, final = gated_kalmanet(
+        *arguments[:6],
+        ridge_ratio=arguments.ridge_ratio,
+        solver_steps=arguments.solver_steps,
+        scale=arguments.scale,
+        initial_state=None if S_kv is None else State(S_kk, S_kv),
+        output_final_state=output_final_state,
+        cu_seqlens=arguments.cu_seqlens,
+        normalize_qk=arguments.normalize_qk,
+    )
+    final_kk, final_kv = (None, None) if final is None else final
+    states = [None if S is None else S.to(state_dtype(q.dtype)) for S in (final_kk, final_kv)]
+    return Outputs(o.to(q.dtype), states[0], states[1], Saved())
+
+
+backward = None  # autograd differentiates `forward`
+
+
+def empty_saved(arguments: Arguments) -> Saved:
+    return Saved()
+
+
+def default_chunk_size(device: torch.device) -> int:
+    return 0
 
 
 def ridge_regression(k: Tensor, v: Tensor, g: Tensor, ridge: Tensor | float) -> Tensor:

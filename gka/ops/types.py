@@ -22,8 +22,12 @@ class State(NamedTuple):
     S_kv: Tensor
 
 
-class Inputs(NamedTuple):
-    """The tensors of one call, as `gka.ops.gated_kalmanet` describes them; S_kk and S_kv are the initial state."""
+class Arguments(NamedTuple):
+    """The checked arguments of one call, as `gka.ops` describes them: what travels from there to a backend.
+
+    Nine tensors (S_kk and S_kv are the state before the first token), and five numbers, all chosen but
+    chunk_size, of which None stands for what suits the device.
+    """
 
     q: Tensor
     k: Tensor
@@ -34,21 +38,25 @@ class Inputs(NamedTuple):
     S_kk: Tensor | None
     S_kv: Tensor | None
     cu_seqlens: Tensor | None
+    ridge_ratio: float
+    solver_steps: tuple[int, ...]
+    scale: float
+    normalize_qk: bool
+    chunk_size: int | None = None
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may have gradients, in the order of `Gradients`."""
+        return self[:8]
 
     @property
     def sequences(self) -> int:
         """N."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
-
-class Options(NamedTuple):
-    """The numbers of one call, all chosen."""
-
-    ridge_ratio: float
-    solver_steps: tuple[int, ...]
-    scale: float
-    chunk_size: int
-    normalize_qk: bool
+    def needs_gradient(self) -> bool:
+        """Whether autograd is on and a tensor asks for a gradient."""
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.differentiable)
 
 
 class Saved(NamedTuple):

@@ -106,9 +106,9 @@ def test_starts_of_packed_sequences(device: torch.device) -> None:
 
 def test_many_parts_and_a_long_sequence(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """131072 tokens in bfloat16 against the chunk-wise form in float64: several parts of the workspace."""
-    from gka.ops.triton import op as triton_op
+    from gka.ops.triton import call
 
-    monkeypatch.setattr(triton_op, "WORKSPACE_BYTES", 2**27)
+    monkeypatch.setattr(call, "WORKSPACE_BYTES", 2**27)
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, 131072, 2, 128, generator=generator, device=device) for _ in range(3))
     g = torch.nn.functional.logsigmoid(torch.randn(1, 131072, 2, generator=generator, device=device) + 9)

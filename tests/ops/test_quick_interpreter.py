@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import quick_interpreter
 import torch
-from decode_helpers import StepCase, step_arguments
+from decode_helpers import StepCase, call_step, step_arguments
 from helpers import Case, converted, make_inputs, run
 from tiny_run import run_process
 from torch import Tensor
@@ -36,7 +36,7 @@ def outcomes() -> dict[str, Tensor]:
         found |= {f"{dtype} {name}": value.detach() for name, value in out.items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = step_arguments(StepCase(D=5, V=9, dtype=dtype))
-        o, state = triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=False, **given)
+        o, state = call_step(triton_step.gated_kalmanet_step, given, inplace=False)
         found |= {f"step {dtype} {name}": value for name, value in {"o": o, **state._asdict()}.items()}
         x = make_inputs(Case(lengths=(11,), D=5), torch.float32)["q"].detach().flatten(2).to(dtype)
         x.requires_grad_()

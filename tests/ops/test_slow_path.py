@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from gka.ops import api, checks
+from gka.ops import backends, checks
 from gka.ops.torch import step
 from gka.ops.triton import step as triton_step
+from gka.ops.types import Arguments
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU that kernels run on, and nothing said so far."""
-    monkeypatch.setattr(api, "runs_kernels", lambda _: True)
+    monkeypatch.setattr(backends, "runs_kernels", lambda _: True)
     monkeypatch.setattr(checks, "_told_slow", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -27,7 +28,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def on_gpu(dtype: torch.dtype, *shape: int) -> Any:
     """What the choice of a backend sees of q."""
-    return SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, shape=shape)
+    return SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, shape=shape, requires_grad=False)
+
+
+def chosen(q: Any, chunk_size: int | None) -> str:
+    return backends.backend_for(call(q, chunk_size), None)
+
+
+def call(q: Any, chunk_size: int | None = None, k: Any = None) -> Arguments:
+    """A call of the op or of a step with this q; nothing else counts but whether k asks for a gradient."""
+    others: list[Any] = [k, *7 * [None]]
+    return Arguments(
+        q, *others, ridge_ratio=0.02, solver_steps=(31,), scale=1.0, normalize_qk=False, chunk_size=chunk_size
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,30 +52,32 @@ def test_the_op_warns_once(dtype: torch.dtype, D: int, chunk_size: int | None) -
     with pytest.warns(
         UserWarning, match=rf"slower.*{dtype}, D = {D}, chunk_size = {chunk_size}; fast are bfloat16 with D"
     ):
-        assert api._suitable_backend(q, chunk_size) == "chunked"
-    assert api._suitable_backend(q, chunk_size) == "chunked"  # a second warning would be an error
+        assert chosen(q, chunk_size) == "chunked"
+    assert chosen(q, chunk_size) == "chunked"  # a second warning would be an error
     with pytest.warns(UserWarning, match=f"D = {D + 70}"):
-        api._suitable_backend(on_gpu(dtype, 2, 5, 3, D + 70), chunk_size)
+        chosen(on_gpu(dtype, 2, 5, 3, D + 70), chunk_size)
 
 
 def test_what_is_fast_is_not_warned_of() -> None:
-    assert api._suitable_backend(on_gpu(torch.bfloat16, 2, 5, 3, 128), None) == "triton"
-    assert api._suitable_backend(torch.zeros(2, 5, 3, 200), None) == "chunked"  # on the CPU
+    assert chosen(on_gpu(torch.bfloat16, 2, 5, 3, 128), None) == "triton"
+    assert chosen(torch.zeros(2, 5, 3, 200), None) == "chunked"  # on the CPU
 
 
 def test_a_step_warns_once_but_not_for_gradients() -> None:
     q = on_gpu(torch.float16, 2, 3, 200)
-    assert api._step_backend(q, differentiable=True) is step
+    trained = torch.zeros(1, requires_grad=True)
+    assert backends.step_backend_for(call(q, k=trained)) is step.gated_kalmanet_step
     with pytest.warns(UserWarning, match=r"gated_kalmanet_step .*D = 200.*fast are .*D up to 128"):
-        assert api._step_backend(q, differentiable=False) is step
-    assert api._step_backend(q, differentiable=False) is step
-    assert api._step_backend(on_gpu(torch.float32, 2, 3, 128), differentiable=False) is triton_step
+        assert backends.step_backend_for(call(q)) is step.gated_kalmanet_step
+    assert backends.step_backend_for(call(q)) is step.gated_kalmanet_step
+    small = call(on_gpu(torch.float32, 2, 3, 128))
+    assert backends.step_backend_for(small) is triton_step.gated_kalmanet_step
 
 
 def test_a_gpu_without_kernels_is_told_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "runs_kernels", lambda _: False)
+    monkeypatch.setattr(backends, "runs_kernels", lambda _: False)
     with pytest.warns(UserWarning, match=r"Triton and an NVIDIA GPU of compute capability 8\.0"):
-        assert api._suitable_backend(on_gpu(torch.bfloat16, 2, 5, 3, 64), None) == "chunked"
+        assert chosen(on_gpu(torch.bfloat16, 2, 5, 3, 64), None) == "chunked"
 
 
 def test_compiled_code_warns_and_stays_one_graph() -> None:

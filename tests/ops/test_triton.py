@@ -14,6 +14,7 @@ from decode_helpers import (
     STEP_CASES,
     StepCase,
     assert_step_equals_the_reference,
+    call_step,
     reference_step,
     step_arguments,
 )
@@ -129,15 +130,15 @@ def test_parts_and_chunk_sizes_change_nothing(
     case: Case, edges_per_part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences that cross several edges, of which much is left there, in parts of one or more spans."""
-    from gka.ops.triton import op as triton_op
+    from gka.ops.triton import call
 
     arguments = converted(make_inputs(case), torch.float32)
     with torch.no_grad():
         arguments["g"].mul_(1e-2)
     ref = run(doubled(arguments), backend="chunked", solver_steps=(31,))
     per_edge = case.H * case.D * (case.D + case.V) * 4 * 2
-    monkeypatch.setattr(triton_op, "WORKSPACE_BYTES", per_edge * edges_per_part)
-    monkeypatch.setattr(triton_op, "EDGE_EVERY", 2)
+    monkeypatch.setattr(call, "WORKSPACE_BYTES", per_edge * edges_per_part)
+    monkeypatch.setattr(call, "EDGE_EVERY", 2)
     out = run(arguments, backend="triton", chunk_size=16, solver_steps=(31,))
     assert_close(out, ref, 1e-5)
 
@@ -214,7 +215,7 @@ def test_step_of_a_zero_state_and_forgetting() -> None:
     arguments = step_arguments(StepCase(alpha=False, normalize_qk=False))
     arguments["k"].zero_()
     arguments["g"].fill_(-torch.inf)
-    o, new = triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=1.0, inplace=False, **arguments)
+    o, new = call_step(triton_step.gated_kalmanet_step, arguments, inplace=False)
     assert not o.any() and not new.S_kk.any() and not new.S_kv.any()
 
 
@@ -225,9 +226,7 @@ def test_step_of_states_that_are_not_contiguous() -> None:
     expected_o, expected = reference_step(arguments)
     held = State(*(x.transpose(1, 3).contiguous().transpose(1, 3) for x in arguments["state"]))
     arguments["q"] = arguments["q"].transpose(0, 1).contiguous().transpose(0, 1)
-    o, new = triton_step.gated_kalmanet_step(
-        ridge_ratio=0.02, scale=0.3, inplace=True, **{**arguments, "state": held}
-    )
+    o, new = call_step(triton_step.gated_kalmanet_step, {**arguments, "state": held}, inplace=True)
     assert new.S_kv is held.S_kv
     assert_close({"o": o, **held._asdict()}, {"o": expected_o, **expected._asdict()}, 1e-5)
 
@@ -240,7 +239,7 @@ def test_step_in_place_is_seen_by_autograd() -> None:
     weight = torch.ones_like(arguments["state"].S_kv, requires_grad=True)
     loss = (weight * arguments["state"].S_kv).sum()
     with torch.no_grad():
-        triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=1.0, inplace=True, **arguments)
+        call_step(triton_step.gated_kalmanet_step, arguments, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -260,7 +259,7 @@ def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton_step, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
-        triton_step.gated_kalmanet_step(ridge_ratio=0.02, scale=0.3, inplace=True, **step_arguments(StepCase()))
+        call_step(triton_step.gated_kalmanet_step, step_arguments(StepCase()), inplace=True)
 
 
 def test_compiling_ahead_covers_a_call() -> None:
@@ -270,8 +269,8 @@ from unittest import mock
 import torch
 from benchmarks.compile_kernels import source, taken_down
 from gka.ops import State, gated_kalmanet
-from gka.ops.triton import op as triton_op
-from gka.ops.types import Inputs, Options
+from gka.ops.triton import config, op
+from gka.ops.types import Arguments
 
 def keys(launches):
     sources = [(kernel.fn.__name__, source(kernel, values), options) for kernel, values, options in launches]
@@ -281,19 +280,18 @@ B, T, H, Hk, D, V = 2, 4500, 4, 2, 100, 40
 q, k, v = (torch.randn(B, T, h, d, dtype=torch.bfloat16) for h, d in ((H, D), (Hk, D), (Hk, V)))
 gates = [torch.rand(B, T, H) for _ in range(3)]
 states = [torch.zeros(B, H, D, d) for d in (D, V)]
-inputs = Inputs(q, k, v, *gates, *states, None)
+arguments = Arguments(q, k, v, *gates, *states, None, 0.02, (16, 16), 1.0, True, 64)
 for solver_steps in ((16, 16), ()):
     if not solver_steps:
-        inputs = inputs._replace(S_kk=None)
-    options = Options(0.02, solver_steps, 1.0, 64, True)
-    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as run:
-        out = triton_op.forward(inputs, options, True, True)
+        arguments = arguments._replace(S_kk=None, solver_steps=())
+    with mock.patch.object(config, "INTERPRETED", True), taken_down() as run:
+        out = op.forward(arguments, output_final_state=True, save=True)
         final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
-        triton_op.backward(inputs, options, out.saved, final, out.o, (None, None))
-    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as ahead:
-        triton_op.compile_ahead(inputs, options, True, True)
-    with mock.patch.object(triton_op, "INTERPRETED", True), taken_down() as again:
-        triton_op.compile_ahead(inputs, options, True, True)
+        op.backward(arguments, saved=out.saved, final=final, do=out.o, d_final=(None, None))
+    with mock.patch.object(config, "INTERPRETED", True), taken_down() as ahead:
+        op.compile_ahead(arguments, output_final_state=True, save=True)
+    with mock.patch.object(config, "INTERPRETED", True), taken_down() as again:
+        op.compile_ahead(arguments, output_final_state=True, save=True)
     assert run and keys(run) <= keys(ahead), keys(run) - keys(ahead)
     assert not again
 """

@@ -70,8 +70,8 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def unit_rows_backward(d_unit: Tensor, unit: Tensor, norm: Tensor, divisor: Tensor) -> Tensor:
     """Gradient of `unit_rows` at x; where x = 0 only the divisor remains."""
-    along = (unit * d_unit).sum(-1, keepdim=True)
-    return d_unit / divisor - unit * torch.where(norm > 0, along / norm, torch.zeros_like(norm))
+    inner = (unit * d_unit).sum(-1, keepdim=True)
+    return d_unit / divisor - unit * torch.where(norm > 0, inner / norm, torch.zeros_like(norm))
 
 
 @dataclass
@@ -163,11 +163,11 @@ class Systems:
     def solve(self, Q: Tensor) -> Tensor:
         """X [b, R, C, D] with X_c = (S_c + lambda_c I)^{-1} Q_c; 0 where S_c = 0."""
         exact = self.matvec(Q.dtype)
-        rough = exact if self.product_dtype == Q.dtype else self.matvec(self.product_dtype)
+        narrow = exact if self.product_dtype == Q.dtype else self.matvec(self.product_dtype)
         rhs = Q * self.inverse_norm.unsqueeze(-1)
-        return chebyshev(rough, rhs, self.ridge_ratio, self.solver_steps, residual_matvec=exact)
+        return chebyshev(narrow, rhs, self.ridge_ratio, self.solver_steps, residual_matvec=exact)
 
-    def energy(self, Z: Tensor, X: Tensor) -> Tensor:
+    def inner_zAx(self, Z: Tensor, X: Tensor) -> Tensor:
         """z_c^T (S_c + lambda_c I) x_c, [b, R, C]."""
         product = self.matvec(X.dtype)(X) + self.ridge_ratio * X
         return (Z * product).sum(-1) * self.norm
@@ -189,7 +189,8 @@ def readout_adjoint(chunks: Chunks, S_kv_0: Tensor, dO: Tensor) -> Tensor:
 class SolveAdjoint:
     """The part of the backward pass that runs through S_kk (module docstring of `chunked`).
 
-    X, Z [b, R, C, D]: solutions of the forward and the adjoint systems.
+    X, Z [b, R, C, D]: solutions of the forward and the adjoint systems. With them come w = a <z, x> / ||S|| and
+    sum_M_w_zeta_j = sum_c M_{c,j} w_c zeta_c, [b, R, C].
     """
 
     systems: Systems
@@ -201,19 +202,19 @@ class SolveAdjoint:
         inner = (self.Z * self.X).sum(-1)
         self.w = systems.ridge_ratio * inner * systems.inverse_norm
         w_zeta = (self.w * chunks.zeta).unsqueeze(-2)
-        self.b = (w_zeta @ chunks.M).squeeze(-2)
+        self.sum_M_w_zeta = (w_zeta @ chunks.M).squeeze(-2)
         self.zeta = chunks.zeta.unsqueeze(-1)
 
     def carry(self) -> Tensor:
         """What the chunk adds to the gradient of its first S_kk, [b, R, D, D]."""
         chunks = self.systems.chunks
         outer = heads((self.zeta * self.Z).transpose(-1, -2), self.X)
-        through_ridge = gather_outer(chunks.K, self.b * chunks.weight, chunks.K)
-        fade = (self.w * chunks.zeta.square()).sum(-1)[..., None, None]
-        return -0.5 * (outer + outer.transpose(-1, -2)) - fade * self.systems.S_0 - through_ridge
+        ridge_keys = gather_outer(chunks.K, self.sum_M_w_zeta * chunks.weight, chunks.K)
+        sum_w_zeta2 = (self.w * chunks.zeta.square()).sum(-1)[..., None, None]
+        return -0.5 * (outer + outer.transpose(-1, -2)) - sum_w_zeta2 * self.systems.S_0 - ridge_keys
 
     def keys(self, G_plus: Tensor) -> tuple[Tensor, Tensor]:
-        """2 G_i k_i for every token, [b, R, C, D]; G_plus [b, R, D, D] comes from the future.
+        """2 G_i k_i for every token, [b, R, C, D]; G_plus [b, R, D, D] is the gradient at the chunk's end.
 
         In two parts: of the chunk's tokens, and of G_plus.
         """
@@ -221,11 +222,11 @@ class SolveAdjoint:
         K, M = chunks.K, chunks.M
         local = heads((cross(self.Z, K) * M).transpose(-1, -2), self.X)
         local += heads((cross(self.X, K) * M).transpose(-1, -2), self.Z)
-        meeting = heads((M * self.w.unsqueeze(-1)).transpose(-1, -2), chunks.Mb)
-        meeting *= torch.bmm(K, K.transpose(1, 2)).unsqueeze(1)
-        through_ridge = self.b.unsqueeze(-1) * self.systems.KS + mix(meeting, K)
-        future = torch.matmul(K.unsqueeze(1), G_plus) * (2.0 * chunks.to_end.unsqueeze(-1))
-        return -2.0 * through_ridge - local, future
+        weighted_gram = heads((M * self.w.unsqueeze(-1)).transpose(-1, -2), chunks.Mb)
+        weighted_gram *= torch.bmm(K, K.transpose(1, 2)).unsqueeze(1)
+        ridge_keys = self.sum_M_w_zeta.unsqueeze(-1) * self.systems.KS + mix(weighted_gram, K)
+        from_end = torch.matmul(K.unsqueeze(1), G_plus) * (2.0 * chunks.to_end.unsqueeze(-1))
+        return -2.0 * ridge_keys - local, from_end
 
 
 @dataclass
@@ -244,11 +245,11 @@ class ReadoutAdjoint:
         return heads((self.chunks.zeta.unsqueeze(-1) * self.Y).transpose(-1, -2), self.dO)
 
     def keys(self, W_plus: Tensor) -> Tensor:
-        """W_i v_i for every token, [b, R, C, D]; W_plus [b, R, D, V] comes from the future."""
+        """W_i v_i for every token, [b, R, C, D]; W_plus [b, R, D, V] is the gradient at the chunk's end."""
         chunks = self.chunks
         local = heads((cross(self.dO, chunks.Vv) * chunks.M).transpose(-1, -2), self.Y)
-        future = torch.matmul(chunks.Vv.unsqueeze(1), W_plus.transpose(-1, -2))
-        return local + future * chunks.to_end.unsqueeze(-1)
+        from_end = torch.matmul(chunks.Vv.unsqueeze(1), W_plus.transpose(-1, -2))
+        return local + from_end * chunks.to_end.unsqueeze(-1)
 
     def values(self, W_plus: Tensor) -> tuple[Tensor, Tensor]:
         """W_i^T k_i for every token, [b, R, C, V], in two parts: of the chunk's tokens, and of W_plus."""

@@ -36,20 +36,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Gradients, Inputs, Options, Outputs, Saved, state_dtype
+from ..types import Arguments, Gradients, Outputs, Saved, state_dtype
 from .blocks import Block
 from .chunk_math import ReadoutAdjoint, SolveAdjoint, readout, readout_adjoint, unit_rows, unit_rows_backward
-from .chunked_inputs import Problem
+from .chunked_inputs import ChunkedInputs, default_chunk_size
+
+__all__ = ["backward", "default_chunk_size", "empty_saved", "forward"]
 
 
-def default_chunk_size(device: torch.device) -> int:
-    """Tokens per chunk that were fastest: larger chunks cost more products, smaller ones more scanning."""
-    return 32 if device.type == "cpu" else 64
-
-
-def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bool) -> Outputs:
+def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Outputs:
     """The op; `save` keeps x for `backward`."""
-    p, solver_steps, q = Problem(inputs, options), options.solver_steps, inputs.q
+    p, solver_steps, q = ChunkedInputs(arguments), arguments.solver_steps, arguments.q
     o = q.new_empty(p.tokens + 1, p.H, p.V)
     x = p.target(q, p.dtype) if save and solver_steps else None
     final_kk = final_kv = None
@@ -64,14 +61,14 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
             chunks, _ = p.chunks(index)
             first_kk, first_kv = p.states(block, chunks, carry)
             Y = p.read(q, index)
-            if options.normalize_qk:
+            if p.normalize_qk:
                 Y = unit_rows(Y)[0]
             if solver_steps:
                 X = p.systems(chunks, first_kk).solve(Y)
                 if x is not None:
                     p.write(x, index, X)
                 Y, _ = p.blend(Y, X, index)
-            p.write(o, index, readout(chunks, first_kv, Y).mul_(options.scale))
+            p.write(o, index, readout(chunks, first_kv, Y).mul_(p.scale))
         numbers = p.sequences(group)
         if final_kv is not None:
             final_kv.index_copy_(0, numbers, carry[1])
@@ -80,26 +77,26 @@ def forward(inputs: Inputs, options: Options, output_final_state: bool, save: bo
     return Outputs(p.finish(o, q), final_kk, final_kv, Saved(None if x is None else p.finish(x, q)))
 
 
-def empty_saved(inputs: Inputs, options: Options) -> Saved:
+def empty_saved(arguments: Arguments) -> Saved:
     """What `forward` saves, uninitialised."""
-    q = inputs.q
-    return Saved(q.new_empty(q.shape, dtype=state_dtype(q.dtype)) if options.solver_steps else None)
+    q = arguments.q
+    return Saved(q.new_empty(q.shape, dtype=state_dtype(q.dtype)) if arguments.solver_steps else None)
 
 
 def backward(
-    inputs: Inputs,
-    options: Options,
+    arguments: Arguments,
+    *,
     saved: Saved,
     final: tuple[Tensor, Tensor],
     do: Tensor,
     d_final: tuple[Tensor | None, Tensor | None],
 ) -> Gradients:
     """Gradients of the inputs from those of o and of the final states; `final` itself is not needed."""
-    p, solver_steps, q, x = Problem(inputs, options), options.solver_steps, inputs.q, saved.x
+    p, solver_steps, q, x = ChunkedInputs(arguments), arguments.solver_steps, arguments.q, saved.x
     dS_kk, dS_kv = d_final
     assert x is not None
-    targets = [None if tensor is None else p.target(tensor) for tensor in inputs[:6]]
-    dS_kk_0, dS_kv_0 = (None if t is None else t.new_empty(t.shape) for t in inputs[6:8])
+    targets = [None if tensor is None else p.target(tensor) for tensor in arguments[:6]]
+    dS_kk_0, dS_kv_0 = (None if t is None else t.new_empty(t.shape) for t in arguments[6:8])
     for group in p.groups:
         carry, firsts = p.carries(group), []
         for block in group.blocks:
@@ -125,19 +122,19 @@ def backward(
 
 
 def _block_backward(
-    p: Problem,
+    p: ChunkedInputs,
     block: Block,
     index: Tensor,
     first: tuple[Tensor, Tensor],
-    future: tuple[Tensor, Tensor],
+    d_state: tuple[Tensor, Tensor],
     x: Tensor,
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of a block's q, k, v, g, alpha, beta, as rows for `Problem.write`.
+    """Gradients of a block's q, k, v, g, alpha, beta, as rows for `ChunkedInputs.write`.
 
-    first: states at the block's start, consumed; future: G and W at its end, moved to its start.
+    first: states at the block's start, consumed; d_state: G and W at its end, moved to its start.
     """
-    G, W = future
+    G, W = d_state
     chunks, key_norms = p.chunks(index)
     S_kk, S_kv = p.states(block, chunks, first)
     decay = chunks.zeta[..., -1]
@@ -151,15 +148,14 @@ def _block_backward(
     if p.solver_steps:
         X = p.read(x, index)
         Y, alpha = p.blend(Q, X, index)
-    through_readout = ReadoutAdjoint(chunks, Y, dO)
-    W_plus = p.scan(block, decay, through_readout.carry(), W, reverse=True)
-    dk = through_readout.keys(W_plus)
-    parts = through_readout.values(W_plus)
+    readout_part = ReadoutAdjoint(chunks, Y, dO)
+    W_plus = p.scan(block, decay, readout_part.carry(), W, reverse=True)
+    dk = readout_part.keys(W_plus)
+    parts = readout_part.values(W_plus)
     dv = parts[0] + parts[1]
-    later, earlier = ((part * chunks.Vv.unsqueeze(1)).sum(-1) for part in parts)
-    sum_vu = later + earlier
-    later = (Y * dY).sum(-1) - chunks.weight * later
-    passing = (W_plus * S_kv).sum((-1, -2))
+    sum_uv, sum_uv_end = ((part * chunks.Vv.unsqueeze(1)).sum(-1) for part in parts)
+    sum_pk = sum_pk_end = inner_zAx = torch.zeros_like(sum_uv)
+    inner_states = (W_plus * S_kv).sum((-1, -2))
     dQ, dalpha = dY, None
     if p.solver_steps:
         systems = p.systems(chunks, S_kk)
@@ -169,21 +165,22 @@ def _block_backward(
             dalpha = ((X - Q) * dY).sum(-1)
             Z = systems.solve(alpha * dY)
             dQ = torch.addcmul(dY + Z, alpha, dY, value=-1.0)
-        through_solve = SolveAdjoint(systems, X, Z)
-        G_plus = p.scan(block, decay, through_solve.carry(), G, reverse=True)
-        parts = through_solve.keys(G_plus)
-        inside, from_end = ((part * chunks.K.unsqueeze(1)).sum(-1) for part in parts)
-        later = later - systems.energy(Z, X) - 0.5 * chunks.weight * inside
-        earlier = earlier + 0.5 * from_end
-        passing = passing + (G_plus * S_kk).sum((-1, -2))
+        solve_part = SolveAdjoint(systems, X, Z)
+        G_plus = p.scan(block, decay, solve_part.carry(), G, reverse=True)
+        parts = solve_part.keys(G_plus)
+        sum_pk, sum_pk_end = ((part * chunks.K.unsqueeze(1)).sum(-1) for part in parts)
+        inner_zAx = systems.inner_zAx(Z, X)
+        inner_states = inner_states + (G_plus * S_kk).sum((-1, -2))
         dk = dk + parts[0] + parts[1]
     elif p.alpha is not None:
-        dalpha = torch.zeros_like(later)
-    earlier = chunks.weight * earlier
-    dg = later.flip(-1).cumsum(-1).flip(-1) + earlier.cumsum(-1) - earlier + (decay * passing).unsqueeze(-1)
+        dalpha = torch.zeros_like(sum_uv)
+    from_later = (Y * dY).sum(-1) - inner_zAx - chunks.weight * (sum_uv + 0.5 * sum_pk)
+    from_earlier = chunks.weight * (sum_uv_end + 0.5 * sum_pk_end)
+    dg = from_later.flip(-1).cumsum(-1).flip(-1) + from_earlier.cumsum(-1) - from_earlier
+    dg = dg + (decay * inner_states).unsqueeze(-1)
     dbeta = None
     if p.beta is not None:
-        dbeta = p.read(p.beta, index) * ((dk * chunks.K.unsqueeze(1)).sum(-1) + sum_vu)
+        dbeta = p.read(p.beta, index) * ((dk * chunks.K.unsqueeze(1)).sum(-1) + sum_uv + sum_uv_end)
     weight = chunks.weight.unsqueeze(-1)
     dK, dV = (weight * dk).sum(1, keepdim=True), (weight * dv).sum(1, keepdim=True)
     if p.normalize_qk:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..types import Inputs, Options, state_dtype
+from ..types import Arguments, state_dtype
 from .blocks import Block, Group, schedule
 from .chunk_math import Chunks, Systems, unit_rows
 
@@ -31,12 +31,20 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     )
 
 
-class Problem:
+def default_chunk_size(device: torch.device) -> int:
+    """Tokens per chunk that were fastest: larger chunks cost more products, smaller ones more scanning."""
+    return 32 if device.type == "cpu" else 64
+
+
+class ChunkedInputs:
     """The inputs of one call, flattened over the batch, and how to read and write blocks of them."""
 
-    def __init__(self, inputs: Inputs, options: Options) -> None:
-        self.q, self.k, self.v, self.g, self.alpha, self.beta, self.S_kk, self.S_kv, self.cu_seqlens = inputs
-        self.ridge_ratio, self.solver_steps, self.scale, self.chunk_size, self.normalize_qk = options
+    def __init__(self, arguments: Arguments) -> None:
+        self.q, self.k, self.v, self.g = arguments.q, arguments.k, arguments.v, arguments.g
+        self.alpha, self.beta, self.S_kk, self.S_kv = arguments[4:8]
+        self.ridge_ratio, self.solver_steps = arguments.ridge_ratio, arguments.solver_steps
+        self.scale, self.normalize_qk = arguments.scale, arguments.normalize_qk
+        self.chunk_size = arguments.chunk_size or default_chunk_size(self.q.device)
         batch, length, self.H, self.D = self.q.shape
         self.Hk, self.V = self.v.shape[2], self.v.shape[3]
         self.R = self.H // self.Hk
@@ -45,11 +53,10 @@ class Problem:
         refined_16_bit = self.q.dtype in (torch.bfloat16, torch.float16) and len(self.solver_steps) > 1
         fast = refined_16_bit and _has_fast_bfloat16(self.q.device)
         self.product_dtype = torch.bfloat16 if fast else self.dtype
-        if self.cu_seqlens is None:
+        if arguments.cu_seqlens is None:
             self.bounds = [(n * length, (n + 1) * length) for n in range(batch)]
         else:
-            edges = self.cu_seqlens.tolist()
-            self.bounds = list(pairwise(edges))
+            self.bounds = list(pairwise(arguments.cu_seqlens.tolist()))
 
     @property
     def groups(self) -> list[Group]:
@@ -108,19 +115,19 @@ class Problem:
         return self.read(self.beta, index).square()
 
     def scan(self, block: Block, decay: Tensor, added: Tensor, carry: Tensor, *, reverse: bool) -> Tensor:
-        """carry <- decay carry + added, wave by wave; returns the carry that each chunk meets.
+        """carry <- decay carry + added, wave by wave; returns what carry was before each chunk.
 
         decay [b, R]; added [b, R, D, .]; carry [sequences, H, D, .] is updated in place.
         """
-        met = torch.empty_like(added)
+        before = torch.empty_like(added)
         shape = (-1, self.H, *added.shape[2:])
-        met_by_chunk, added_by_chunk = met.view(shape), added.view(shape)
+        before_by_chunk, added_by_chunk = before.view(shape), added.view(shape)
         decay_by_chunk = decay.reshape(-1, self.H, 1, 1)
         for first, last in reversed(block.waves) if reverse else block.waves:
             active = carry[: last - first]
-            met_by_chunk[first:last] = active
+            before_by_chunk[first:last] = active
             active.mul_(decay_by_chunk[first:last]).add_(added_by_chunk[first:last])
-        return met
+        return before
 
     def states(self, block: Block, chunks: Chunks, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """First states S_kk, S_kv of a block's chunks; `carry` moves to the block's end."""

@@ -12,79 +12,55 @@ import torch
 from torch import Tensor
 
 from ..solvers import Chebyshev, ridge_solve
-from ..types import State, repeat_heads
+from ..types import Arguments, State, repeat_heads
 from .chunk_math import unit_rows
 
 NEAR_ONE = -0.25  # log-decays above it fade a state by a difference
 
 
-def gated_kalmanet_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    *,
-    state: State,
-    ridge_ratio: float,
-    solver_steps: tuple[int, ...],
-    scale: float,
-    normalize_qk: bool,
-    inplace: bool,
-) -> tuple[Tensor, State]:
+def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
     """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
 
     The arithmetic is in the states' dtype, or in float32 for bfloat16 states; gradients flow by autograd and
     `ridge_solve`.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        o, (S_kk, S_kv) = _step(q, k, v, g, alpha, beta, state, ridge_ratio, solver_steps, scale, normalize_qk)
+    with torch.autocast(arguments.q.device.type, enabled=False):
+        o, (S_kk, S_kv) = _step(arguments)
+    old_kk, old_kv = arguments.S_kk, arguments.S_kv
+    assert old_kv is not None
     if not inplace:
-        dtype = state.S_kv.dtype
-        return o, State(None if S_kk is None else S_kk.to(dtype), S_kv.to(dtype))
-    state.S_kv.copy_(S_kv)
-    if S_kk is not None and state.S_kk is not None:
-        state.S_kk.copy_(S_kk)
-    return o, state
+        return o, State(None if S_kk is None else S_kk.to(old_kv.dtype), S_kv.to(old_kv.dtype))
+    old_kv.copy_(S_kv)
+    if S_kk is not None and old_kk is not None:
+        old_kk.copy_(S_kk)
+    return o, State(old_kk, old_kv)
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    state: State,
-    ridge_ratio: float,
-    solver_steps: tuple[int, ...],
-    scale: float,
-    normalize_qk: bool,
-) -> tuple[Tensor, State]:
-    heads, dtype = q.shape[1], torch.promote_types(state.S_kv.dtype, torch.float32)
-    query, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    if normalize_qk:
+def _step(a: Arguments) -> tuple[Tensor, State]:
+    assert a.S_kv is not None
+    heads, dtype = a.q.shape[1], torch.promote_types(a.S_kv.dtype, torch.float32)
+    query, keys, values = a.q.to(dtype), a.k.to(dtype), a.v.to(dtype)
+    if a.normalize_qk:
         query, keys = unit_rows(query)[0], unit_rows(keys)[0]
     keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
-    weighted = keys if beta is None else keys * beta.to(dtype).square().unsqueeze(-1)
-    kept, rate = _fading(g.to(dtype))
-    S_kv = _updated(state.S_kv.to(dtype), kept, rate, weighted, values)
+    weighted = keys if a.beta is None else keys * a.beta.to(dtype).square().unsqueeze(-1)
+    kept, rate = _decay_parts(a.g.to(dtype))
+    S_kv = _updated(a.S_kv.to(dtype), kept, rate, weighted, values)
     S_kk: Tensor | None = None
     y = query
-    if solver_steps:
-        assert state.S_kk is not None
-        S_kk = state.S_kk.to(dtype)
+    if a.solver_steps:
+        assert a.S_kk is not None
+        S_kk = a.S_kk.to(dtype)
         if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
         S_kk = _updated(S_kk, kept, rate, weighted, keys)
-        x = ridge_solve(S_kk, query, ridge_ratio, Chebyshev(solver_steps))
-        y = x if alpha is None else torch.lerp(query, x, alpha.to(dtype).unsqueeze(-1))
-    o = scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
-    return o.to(q.dtype), State(S_kk, S_kv)
+        x = ridge_solve(S_kk, query, a.ridge_ratio, Chebyshev(a.solver_steps))
+        y = x if a.alpha is None else torch.lerp(query, x, a.alpha.to(dtype).unsqueeze(-1))
+    o = a.scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
+    return o.to(a.q.dtype), State(S_kk, S_kv)
 
 
-def _fading(g: Tensor) -> tuple[Tensor, Tensor]:
+def _decay_parts(g: Tensor) -> tuple[Tensor, Tensor]:
     """(kept, rate), [B, H, 1, 1] each: e^g S = kept S + rate S; for small g, kept is 1 and rate e^g - 1.
 
     e^g alone would be rounded, for a constant g the same way at every token, and that adds up over the 1 / |g|
@@ -97,5 +73,5 @@ def _fading(g: Tensor) -> tuple[Tensor, Tensor]:
 
 def _updated(S: Tensor, kept: Tensor, rate: Tensor, weighted: Tensor, row: Tensor) -> Tensor:
     """(kept + rate) S + weighted row^T; S [B, H, D, D or V], weighted [B, H, D], row [B, H, D or V]."""
-    faded = torch.addcmul(kept * S, rate, S)
-    return torch.addcmul(faded, weighted.unsqueeze(-1), row.unsqueeze(-2))
+    decayed = torch.addcmul(kept * S, rate, S)
+    return torch.addcmul(decayed, weighted.unsqueeze(-1), row.unsqueeze(-2))

@@ -25,7 +25,7 @@ CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
 class Config:
     """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`,
     span_tile where it only sums;
-    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; share: rows of `query_gradients`;
+    half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; query_rows: of `query_gradients`;
     pipeline: chunks on their way in `scan_states`.
 
     The others: num_warps and num_stages, by kernel.
@@ -39,7 +39,7 @@ class Config:
     half: int
     rows: int
     wide_row: int
-    share: int
+    query_rows: int
     pipeline: int
     scan: dict[str, int]
     spans: dict[str, int]
@@ -110,7 +110,7 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
         half=BD if hopper else 64,
         rows=8,
         wide_row=_power_of_two(max(D, V)),
-        share=16,
+        query_rows=16,
         pipeline=3,
         scan=three if hopper else few,
         spans=few,

@@ -67,7 +67,9 @@ def _short_conv(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs, options = _options(x, weight, place, rows=8)
     with on_device(x.device):
-        launch(convolve, programs, x.contiguous(), weight.contiguous(), place, y, **options)
+        launch(convolve, programs,
+            x_ptr=x.contiguous(), weight_ptr=weight.contiguous(), place_ptr=place, y_ptr=y, **options,
+        )  # fmt: skip
     return y
 
 
@@ -86,9 +88,11 @@ def _short_conv_backward(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(B * -(-T // SPAN), C, W, dtype=torch.float32, device=x.device)
     programs, options = _options(x, weight, place, rows=max(4, W - 1))
-    tensors = (dy.contiguous(), x.contiguous(), weight.contiguous(), place, dx, parts)
     with on_device(x.device):
-        launch(convolve_backward, programs, *tensors, **options)
+        launch(convolve_backward, programs,
+            dy_ptr=dy.contiguous(), x_ptr=x.contiguous(), weight_ptr=weight.contiguous(), place_ptr=place,
+            dx_ptr=dx, parts_ptr=parts, **options,
+        )  # fmt: skip
     return dx, parts.sum(0).to(weight.dtype)
 
 

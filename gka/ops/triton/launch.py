@@ -33,9 +33,9 @@ def compiling_ahead() -> bool:
     return _AHEAD.get()
 
 
-def both(kk: Tensor | None, kv: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """S_kk and S_kv for a kernel that chooses between their pointers: one that is missing stands in, unread."""
-    return kv if kk is None else kk, kv
+def or_stand_in(kk: Tensor | None, kv: Tensor | None) -> Tensor | None:
+    """S_kk's tensor for a kernel that chooses between its pointer and S_kv's: where there is none, the latter."""
+    return kv if kk is None else kk
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -43,13 +43,13 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
-    """Run `programs` programs of a kernel, or compile it."""
+def launch(kernel: Any, programs: int, **named: Any) -> None:
+    """Run `programs` programs of a kernel, or compile it; arguments and options by name."""
     named.setdefault("enable_fp_fusion", True)  # Triton is about to change its default
     if _AHEAD.get():
-        kernel.warmup(*arguments, grid=(programs,), **named)
+        kernel.warmup(grid=(programs,), **named)
     else:
-        kernel[(programs,)](*arguments, **named)
+        kernel[(programs,)](**named)
 
 
 @contextmanager

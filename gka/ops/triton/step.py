@@ -13,44 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..solvers import node_steps
-from ..types import State
+from ..types import Arguments, State
 from .config import INTERPRETED, step_config
 
 
-def gated_kalmanet_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    *,
-    state: State,
-    ridge_ratio: float,
-    solver_steps: tuple[int, ...],
-    scale: float,
-    normalize_qk: bool,
-    inplace: bool,
-) -> tuple[Tensor, State]:
+def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
     """The kernel's form of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes."""
-    inputs = (q, k, v, g, alpha, beta, *state)
-    options = (ridge_ratio, list(solver_steps), scale, normalize_qk)
+    S_kk, S_kv = arguments.S_kk, arguments.S_kv
+    assert S_kv is not None
     # The way through an operator takes longer than the launch: it is for whom only traces.
-    traced = torch.compiler.is_compiling() or type(q) is not Tensor
+    traced = torch.compiler.is_compiling() or type(arguments.q) is not Tensor
     if inplace:
-        o: Tensor = (_step_ if traced else _stepped_inplace)(*inputs, *options)
-        if not traced:
-            for held in state:  # as an operator would, for a graph that still wants what they held
-                if held is not None and not held.is_inference():
-                    torch.autograd.graph.increment_version(held)
+        state = State(S_kk, S_kv)
+        if traced:
+            traced_o: Tensor = _step_(*_pack(arguments))
+            return traced_o, state
+        o = _launch(arguments, state)
+        for held in state:  # as an operator would, for a graph that still wants what they held
+            if held is not None and not held.is_inference():
+                torch.autograd.graph.increment_version(held)
         return o, state
-    o, S_kk, S_kv = (_step if traced else _stepped)(*inputs, *options)
-    return o, State(S_kk if solver_steps else None, S_kv)
+    o, S_kk, S_kv = _step(*_pack(arguments)) if traced else _stepped(arguments)
+    return o, State(S_kk if arguments.solver_steps else None, S_kv)
 
 
 @lru_cache(maxsize=64)
@@ -58,51 +48,64 @@ def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch
     """Step sizes of all stages in a row, negative where a later stage starts, and one more that is read unused."""
     taus: list[float] = []
     for n in solver_steps:
-        first, *rest = node_steps(n, ridge_ratio)
-        taus += [-first if taus else first, *rest]
+        first, *others = node_steps(n, ridge_ratio)
+        taus += [-first if taus else first, *others]
     return torch.tensor([*taus, 0.0], dtype=torch.float32, device=device)
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    state: State,
-    new_state: State,
-    ridge_ratio: float,
-    solver_steps: Sequence[int],
-    scale: float,
-    normalize_qk: bool,
-) -> Tensor:
-    """o; `new_state` is written, and may be `state`, whose tensors need not be contiguous."""
+def _launch(arguments: Arguments, new_state: State) -> Tensor:
+    """o; `new_state` is written, and may be the state so far, whose tensors need not be contiguous."""
     from .kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
-    from .launch import both, launch, on_device
+    from .launch import launch, on_device, or_stand_in
 
+    q, solver_steps = arguments.q, arguments.solver_steps
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {q.device}")
     B, H, D = q.shape
-    Hk, V = v.shape[1:]
+    Hk, V = arguments.v.shape[1:]
     o = torch.empty(B, H, V, dtype=q.dtype, device=q.device)
-    inputs = [x if x is None else x.contiguous() for x in (q, k, v, g, alpha, beta)]
-    states, targets = ([x if x is None else x.contiguous() for x in both] for both in (state, new_state))
-    table = _node_table(tuple(solver_steps), ridge_ratio, q.device)
+    q, k, v, g, alpha, beta, kk, kv = (x if x is None else x.contiguous() for x in arguments.differentiable)
+    new_kk, new_kv = (x if x is None else x.contiguous() for x in new_state)
     if B:
         with on_device(q.device):
             launch(step_token, B * H,
-                *inputs, *both(*states), *both(*targets), o, table, scale, ridge_ratio, sum(solver_steps), H, Hk,
-                D=D, V=V, SOLVE=bool(solver_steps), HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None,
-                NORMALIZE=normalize_qk, **step_config(state.S_kv.dtype, D, V),
+                q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
+                kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
+                new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
+                tau_ptr=_node_table(solver_steps, arguments.ridge_ratio, q.device),
+                scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, nodes=sum(solver_steps),
+                H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps),
+                HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
+                **step_config(kv.dtype, D, V),
             )  # fmt: skip
-    for target, written in zip(new_state, targets, strict=True):
-        if target is not None and written is not None and target is not written:
-            target.copy_(written)
+    for target, computed in zip(new_state, (new_kk, new_kv), strict=True):
+        if target is not None and target is not computed:
+            target.copy_(computed)
     return o
 
 
-def _stepped(
+def _stepped(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """o and the new S_kk (empty for None) and S_kv."""
+    S_kk, S_kv = arguments.S_kk, arguments.S_kv
+    assert S_kv is not None
+    new_kk = None if S_kk is None else torch.empty_like(S_kk, memory_format=torch.contiguous_format)
+    new_kv = torch.empty_like(S_kv, memory_format=torch.contiguous_format)
+    o = _launch(arguments, State(new_kk, new_kv))
+    return o, arguments.q.new_empty(0) if new_kk is None else new_kk, new_kv
+
+
+def _pack(a: Arguments) -> tuple[Any, ...]:
+    """The arguments as the operators below take them; `_unpack` is the inverse."""
+    return *a.differentiable, a.ridge_ratio, list(a.solver_steps), a.scale, a.normalize_qk
+
+
+def _unpack(*packed: Any) -> Arguments:
+    *tensors, ridge_ratio, solver_steps, scale, normalize_qk = packed
+    return Arguments(*tensors, None, ridge_ratio, tuple(solver_steps), scale, normalize_qk)
+
+
+@torch.library.custom_op("gka::step", mutates_args=())
+def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,25 +119,19 @@ def _stepped(
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o and the new S_kk (empty for None) and S_kv."""
-    new_kk = None if S_kk is None else torch.empty_like(S_kk, memory_format=torch.contiguous_format)
-    new_kv = torch.empty_like(S_kv, memory_format=torch.contiguous_format)
-    options = (ridge_ratio, solver_steps, scale, normalize_qk)
-    o = _launch(q, k, v, g, alpha, beta, State(S_kk, S_kv), State(new_kk, new_kv), *options)
-    return o, q.new_empty(0) if new_kk is None else new_kk, new_kv
-
-
-_step = torch.library.custom_op("gka::step", _stepped, mutates_args=())
+    tensors = (q, k, v, g, alpha, beta, S_kk, S_kv)
+    return _stepped(_unpack(*tensors, ridge_ratio, solver_steps, scale, normalize_qk))
 
 
 @_step.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Tensor | None,
-      S_kk: Tensor | None, S_kv: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+      S_kk: Tensor | None, S_kv: Tensor, *numbers: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     new_kk = q.new_empty(0) if S_kk is None else S_kk.new_empty(S_kk.shape)
     return q.new_empty(*q.shape[:2], v.shape[2]), new_kk, S_kv.new_empty(S_kv.shape)
 
 
-def _stepped_inplace(
+@torch.library.custom_op("gka::step_", mutates_args=("S_kk", "S_kv"))
+def _step_(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -149,11 +146,8 @@ def _stepped_inplace(
     normalize_qk: bool,
 ) -> Tensor:
     """o; S_kk and S_kv are brought up to date."""
-    state = State(S_kk, S_kv)
-    return _launch(q, k, v, g, alpha, beta, state, state, ridge_ratio, solver_steps, scale, normalize_qk)
-
-
-_step_ = torch.library.custom_op("gka::step_", _stepped_inplace, mutates_args=("S_kk", "S_kv"))
+    tensors = (q, k, v, g, alpha, beta, S_kk, S_kv)
+    return _launch(_unpack(*tensors, ridge_ratio, solver_steps, scale, normalize_qk), State(S_kk, S_kv))
 
 
 @_step_.register_fake

@@ -84,7 +84,7 @@ def store_pairs(
     hi_ptr, lo_ptr, x, start, end, H, h, dim, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
     """Keep rows x [C, BLOCK] in float32 as pairs."""
-    hi = rough(x, WIDE)
+    hi = to_operand(x, WIDE)
     store_rows(hi_ptr, hi, start, end, H, h, dim, 0, C, BLOCK)
     if not WIDE:
         store_rows(lo_ptr, lo8_of(x, hi), start, end, H, h, dim, 0, C, BLOCK)
@@ -122,7 +122,7 @@ def store_matrix_pair(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Keep x [ROWS, COLUMNS] in float32 as a pair; lo_ptr None keeps hi alone."""
-    hi = rough(x, WIDE)
+    hi = to_operand(x, WIDE)
     store_matrix(hi_ptr, hi, index, rows, columns, row, column, ROWS, COLUMNS)
     if not WIDE:
         if lo_ptr is not None:
@@ -197,7 +197,7 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def rough(x, WIDE: tl.constexpr):
+def to_operand(x, WIDE: tl.constexpr):
     """x as an operand of a product."""
     if WIDE:
         return x.to(tl.float32)
@@ -207,15 +207,15 @@ def rough(x, WIDE: tl.constexpr):
 
 @triton.jit
 def split(x, WIDE: tl.constexpr):
-    """x in float32 as operands hi = rough(x) and lo = rough(x - hi), which is zero if WIDE.
+    """x in float32 as operands hi = to_operand(x) and lo = to_operand(x - hi), which is zero if WIDE.
 
     In pairs of numbers: one by one the compiler converts with an instruction that is eight times slower.
     """
     if WIDE:
         return x, tl.zeros_like(x)
     elif INTERPRETED:
-        hi = rough(x, WIDE)
-        return hi, rough(x - hi.to(tl.float32), WIDE)
+        hi = to_operand(x, WIDE)
+        return hi, to_operand(x - hi.to(tl.float32), WIDE)
     else:
         return tl.inline_asm_elementwise(
             """
@@ -301,9 +301,9 @@ def widened(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def rough_product(x, operand, WIDE: tl.constexpr):
-    """rough(x o operand); if not WIDE x is rounded first, and the product formed in pairs of 16 bits."""
+def operand_product(x, operand, WIDE: tl.constexpr):
+    """to_operand(x o operand); if not WIDE x is rounded first, and the product formed in pairs of 16 bits."""
     if WIDE or INTERPRETED:
-        return rough(x * operand.to(tl.float32), WIDE)
+        return to_operand(x * operand.to(tl.float32), WIDE)
     else:
-        return rough(x, WIDE) * operand
+        return to_operand(x, WIDE) * operand

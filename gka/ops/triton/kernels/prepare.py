@@ -9,6 +9,8 @@ Legend: C tokens of a chunk, j one of them; NT chunks; H query heads, Hk key/val
 import triton
 import triton.language as tl
 
+from ..call import Call, KeyWeights, Scales
+from ..launch import launch
 from .common import chunk_of, key_weights, last_of, log_decays, store_scalars
 
 
@@ -42,3 +44,30 @@ def weigh_tokens(
     store_scalars(to_kk_ptr, to_kv * scale, start, end, H, h, C)
     store_scalars(to_kv_ptr, to_kv, start, end, H, h, C)
     tl.store(decay_ptr + chunk * H + h, tl.exp(last_of(G, C)))
+
+
+def launch_scales_of_rows(call: Call) -> Scales:
+    """Of q and k, if they are normalised."""
+    if not call.normalize:
+        return Scales(None, None)
+    found = []
+    for rows in (call.q, call.k):
+        scale, count = call.empty(*rows.shape[:3]), rows.shape[:3].numel()
+        if count:
+            launch(scales_of_rows, -(-count // 16),
+                x_ptr=rows, scale_ptr=scale, rows=count, D=call.D, ROWS=16, BD=call.BD,
+            )  # fmt: skip
+        found.append(scale)
+    return Scales(*found)
+
+
+def launch_weigh_tokens(call: Call, *, scales: Scales) -> KeyWeights:
+    weights = KeyWeights(call.empty_scalars(), call.empty_scalars(), call.empty(call.NT, call.H))
+    if call.NT * call.H:
+        launch(weigh_tokens, call.NT * call.H,
+            g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
+            to_kk_ptr=weights.to_kk, to_kv_ptr=weights.to_kv, decay_ptr=weights.decay,
+            chunk_ptr=call.chunks, H=call.H, Hk=call.Hk,
+            C=call.C, HAS_BETA=call.has_beta, NORMALIZE=call.normalize, num_warps=1,
+        )  # fmt: skip
+    return weights

@@ -9,7 +9,7 @@ Backward (section 4.3), dy and then, with z = alpha A^{-1} dy from the solve:
 
     dy = scale ((zeta o dO) S_kv_0^T + ((dO V^T) o M o beta^2 r_k) K)
     dalpha = <x - r_q q, dy>       dq = (1 - alpha) dy + z, taken through the normalisation
-    w = a <z, x> / ||S||           rest = <y, dy> - <A z, x>
+    w = a <z, x> / ||S||           ydy_minus_zAx = <y, dy> - <A z, x>, a term of dg
 
 <A z, x>, the solve takes from one more product: <z, r_q q> departs from it by the truncation of x, and where the
 sum of such terms nearly cancels, as in the gradient of A_log, that shows.
@@ -21,7 +21,10 @@ Legend: C tokens of a chunk; H query heads, Hk key/value heads; D key dim, V val
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..call import Call, Pair, Part, Scales, StatePairs
+from ..launch import launch
 from .common import (
     chunk_of,
     dot,
@@ -35,11 +38,11 @@ from .common import (
     log_decays,
     pair_dot,
     past_mask,
-    rough,
     store_rows,
     store_scalars,
+    to_operand,
 )
-from .state import blend
+from .state_gradients import blend
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -63,7 +66,7 @@ def read_states(
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
     y = blend(q_ptr, x_hi_ptr, x_lo_ptr, alpha_ptr, query_scale_ptr, start, end, H, h, D,
               C, BD, SOLVE, HAS_ALPHA, NORMALIZE, WIDE) * scale  # fmt: skip
-    K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     scores = fine_dot(y, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
     scores = scores * past_mask(G, C) * (beta * beta * key_scale)[None, :]
     y = y * tl.exp(G)[:, None]
@@ -73,7 +76,7 @@ def read_states(
         if not WIDE:
             S_lo = lo_of(S_hi, load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV))
         o = pair_dot(y, S_hi, S_lo, tl.zeros([C, BV], tl.float32), WIDE)
-        values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
+        values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         o = fine_dot(scores, values, o, WIDE)
         store_rows(o_ptr, o, start, end, H, h, V, block * BV, C, BV)
 
@@ -100,15 +103,15 @@ def read_gradients(
     scores = tl.zeros([C, C], tl.float32)
     for block in tl.static_range(BLOCKS):
         dO = load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV)
-        values = rough(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
-        scores = dot(rough(dO, WIDE), tl.trans(values), scores, WIDE)
+        values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
+        scores = dot(to_operand(dO, WIDE), tl.trans(values), scores, WIDE)
         S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
         S_lo = S_hi
         if not WIDE:
             S_lo = lo_of(S_hi, load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV))
         dy = pair_dot(dO.to(tl.float32) * scaled_zeta[:, None], tl.trans(S_hi), tl.trans(S_lo), dy, WIDE)
     scores = scores * past_mask(G, C) * (scale * beta * beta * key_scale)[None, :]
-    K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     dy = fine_dot(scores, K, dy, WIDE)
     row = program * C
     store_rows(dy_ptr, dy, row, row + C, 1, 0, BD, 0, C, BD)
@@ -118,46 +121,88 @@ def read_gradients(
 def query_gradients(
     q_ptr, alpha_ptr, query_scale_ptr, x_hi_ptr, x_lo_ptr, norm_ptr,  # [tokens, H, D], [tokens, H]
     dy_ptr, z_hi_ptr, z_lo_ptr,  # [chunks, H, C, BD], dy float32
-    energy_ptr,  # <A z, x>, [tokens, H] float32
-    dq_ptr, dalpha_ptr, w_ptr, rest_ptr,  # out: [tokens, H, D], [tokens, H]
+    inner_zAx_ptr,  # <A z, x>, [tokens, H] float32
+    dq_ptr, dalpha_ptr, w_ptr, ydy_minus_zAx_ptr,  # out: [tokens, H, D], [tokens, H]
     chunk_ptr, ridge_ratio, first_chunk, H, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program works on ROWS rows of a chunk: they have nothing to do with each other."""
-    share = tl.program_id(0) % (C // ROWS) * ROWS
+    first_row = tl.program_id(0) % (C // ROWS) * ROWS
     program = (tl.program_id(0) // (C // ROWS)).to(tl.int64)
     h, local = program % H, program // H
     start, end = chunk_of(chunk_ptr, first_chunk + local)
-    start += share
+    start += first_row
     if start >= end:
         return
-    row = program * C + share
+    row = program * C + first_row
     q = load_rows(q_ptr, start, end, H, h, D, 0, ROWS, BD).to(tl.float32)
     query_scale = tl.full([ROWS], 1.0, tl.float32)
     if NORMALIZE:
         query_scale = load_scalars(query_scale_ptr, start, end, H, h, ROWS)
         q = q * query_scale[:, None]
     dy = load_rows(dy_ptr, row, row + ROWS, 1, 0, BD, 0, ROWS, BD)
-    rest = tl.sum(q * dy, 1)
+    ydy_minus_zAx = tl.sum(q * dy, 1)
     dq = dy
     if SOLVE:
         x = load_pairs(x_hi_ptr, x_lo_ptr, start, end, H, h, D, ROWS, BD, WIDE)
         z = load_pairs(z_hi_ptr, z_lo_ptr, row, row + ROWS, 1, 0, BD, ROWS, BD, WIDE)
-        through_alpha = tl.sum((x - q) * dy, 1)
+        dalpha = tl.sum((x - q) * dy, 1)
         dq = z
         if HAS_ALPHA:
-            store_scalars(dalpha_ptr, through_alpha, start, end, H, h, ROWS)
+            store_scalars(dalpha_ptr, dalpha, start, end, H, h, ROWS)
             alpha = load_scalars(alpha_ptr, start, end, H, h, ROWS)
-            through_alpha = alpha * through_alpha
+            dalpha = alpha * dalpha
             dq = (1.0 - alpha)[:, None] * dy + z
-        rest += through_alpha - load_scalars(energy_ptr, start, end, H, h, ROWS)
+        ydy_minus_zAx += dalpha - load_scalars(inner_zAx_ptr, start, end, H, h, ROWS)
         norm = load_scalars(norm_ptr, start, end, H, h, ROWS)
         w = ridge_ratio * tl.sum(z * x, 1) * tl.where(norm > 0.0, 1.0 / norm, 0.0)
         store_scalars(w_ptr, w, start, end, H, h, ROWS)
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(q * q, 1)) / query_scale
-        along = tl.where(norm > 0.0, tl.sum(q * dq, 1) / (norm * query_scale), 0.0)
-        dq = (dq - q * along[:, None]) * query_scale[:, None]
+        projection = tl.where(norm > 0.0, tl.sum(q * dq, 1) / (norm * query_scale), 0.0)
+        dq = (dq - q * projection[:, None]) * query_scale[:, None]
     store_rows(dq_ptr, dq, start, end, H, h, D, 0, ROWS, BD)
-    store_scalars(rest_ptr, rest, start, end, H, h, ROWS)
+    store_scalars(ydy_minus_zAx_ptr, ydy_minus_zAx, start, end, H, h, ROWS)
+
+
+def launch_read_states(
+    call: Call, part: Part, *, scales: Scales, x: Pair | None, states: StatePairs, o: Tensor
+) -> None:
+    launch(read_states, call.programs(part),
+        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, alpha_ptr=call.alpha, beta_ptr=call.beta,
+        query_scale_ptr=scales.query, key_scale_ptr=scales.key,
+        x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo,
+        kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, o_ptr=o, chunk_ptr=call.chunks,
+        scale=call.scale, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
+        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.read,
+    )  # fmt: skip
+
+
+def launch_read_gradients(
+    call: Call, part: Part, *, scales: Scales, do: Tensor, states: StatePairs, dy: Tensor
+) -> None:
+    launch(read_gradients, call.programs(part),
+        k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key, do_ptr=do,
+        kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, dy_ptr=dy, chunk_ptr=call.chunks,
+        scale=call.scale, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
+        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks,
+        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.read,
+    )  # fmt: skip
+
+
+def launch_query_gradients(
+    call: Call, part: Part, *, scales: Scales, x: Pair | None, norm: Tensor | None, dy: Tensor, z: Pair | None,
+    inner_zAx: Tensor | None, dq: Tensor, dalpha: Tensor | None, w: Tensor | None, ydy_minus_zAx: Tensor,
+) -> None:  # fmt: skip
+    rows = call.config.query_rows
+    launch(query_gradients, call.programs(part) * (call.C // rows),
+        q_ptr=call.q, alpha_ptr=call.alpha, query_scale_ptr=scales.query,
+        x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo, norm_ptr=norm,
+        dy_ptr=dy, z_hi_ptr=None if z is None else z.hi, z_lo_ptr=None if z is None else z.lo,
+        inner_zAx_ptr=inner_zAx, dq_ptr=dq, dalpha_ptr=dalpha, w_ptr=w, ydy_minus_zAx_ptr=ydy_minus_zAx,
+        chunk_ptr=call.chunks, ridge_ratio=call.ridge_ratio, first_chunk=part.first, H=call.H, D=call.D,
+        C=call.C, BD=call.BD, ROWS=rows, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        NORMALIZE=call.normalize, WIDE=call.wide, **call.config.rowwise,
+    )  # fmt: skip

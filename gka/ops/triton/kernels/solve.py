@@ -8,8 +8,8 @@ M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 / ||S_c||_F for j <= c:
 
 and one stage of n Chebyshev nodes (one vector, no momentum):  x <- x - tau_i (S^ x + a x - rhs).
 
-Stages refine: each later one solves for the residual of the sum so far. Within a stage products are rough (in
-16 bits if not WIDE); the residual is formed from pairs hi + lo, as exactly as float32 sums allow. The sum so
+Stages refine: each later one solves for the residual of the sum so far. Within a stage products have operands of
+16 bits, if not WIDE; the residual is formed from pairs hi + lo, as exactly as float32 sums allow. The sum so
 far waits in memory, where the solution will be and as a pair like it, while a stage runs: the iteration needs
 all registers.
 
@@ -18,7 +18,10 @@ Legend: C tokens of a chunk; D key dim, BD its power of two; S_0 [D, D] first st
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..call import Call, Pair, Part, StatePairs
+from ..launch import launch
 from .common import (
     chunk_of,
     dot,
@@ -29,13 +32,13 @@ from .common import (
     load_rows,
     load_scalars,
     log_decays,
+    operand_product,
     pair_dot,
     past_mask,
-    rough,
-    rough_product,
     split,
     store_pairs,
     store_scalars,
+    to_operand,
     widened,
 )
 
@@ -50,15 +53,15 @@ def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexp
     Every term is at least zero, nothing cancels.
     """
     zeta = tl.exp(G)
-    first_square = tl.sum(tl.sum(S.to(tl.float32) * S.to(tl.float32), 1), 0)
-    through_state = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
-    quadratic = tl.sum(through_state * K.to(tl.float32), 1)
+    S_square = tl.sum(tl.sum(S.to(tl.float32) * S.to(tl.float32), 1), 0)
+    keys_S = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
+    quadratic = tl.sum(keys_S * K.to(tl.float32), 1)
     gram = dot(K, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
     gram = gram * gram
     M = past_mask(G, C) * weight[None, :]
     gram_hi, gram_lo = split(gram, WIDE)
-    meeting = pair_dot(M, gram_hi, gram_lo, tl.zeros([C, C], tl.float32), WIDE)
-    square = zeta * zeta * first_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + meeting), 1)
+    gram_sums = pair_dot(M, gram_hi, gram_lo, tl.zeros([C, C], tl.float32), WIDE)
+    square = zeta * zeta * S_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + gram_sums), 1)
     return tl.sqrt(tl.maximum(square, 0.0))
 
 
@@ -92,7 +95,7 @@ def solve_chunks(
     k_ptr, g_ptr, rhs_scale_ptr, beta_ptr, key_scale_ptr,  # [tokens, Hk, D], [tokens, H], key_scale [tokens, Hk]
     norm_ptr,  # [tokens, H] float32, out unless ADJOINT
     kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D], lo bfloat16
-    y_hi_ptr, y_lo_ptr, energy_ptr,  # if ADJOINT: y [tokens, H, D], and out: <A x, y> [tokens, H] float32
+    y_hi_ptr, y_lo_ptr, inner_yAx_ptr,  # if ADJOINT: y [tokens, H, D], and out: <A x, y> [tokens, H] float32
     tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
     chunk_ptr, ridge_ratio, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ADJOINT: tl.constexpr,
@@ -113,7 +116,7 @@ def solve_chunks(
     if ADJOINT:
         row, stop, rows_H, rows_h, rows_D = program * C, program * C + C, 1, program * 0, BD
 
-    K = rough(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
     Kt = tl.trans(K)
     S = load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD)
     G = log_decays(g_ptr, start, end, H, h, C)
@@ -126,11 +129,11 @@ def solve_chunks(
         store_scalars(norm_ptr, norm, start, end, H, h, C)
     inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
     zeta = tl.exp(G) * inverse
-    rough_M = rough(past_mask(G, C) * inverse[:, None] * weight[None, :], WIDE)
+    operand_M = to_operand(past_mask(G, C) * inverse[:, None] * weight[None, :], WIDE)
     tl.debug_barrier()
     rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
     # Added to a product of nothing, the right-hand side comes into the registers where products want it.
-    target = rough(dot(tl.zeros_like(K), S, -rhs, WIDE), WIDE)
+    target = to_operand(dot(tl.zeros_like(K), S, -rhs, WIDE), WIDE)
 
     x = tl.zeros([C, BD], tl.float32)
     for stage in tl.static_range(STAGES):
@@ -139,14 +142,14 @@ def solve_chunks(
                 x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
                 row, stop, rows_H, rows_h, rows_D, program, D, C, BD, True, WIDE,
             )  # fmt: skip
-            target = rough(product, WIDE)
+            target = to_operand(product, WIDE)
         first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
         x = -tl.load(tau_ptr + first) * widened(target, WIDE)
         for node in range(first + 1, last):
             tau = tl.load(tau_ptr + node)
-            scores = dot(rough(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
-            product = dot(rough_product(scores, rough_M, WIDE), K, widened(target, WIDE), WIDE)
-            product = dot(rough(x * zeta[:, None], WIDE), S, product, WIDE)
+            scores = dot(to_operand(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
+            product = dot(operand_product(scores, operand_M, WIDE), K, widened(target, WIDE), WIDE)
+            product = dot(to_operand(x * zeta[:, None], WIDE), S, product, WIDE)
             x = x * (1.0 - tau * ridge_ratio) - tau * product
         if stage > 0:
             tl.debug_barrier()
@@ -164,4 +167,24 @@ def solve_chunks(
         )  # fmt: skip
         tl.debug_barrier()
         y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, C, BD, WIDE)
-        store_scalars(energy_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)
+        store_scalars(inner_yAx_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)
+
+
+def launch_solve_chunks(
+    call: Call, part: Part, *, rhs: Tensor, rhs_scale: Tensor | None, key_scale: Tensor | None, x: Pair,
+    norm: Tensor, states: StatePairs, y: Pair | None = None, inner_yAx: Tensor | None = None,
+) -> None:  # fmt: skip
+    """x = A^{-1} rhs_scale rhs, as a pair, and norm; with y the adjoint solve, which reads norm.
+
+    Rows are those of tokens, [B, T, H, D], or with y those of the part, [chunks, H, C, BD].
+    """
+    launch(solve_chunks, call.programs(part),
+        rhs_ptr=rhs, x_hi_ptr=x.hi, x_lo_ptr=x.lo,
+        k_ptr=call.k, g_ptr=call.g, rhs_scale_ptr=rhs_scale, beta_ptr=call.beta, key_scale_ptr=key_scale,
+        norm_ptr=norm, kk_hi_ptr=states.kk.hi, kk_lo_ptr=states.kk.lo,
+        y_hi_ptr=None if y is None else y.hi, y_lo_ptr=None if y is None else y.lo, inner_yAx_ptr=inner_yAx,
+        tau_ptr=call.taus, stage_ptr=call.stage_starts, chunk_ptr=call.chunks,
+        ridge_ratio=call.ridge_ratio, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D,
+        C=call.C, BD=call.BD, STAGES=call.solver_stages, ADJOINT=y is not None, HAS_SCALE=rhs_scale is not None,
+        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.solve,
+    )  # fmt: skip

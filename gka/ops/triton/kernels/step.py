@@ -47,10 +47,10 @@ def _by_rows(x, G: tl.constexpr):
 
 
 @triton.jit
-def _fading(g):
+def _decay_parts(g):
     """(kept, rate): e^g S = kept S + rate S, for a small g with kept = 1 and rate = e^g - 1.
 
-    e^g alone would be rounded, for a constant g the same way at every token (`gka.ops.torch.step._fading`).
+    e^g alone would be rounded, for a constant g the same way at every token (`gka.ops.torch.step._decay_parts`).
     """
     series = 1.0 + g / 4.0 * (1.0 + g / 5.0 * (1.0 + g / 6.0 * (1.0 + g / 7.0)))
     near = g * (1.0 + g / 2.0 * (1.0 + g / 3.0 * series))  # e^g - 1, to 1e-7 of it where it is taken
@@ -109,7 +109,7 @@ def step_token(
         tl.debug_barrier()
     q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
     k = _load_vector(k_ptr + head.to(tl.int64) * D, D, BD)
-    kept, rate = _fading(tl.load(g_ptr + program).to(tl.float32))
+    kept, rate = _decay_parts(tl.load(g_ptr + program).to(tl.float32))
     if NORMALIZE:
         q = q / (tl.sqrt(tl.sum(q * q, 0)) + 1e-6)
         k = k / (tl.sqrt(tl.sum(k * k, 0)) + 1e-6)
