@@ -23,6 +23,8 @@ from .types import Arguments, Saved, State, state_dtype
 def gated_kalmanet(arguments: Arguments, *, backend: str, output_final_state: bool) -> tuple[Tensor, State | None]:
     """`gka.ops.gated_kalmanet`, whose checked arguments it takes, by a backend of the table."""
     o: Tensor
+    S_kk: Tensor | None
+    S_kv: Any
     if BACKENDS[backend].by_autograd:
         computed = BACKENDS[backend].load().forward(arguments, output_final_state=output_final_state, save=False)
         o, S_kk, S_kv, _ = computed
@@ -62,7 +64,7 @@ def _unpack(
     """The inverse of `_pack`, with a chunk size that suits the device where none was given."""
     q: Any = tensors[0]
     C = chunk_size or BACKENDS[backend].load().default_chunk_size(q.device)
-    return Arguments(*tensors, ridge_ratio, tuple(solver_steps), scale, normalize_qk, C)  # type: ignore[arg-type]
+    return Arguments._make((*tensors, ridge_ratio, tuple(solver_steps), scale, normalize_qk, C))
 
 
 def _given(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:

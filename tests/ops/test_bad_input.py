@@ -136,6 +136,7 @@ def test_step_checks_too() -> None:
 
 
 @pytest.mark.parametrize("pair", [tuple, list, lambda parts: State(*parts)], ids=["tuple", "list", "State"])
+@torch.no_grad()
 def test_any_pair_is_a_state(pair: Callable[..., Any]) -> None:
     arguments = make_inputs(CASE, torch.float64)
     parts = arguments.pop("S_kk"), arguments.pop("S_kv")

@@ -191,7 +191,7 @@ def solution_pair(call: Call, saved: Saved) -> Pair | None:
 def contiguous(arguments: Arguments) -> Arguments:
     """The same with every tensor contiguous."""
     tensors = (x if x is None else x.contiguous() for x in arguments[:9])
-    return Arguments(*tensors, *arguments[9:])  # type: ignore[arg-type]
+    return Arguments._make((*tensors, *arguments[9:]))
 
 
 def default_chunk_size(device: torch.device) -> int:

@@ -63,10 +63,12 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     N, V = x.shape[:-1].numel(), x.shape[-1]
     config = norm_config(V, FORWARD)
-    tensors = (x.contiguous(), gate.contiguous(), weight.contiguous(), y)
     if y.numel():
         with on_device(x.device):
-            launch(gated_norm, -(-N // config["R"]), *tensors, N, eps, V, **config)
+            launch(gated_norm, -(-N // config["R"]),
+                x_ptr=x.contiguous(), gate_ptr=gate.contiguous(), weight_ptr=weight.contiguous(), y_ptr=y,
+                N=N, eps=eps, V=V, **config,
+            )  # fmt: skip
     return y
 
 
@@ -81,10 +83,12 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -
     config = norm_config(V, BACKWARD)
     programs = min(PROGRAMS, -(-N // config["R"]))
     parts = torch.empty(programs, V, dtype=torch.float32, device=x.device)
-    tensors = (dy.contiguous(), x.contiguous(), gate.contiguous(), weight.contiguous(), dx, dgate, parts)
     if dx.numel():
         with on_device(x.device):
-            launch(gated_norm_backward, programs, *tensors, N, eps, V, **config)
+            launch(gated_norm_backward, programs,
+                dy_ptr=dy.contiguous(), x_ptr=x.contiguous(), gate_ptr=gate.contiguous(),
+                weight_ptr=weight.contiguous(), dx_ptr=dx, dgate_ptr=dgate, parts_ptr=parts, N=N, eps=eps, V=V, **config,
+            )  # fmt: skip
     return dx, dgate, parts.sum(0).to(weight.dtype)
 
 

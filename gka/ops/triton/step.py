@@ -58,28 +58,30 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
     from .kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
     from .launch import launch, on_device, or_stand_in
 
-    q, solver_steps = arguments.q, arguments.solver_steps
-    if not (q.is_cuda or INTERPRETED):
-        raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {q.device}")
-    B, H, D = q.shape
+    device, solver_steps = arguments.q.device, arguments.solver_steps
+    if not (arguments.q.is_cuda or INTERPRETED):
+        raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {device}")
+    B, H, D = arguments.q.shape
     Hk, V = arguments.v.shape[1:]
-    o = torch.empty(B, H, V, dtype=q.dtype, device=q.device)
-    q, k, v, g, alpha, beta, kk, kv = (x if x is None else x.contiguous() for x in arguments.differentiable)
+    o = torch.empty(B, H, V, dtype=arguments.q.dtype, device=device)
+    tensors = [x if x is None else x.contiguous() for x in arguments.differentiable]
+    q, k, v, g, alpha, beta, kk, kv = tensors
     new_kk, new_kv = (x if x is None else x.contiguous() for x in new_state)
+    assert kv is not None
     if B:
-        with on_device(q.device):
+        with on_device(device):
             launch(step_token, B * H,
                 q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
                 kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
                 new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
-                tau_ptr=_node_table(solver_steps, arguments.ridge_ratio, q.device),
+                tau_ptr=_node_table(solver_steps, arguments.ridge_ratio, device),
                 scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, nodes=sum(solver_steps),
                 H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps),
                 HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
                 **step_config(kv.dtype, D, V),
             )  # fmt: skip
     for target, computed in zip(new_state, (new_kk, new_kv), strict=True):
-        if target is not None and target is not computed:
+        if target is not None and computed is not None and target is not computed:
             target.copy_(computed)
     return o
 
@@ -101,7 +103,7 @@ def _pack(a: Arguments) -> tuple[Any, ...]:
 
 def _unpack(*packed: Any) -> Arguments:
     *tensors, ridge_ratio, solver_steps, scale, normalize_qk = packed
-    return Arguments(*tensors, None, ridge_ratio, tuple(solver_steps), scale, normalize_qk)
+    return Arguments._make((*tensors, None, ridge_ratio, tuple(solver_steps), scale, normalize_qk, None))
 
 
 @torch.library.custom_op("gka::step", mutates_args=())

@@ -255,8 +255,8 @@ def scan_gradients(
 
 
 def launch_increments_kk(
-    call: Call, part: Part, *, scales: Scales, x: Pair, z: Pair, w: Tensor, d_states: StatePairs,
-    sum_M_w_zeta: Tensor, sum_w_zeta2: Tensor,
+    call: Call, part: Part, *, scales: Scales, x: Pair, z: Pair, w: Tensor | None, d_states: StatePairs,
+    sum_M_w_zeta: Tensor | None, sum_w_zeta2: Tensor | None,
 ) -> None:  # fmt: skip
     half = call.config.half
     launch(increments_kk, call.programs(part) * (call.BD // half),
