@@ -17,7 +17,7 @@ COMMANDS = {
         "experiments.tasks.mqar_run:main",
     ),
     "evidence": Command(
-        "Measure what the layer is worth beside others, one experiment at a time.",
+        "Compare the layer with others, one experiment at a time.",
         f"  {PROGRAM} evidence numerics                a small form, in a minute\n"
         f"  {PROGRAM} evidence numerics --size full    as on the page docs/evidence.md\n"
         f"  {PROGRAM} evidence page                    the page of all results so far",
@@ -29,7 +29,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; default: sys.argv) and return the exit code."""
-    about = "experiments: tasks and evidence, what the Gated KalmaNet layer is compared by"
+    about = "experiments: tasks and measurements that compare the Gated KalmaNet layer with others"
     return run(sys.argv[1:] if arguments is None else arguments, PROGRAM, COMMANDS, about)
 
 

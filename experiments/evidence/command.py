@@ -40,17 +40,21 @@ class EvidenceOptions:
     """Options of `python -m experiments evidence`."""
 
     name: str | None = option(
-        None, f"one of {', '.join(EXPERIMENTS)}; or {PAGE}, the page of all results", positional=True
+        None,
+        f"experiment to run, one of {', '.join(EXPERIMENTS)}; or {PAGE}, which writes the page of all results",
+        positional=True,
     )
-    size: Literal["small", "full"] = option("small", "small takes a minute on a laptop, full wants a GPU")
+    size: Literal["small", "full"] = option(
+        "small", "size of the experiment; small takes a minute on a laptop, full needs a GPU"
+    )
     output: str = option("runs/evidence", "folder of the results, one JSON file per experiment", metavar="DIR")
     only: list[str] | None = option(
-        None, "measure only cells with these values, e.g. mixer=gka seed=0", metavar="KEY=VALUE"
+        None, "restrict the run to cells with these values, e.g. mixer=gka seed=0", metavar="KEY=VALUE"
     )
     data: list[str] | None = option(
-        None, "text files or folders that language models read; default: Python's standard library", metavar="PATH"
+        None, "text files or folders for the language models; default: Python's standard library", metavar="PATH"
     )
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one")
+    device: Literal["auto", "cpu"] = option("auto", "device to compute on; auto takes a GPU if there is one")
 
 
 def main(options: EvidenceOptions) -> None:

@@ -73,11 +73,14 @@ class MQAROptions:
         maximum=0.9,
     )
     weight_decay: float = option(
-        0.1, "of matrices only: not of norms, biases, A_log, dt_bias and D", group=_TRAINING, minimum=0
+        0.1,
+        "weight decay of the matrices; norms, biases, A_log, dt_bias and D have none",
+        group=_TRAINING,
+        minimum=0,
     )
     adam_beta2: float = option(
         0.95,
-        "of AdamW; with 0.999 the rare gradients of single tokens keep the start slow",
+        "beta2 of AdamW; 0.999 slows the start, as gradients of single tokens are rare",
         group=_TRAINING,
         minimum=0,
         maximum=0.9999,
@@ -87,14 +90,18 @@ class MQAROptions:
         0.99, "end a training once the test accuracy is above this", group=_TRAINING, above=0, maximum=1
     )
     seeds: list[int] = _list(  # noqa: RUF009
-        (0,), "of data and weights, one training each", group=_TRAINING, minimum=0
+        (0,), "random seeds of data and weights, one training each", group=_TRAINING, minimum=0
     )
 
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_RUN)
+    device: Literal["auto", "cpu"] = option(
+        "auto", "device to compute on; auto takes a GPU if there is one", group=_RUN
+    )
     threads: int | None = option(None, "CPU threads; default: what PyTorch takes", group=_RUN, minimum=1)
-    output: str = option("runs/mqar", "folder of the results, made if need be", group=_RUN, metavar="DIR")
-    resume: bool = option(False, "keep the cells that are in the output folder, train those missing", group=_RUN)
-    overwrite: bool = option(False, "delete the results that are in the output folder", group=_RUN)
+    output: str = option(
+        "runs/mqar", "folder of the results, created if it does not exist", group=_RUN, metavar="DIR"
+    )
+    resume: bool = option(False, "run the remaining cells, keep the results in the output folder", group=_RUN)
+    overwrite: bool = option(False, "delete the results in the output folder", group=_RUN)
 
 
 @dataclass(frozen=True)

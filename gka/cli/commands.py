@@ -27,7 +27,7 @@ COMMANDS = {
         "Train a Gated KalmaNet language model on text files.",
         "  gka train --max-minutes 3 --output runs/first          on the Python standard library\n"
         "  gka train --data notes/ book.txt --max-steps 2000 --output runs/mine\n"
-        "  gka train --resume --output runs/mine                  go on after an interruption\n"
+        "  gka train --resume --output runs/mine                  resume after an interruption\n"
         "  torchrun --nproc_per_node 2 -m gka train --data src/   two processes, or two GPUs",
         "gka.cli.commands:TrainOptions",
         "gka.cli.train:main",
@@ -104,22 +104,22 @@ class TrainOptions:
 
     data: list[str] | None = option(
         None,
-        "text files and folders; of a folder all text files below it, of every kind of source and "
-        "prose. Without it: the sources of this Python's standard library",
+        "text files and folders; every text file in a folder and its subfolders is read. "
+        "Default: the sources of this Python's standard library",
         group=_DATA,
         metavar="PATH",
     )
     tokenizer: str | None = option(
         None,
-        "folder of a Hugging Face tokenizer. Without it tokens are bytes",
+        "folder of a Hugging Face tokenizer; default: tokens are bytes",
         group=_DATA,
         metavar="DIR",
     )
     seq_len: int = option(512, "tokens per training sequence", group=_DATA, minimum=2)
     validation_fraction: float = option(
         0.05,
-        "share of the files that is held out for validation; which files is decided by a hash of "
-        "their names. One file alone is cut in two: its end is held out",
+        "share of the files that is held out for validation, chosen by a hash of their names. "
+        "From a single file, its end is held out",
         group=_DATA,
         above=0,
         maximum=0.5,
@@ -127,7 +127,7 @@ class TrainOptions:
 
     family: Literal["gka", "qwen3"] = option(
         "gka",
-        "gka; or qwen3, a Transformer of transformers' own class with softmax attention everywhere, to "
+        "architecture: gka, or qwen3, transformers' own class with softmax attention in every block, to "
         "compare with or to convert",
         group=_MODEL,
     )
@@ -143,13 +143,13 @@ class TrainOptions:
     head_dim: int | None = option(None, "dim of a head; default: hidden size / heads", group=_MODEL, minimum=1)
     mixer: Literal["gka", "gla"] | None = option(
         None,
-        "gka solves a ridge regression for every token, gla (gated linear attention) is the same "
-        "layer without the solve; default: gka",
+        "recurrent layer: gka solves a ridge regression for every token, gla (gated linear attention) is "
+        "the same layer without the solve; default: gka",
         group=_MODEL,
     )
     attention_layers: list[int] | None = option(
         None,
-        "blocks that get softmax attention instead, counted from 0, e.g. 1,3; default: none",
+        "blocks with softmax attention instead, counted from 0, e.g. 1,3; default: none",
         group=_MODEL,
         minimum=0,
     )
@@ -164,7 +164,9 @@ class TrainOptions:
     ridge_ratio: float | None = option(
         None, "strength of the ridge, relative to the norm of the keys' matrix", group=_MODEL, above=0
     )
-    tie_embeddings: bool = option(False, "use the embedding's matrix for the output projection too", group=_MODEL)
+    tie_embeddings: bool = option(
+        False, "share one matrix between the embedding and the output projection", group=_MODEL
+    )
 
     max_steps: int | None = option(
         None,
@@ -174,8 +176,8 @@ class TrainOptions:
     )
     max_minutes: float | None = option(
         None,
-        "wall-clock minutes of training, validation included; the learning rate comes to its end in "
-        "time. With --max-steps: whichever comes first",
+        "wall-clock minutes of training, validation included; the learning rate reaches 0 at their end. "
+        "With --max-steps, training ends at whichever comes first",
         group=_TRAINING,
         above=0,
     )
@@ -190,14 +192,16 @@ class TrainOptions:
         maximum=0.9,
     )
     weight_decay: float = option(
-        0.1, "of matrices only: not of norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
+        0.1, "weight decay of the matrices; norms, biases, A_log and dt_bias have none", group=_TRAINING, minimum=0
     )
-    seed: int = option(0, "of the weights and of the order of the data", group=_TRAINING, minimum=0)
+    seed: int = option(0, "random seed of the weights and the order of the data", group=_TRAINING, minimum=0)
 
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    device: Literal["auto", "cpu"] = option(
+        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
+    )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "of the activations; weights and optimiser stay float32 (mixed precision)",
+        "dtype of the activations; weights and optimiser stay float32 (mixed precision)",
         group=_MACHINE,
     )
     gradient_checkpointing: bool = option(
@@ -205,24 +209,27 @@ class TrainOptions:
         "recompute activations in the backward pass: less memory, about a third more time",
         group=_MACHINE,
     )
-    compile: bool = option(False, "torch.compile the model (needs a C++ compiler)", group=_MACHINE)
+    compile: bool = option(False, "compile the model by torch.compile (needs a C++ compiler)", group=_MACHINE)
 
-    output: str = option("runs/gka", "folder of the run, made if need be", group=_RUN, metavar="DIR")
+    output: str = option("runs/gka", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR")
     resume: bool = option(
         False,
-        "go on from the newest checkpoint in the output folder, with the options of that run",
+        "resume from the newest checkpoint in the output folder, with the options of that run",
         group=_RUN,
     )
-    overwrite: bool = option(False, "delete the run that is in the output folder and start anew", group=_RUN)
+    overwrite: bool = option(False, "delete the run in the output folder and start a new one", group=_RUN)
     log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
     eval_every: int = option(200, "steps between two validations", group=_RUN, minimum=1)
     save_every: int = option(
-        200, "steps between two checkpoints, a multiple of --log-every; two are kept", group=_RUN, minimum=1
+        200,
+        "steps between two checkpoints, a multiple of --log-every; the newest two are kept",
+        group=_RUN,
+        minimum=1,
     )
     eval_bytes: int = option(
-        200_000, "bytes of held-out text that a validation reads; 0 = all", group=_RUN, minimum=0
+        200_000, "bytes of held-out text that each validation reads; 0 = all", group=_RUN, minimum=0
     )
-    prompt: str = option("def main(", "what the trained model continues at the end; '' = nothing", group=_RUN)
+    prompt: str = option("def main(", "text that the trained model continues at the end; '' = none", group=_RUN)
     sample_tokens: int = option(256, "tokens of that continuation; 0 = none", group=_RUN, minimum=0)
 
     @staticmethod
@@ -241,22 +248,27 @@ _OTHER_STEPS = "Chebyshev steps of the solve, per stage, e.g. 16; default: those
 class GenerateOptions:
     """Options of `gka generate`."""
 
-    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    checkpoint: str = option(MISSING, "folder of a trained model or of its run", positional=True)
     prompt: str = option("", "text to continue; - reads it from standard input", group=_SAMPLING)
-    max_new_tokens: int = option(256, "tokens to make at most", group=_SAMPLING, minimum=1)
+    max_new_tokens: int = option(256, "largest number of tokens to generate", group=_SAMPLING, minimum=1)
     temperature: float = option(
-        0.8, "below 1 likelier tokens are preferred; 0 always takes the likeliest", group=_SAMPLING, minimum=0
+        0.8,
+        "sampling temperature; below 1 prefers likelier tokens, 0 always takes the likeliest",
+        group=_SAMPLING,
+        minimum=0,
     )
     top_p: float = option(
         0.95,
-        "sample from the likeliest tokens that hold this share of the probability",
+        "share of the probability; tokens are sampled from the likeliest that hold it",
         group=_SAMPLING,
         above=0,
         maximum=1,
     )
-    seed: int | None = option(None, "the same seed gives the same text", group=_SAMPLING, minimum=0)
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    seed: int | None = option(None, "random seed; the same seed gives the same text", group=_SAMPLING, minimum=0)
+    device: Literal["auto", "cpu"] = option(
+        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the weights", group=_MACHINE)
     solver_steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
 
 
@@ -267,19 +279,26 @@ _SERVER = "server"
 class ServeOptions:
     """Options of `gka serve`."""
 
-    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    checkpoint: str = option(MISSING, "folder of a trained model or of its run", positional=True)
     name: str | None = option(
         None,
-        "what requests call the model; default: the name of the folder of the run or checkpoint",
+        "name of the model in requests; default: the name of the run's or checkpoint's folder",
         group=_SERVER,
     )
-    host: str = option("localhost", "address to listen on; 0.0.0.0 is all of this machine's", group=_SERVER)
+    host: str = option(
+        "localhost", "address to listen on; 0.0.0.0 means every address of this machine", group=_SERVER
+    )
     port: int = option(8000, "port to listen on", group=_SERVER, minimum=1, maximum=65535)
     default_seed: int | None = option(
-        None, "of the sampling, set once at the start; a request may set its own", group=_SERVER, minimum=0
+        None,
+        "random seed of the sampling, set once at the start; a request may set its own",
+        group=_SERVER,
+        minimum=0,
     )
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    device: Literal["auto", "cpu"] = option(
+        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the weights", group=_MACHINE)
 
 
 _REPORT = "report"
@@ -289,24 +308,26 @@ _REPORT = "report"
 class EvalOptions:
     """Options of `gka eval`."""
 
-    checkpoint: str = option(MISSING, "folder of a trained model, or of its run", positional=True)
+    checkpoint: str = option(MISSING, "folder of a trained model or of its run", positional=True)
     data: list[str] | None = option(
         None,
-        "text files and folders. Without it: the held-out text of the run that made the model",
+        "text files and folders; default: the held-out text of the run that made the model",
         group=_DATA,
         metavar="PATH",
     )
-    max_bytes: int = option(0, "read about this many bytes at most; 0 = all", group=_DATA, minimum=0)
+    max_bytes: int = option(0, "approximate limit of the bytes read; 0 = all", group=_DATA, minimum=0)
     window: int = option(
         1024,
-        "tokens per forward pass; the state goes on from window to window, so the result does not "
-        "depend on it, memory does",
+        "tokens per forward pass; the state is carried from window to window, so this changes memory, "
+        "not the result",
         group=_MACHINE,
         minimum=1,
     )
-    batch_size: int = option(8, "files read side by side", group=_MACHINE, minimum=1)
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights", group=_MACHINE)
+    batch_size: int = option(8, "files read at the same time", group=_MACHINE, minimum=1)
+    device: Literal["auto", "cpu"] = option(
+        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the weights", group=_MACHINE)
     solver_steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
     per_file: bool = option(False, "print a line for every file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
@@ -317,12 +338,14 @@ class ExportOptions:
     """Options of `gka export`."""
 
     checkpoint: str = option(MISSING, "folder of a model, or of the run that made it", positional=True)
-    output: str = option(MISSING, "folder to write; it must not hold anything yet", positional=True)
-    format: Literal["hybrid_qwen3", "gka"] = option("hybrid_qwen3", "the published format, or this library's own")
+    output: str = option(MISSING, "folder to write; it must be empty or not exist", positional=True)
+    format: Literal["hybrid_qwen3", "gka"] = option(
+        "hybrid_qwen3", "format to write: the published one, or this library's own"
+    )
     num_iter: int | None = option(
         None,
-        "iterations that the published format gets; default: those of the model, whose steps must be one stage",
+        "iterations to write into the published format; default: the model's, if its solver has one stage",
         minimum=1,
         maximum=1000,
     )
-    shard_mb: float = option(5000, "megabytes of a weights file at most", above=0)
+    shard_mb: float = option(5000, "largest size of a weights file in megabytes", above=0)

@@ -18,7 +18,7 @@ class ConvertOptions:
     """Options of `gka convert`."""
 
     model: str = option(MISSING, "folder of a Llama, Mistral, Qwen2, Qwen3 or hybrid model", positional=True)
-    out: str = option(MISSING, "folder of the result, made if need be", positional=True)
+    out: str = option(MISSING, "folder of the result, created if it does not exist", positional=True)
     layers: list[int] = option(
         MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=_LAYERS, minimum=0
     )
@@ -32,11 +32,11 @@ class ConvertOptions:
     ridge_ratio: float | None = option(
         None, "strength of the ridge, relative to the norm of the keys' matrix", group=_LAYERS, above=0
     )
-    seed: int = option(0, "of what the new layers do not take over", group=_LAYERS, minimum=0)
+    seed: int = option(0, "random seed of the weights that the new layers do not copy", group=_LAYERS, minimum=0)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto keeps that of the model", group=_MACHINE
+        "auto", "dtype of the weights; auto keeps the model's", group=_MACHINE
     )
-    overwrite: bool = option(False, "replace a model that is in the folder of the result", group=_RUN)
+    overwrite: bool = option(False, "replace a model in the folder of the result", group=_RUN)
 
 
 @dataclass
@@ -45,20 +45,20 @@ class _Shared:
 
     data: list[str] | None = option(
         None,
-        "text files and folders, as for gka train. Without it: the sources of this Python's standard library",
+        "text files and folders, as for gka train; default: the sources of this Python's standard library",
         group=_DATA,
         metavar="PATH",
     )
     seq_len: int = option(512, "tokens per sequence", group=_DATA, minimum=2)
     validation_fraction: float = option(
         0.05,
-        "share of the files that is held out and measured on; which files is decided by a hash of their names",
+        "share of the files that is held out for measurements, chosen by a hash of their names",
         group=_DATA,
         above=0,
         maximum=0.5,
     )
     eval_bytes: int = option(
-        200_000, "bytes of held-out text that a measurement reads; 0 = all", group=_DATA, minimum=0
+        200_000, "bytes of held-out text that each measurement reads; 0 = all", group=_DATA, minimum=0
     )
     layer_steps: int = option(
         500, "optimiser steps in which the new layers learn the old ones' outputs", group=_TRAINING, minimum=0
@@ -74,18 +74,23 @@ class _Shared:
         maximum=0.9,
     )
     weight_decay: float = option(
-        0.0, "of matrices only: not of norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
+        0.0, "weight decay of the matrices; norms, biases, A_log and dt_bias have none", group=_TRAINING, minimum=0
     )
-    seed: int = option(0, "of the order of the data, and of random layers", group=_TRAINING, minimum=0)
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU where there is one", group=_MACHINE)
+    seed: int = option(0, "random seed of the order of the data and of random layers", group=_TRAINING, minimum=0)
+    device: Literal["auto", "cpu"] = option(
+        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
+    )
     dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "of the activations; weights and optimiser stay float32 (mixed precision)", group=_MACHINE
+        "float32", "dtype of the activations; weights and optimiser stay float32 (mixed precision)", group=_MACHINE
     )
-    resume: bool = option(False, "go on with the run in the output folder, with its options", group=_RUN)
-    overwrite: bool = option(False, "delete the run that is in the output folder and start anew", group=_RUN)
+    resume: bool = option(False, "resume the run in the output folder, with its options", group=_RUN)
+    overwrite: bool = option(False, "delete the run in the output folder and start a new one", group=_RUN)
     log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
     save_every: int = option(
-        200, "steps between two checkpoints, a multiple of --log-every; two are kept", group=_RUN, minimum=1
+        200,
+        "steps between two checkpoints, a multiple of --log-every; the newest two are kept",
+        group=_RUN,
+        minimum=1,
     )
 
 
@@ -105,7 +110,7 @@ class DistillOptions(_Shared, _Distill):
     learning_rate: float = option(3e-4, "peak learning rate of the fine-tune", group=_TRAINING, above=0)
     kl_weight: float = option(
         1.0,
-        "weight of the divergence from the teacher's predictions beside the loss on the text; 0 = the text alone",
+        "weight of the divergence from the teacher's predictions, added to the loss on the text; 0 = text alone",
         group=_TRAINING,
         minimum=0,
     )
@@ -114,7 +119,9 @@ class DistillOptions(_Shared, _Distill):
         "recompute activations in the backward pass of the fine-tune: less memory, about a third more time",
         group=_MACHINE,
     )
-    output: str = option("runs/distilled", "folder of the run, made if need be", group=_RUN, metavar="DIR")
+    output: str = option(
+        "runs/distilled", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR"
+    )
     eval_every: int = option(200, "steps between two validations of the fine-tune", group=_RUN, minimum=1)
 
     @staticmethod
@@ -132,7 +139,9 @@ class _Rank:
 class RankOptions(_Shared, _Rank):
     """Options of `gka rank-layers`."""
 
-    output: str = option("runs/ranked", "folder of the run, made if need be", group=_RUN, metavar="DIR")
+    output: str = option(
+        "runs/ranked", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR"
+    )
 
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:

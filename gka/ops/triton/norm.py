@@ -87,7 +87,8 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -
         with on_device(x.device):
             launch(gated_norm_backward, programs,
                 dy_ptr=dy.contiguous(), x_ptr=x.contiguous(), gate_ptr=gate.contiguous(),
-                weight_ptr=weight.contiguous(), dx_ptr=dx, dgate_ptr=dgate, parts_ptr=parts, N=N, eps=eps, V=V, **config,
+                weight_ptr=weight.contiguous(), dx_ptr=dx, dgate_ptr=dgate, parts_ptr=parts,
+                N=N, eps=eps, V=V, **config,
             )  # fmt: skip
     return dx, dgate, parts.sum(0).to(weight.dtype)
 
