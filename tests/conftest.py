@@ -7,10 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What torch.compile keeps on disk knows operators by name: with other arguments than now it would be wrong.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
 
@@ -22,15 +22,18 @@ from transformers.utils import logging as transformers_logging
 if os.environ.get("TRITON_INTERPRET") == "1" and quick_interpreter.is_made_for_this():
     quick_interpreter.install()
 torch.set_num_threads(1)
-hypothesis.settings.register_profile(
-    "gka",
-    deadline=None,
-    max_examples=15,
-    derandomize=True,
-    print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("gka")
+if importlib.util.find_spec("hypothesis"):  # tests on a GPU need nothing but pytest, torch and transformers
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "gka",
+        deadline=None,
+        max_examples=15,
+        derandomize=True,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("gka")
 
 
 LOGGERS = [logging.getLogger(name) for name in ("torch", "accelerate", "transformers")]
@@ -72,3 +75,10 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The CUDA device of tests that are marked gpu."""
+    assert torch.cuda.is_available(), "these tests need a CUDA device"
+    return torch.device("cuda")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.image import imread
-
 
 def rows_of(page: str) -> list[list[str]]:
     """The cells of every row of every table, headings included, in the page's order."""
@@ -15,6 +13,8 @@ def rows_of(page: str) -> list[list[str]]:
 
 def assert_drawn(picture: Path) -> None:
     """It can be read, and has points of more than one colour inside its frame."""
+    from matplotlib.image import imread
+
     pixels = imread(picture)
     height, width = pixels.shape[:2]
     middle = pixels[height // 4 : -height // 4, width // 4 : -width // 4, :3]

@@ -9,7 +9,7 @@ Nearly all of its time goes to finding out types and to calls of functions by fu
   debugs, as the compiler does; the compiler does not work it out either.
 - Every value gets types and shapes made anew. Here a type of blocks is made once, with its values' shape.
 - What has one type already needs no promotion: such operands go to NumPy at once.
-- bfloat16 is the upper half of float32: only numbers below the normal ones take more than a shift.
+- bfloat16 is the upper half of float32: only numbers below the normal ones take more than a shift, they alone.
 
 All this is made for the inside of one version of Triton; others interpret as they are, in more time.
 """
@@ -260,11 +260,15 @@ def _convert_by_shifts() -> None:
     def convert_quickly(data: Any, source: Any, target: Any, rounding: Any) -> Any:
         if rounding is None and source is core.float32 and target is core.bfloat16:
             bits = np.ascontiguousarray(data).view(np.uint32)
-            if not np.any(((bits & 0x7F800000) == 0) & ((bits & 0x007FFFFF) != 0)):
-                return (bits >> 16).astype(np.uint16)
-        if rounding is None and source is core.bfloat16 and target is core.float32:
-            if not np.any(((data & 0x7F80) == 0) & ((data & 0x007F) != 0)):
-                return np.ascontiguousarray(data).astype(np.uint32) << 16
-        return convert(data, source, target, rounding)
+            result, magnitude, least = (bits >> 16).astype(np.uint16), bits & 0x7FFFFFFF, 0x00800000
+        elif rounding is None and source is core.bfloat16 and target is core.float32:
+            bits = np.ascontiguousarray(data)
+            result, magnitude, least = bits.astype(np.uint32) << 16, bits & 0x7FFF, 0x0080
+        else:
+            return convert(data, source, target, rounding)
+        subnormal = (magnitude - 1) < (least - 1)  # unsigned: 0 - 1 is the largest
+        if subnormal.any():
+            result[subnormal] = convert(bits[subnormal], source, target, rounding)
+        return result
 
     interpreter._convert_float = convert_quickly

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import relative_error
 from model_helpers import new_cache, random_inputs, random_tokens, tiny_layer, tiny_model
-from peft import LoraConfig, get_peft_model
 from tiny_run import command, write_texts
 from transformers import AutoModelForCausalLM
 
@@ -71,8 +70,9 @@ def test_steps_of_a_model_without_gka_layers() -> None:
 
 
 def test_set_steps_under_an_adapter() -> None:
-    adapter = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    model, expected = get_peft_model(tiny_model(), adapter).eval(), tiny_model(solver_steps=[6])
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    model, expected = peft.get_peft_model(tiny_model(), adapter).eval(), tiny_model(solver_steps=[6])
     model.set_solver_steps([6])
     assert relative_error(logits(model), logits(expected)) < 1e-6
 

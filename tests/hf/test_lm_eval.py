@@ -7,15 +7,16 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 from model_helpers import PAD, SIZES, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gka import GKAForCausalLM
+
+lm_eval = pytest.importorskip("lm_eval")
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
 END = 1
 KINDS = ("gka", "hybrid, sliding")

@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from model_helpers import assert_near, random_tokens, tiny_model
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from gka import GKAForCausalLM
+
+peft = pytest.importorskip("peft")
+LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
 
 KINDS = ("gka", "hybrid", "gka, heads expanded")
 SMALL = {"a_proj", "b_proj", "alpha_proj"}  # a GKA layer joins these three where nothing is attached to them
 
 
-def adapted(base: GKAForCausalLM, steps: int = 25) -> tuple[PeftModel, list[float]]:
+def adapted(base: GKAForCausalLM, steps: int = 25) -> tuple[peft.PeftModel, list[float]]:
     """LoRA on `base`, trained for some steps on one batch, and the losses."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model, tokens = get_peft_model(base, config), random_tokens(2, 13)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, tokens = peft.get_peft_model(base, config), random_tokens(2, 13)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(steps):
@@ -82,6 +83,6 @@ def test_saved_adapter_comes_back(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     tokens = random_tokens(2, 17, seed=3)
-    onto = PeftModel.from_pretrained(GKAForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    for loaded in (onto, AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")):
+    onto = peft.PeftModel.from_pretrained(GKAForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    for loaded in (onto, peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")):
         assert torch.equal(logits(loaded.eval(), tokens), logits(model, tokens))

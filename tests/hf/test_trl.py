@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from model_helpers import FULL, GKA, SLIDING, assert_near
-from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
 
 from gka import GKAConfig, GKAForCausalLM
 from gka.training.data import load_tokenizer
+
+Dataset = pytest.importorskip("datasets").Dataset
+LoraConfig = pytest.importorskip("peft").LoraConfig
+trl = pytest.importorskip("trl")
 
 TEXTS = ("a gain of one half", "key", "the state of the past, which fades", "x = 1", "values and keys", "decay")
 LAYERS = {"gka": [GKA, GKA], "hybrid": [GKA, FULL], "hybrid, sliding": [SLIDING, GKA]}
@@ -31,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def trainer(kind: str, way: str, folder: Path, peft_config: LoraConfig | None = None) -> SFTTrainer:
+def trainer(kind: str, way: str, folder: Path, peft_config: LoraConfig | None = None) -> trl.SFTTrainer:
     """A trainer whose every batch is all texts."""
     torch.manual_seed(0)
     config = GKAConfig(
@@ -57,16 +58,16 @@ def trainer(kind: str, way: str, folder: Path, peft_config: LoraConfig | None = 
         bf16=False,
         disable_tqdm=True,
     )
-    return SFTTrainer(
+    return trl.SFTTrainer(
         model=GKAForCausalLM(config),
-        args=SFTConfig(**options, **WAYS[way]),
+        args=trl.SFTConfig(**options, **WAYS[way]),
         train_dataset=Dataset.from_dict({"text": list(TEXTS)}),
         processing_class=load_tokenizer(None),
         peft_config=peft_config,
     )
 
 
-def losses_and_weights(run: SFTTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+def losses_and_weights(run: trl.SFTTrainer) -> tuple[torch.Tensor, torch.Tensor]:
     run.train()
     losses = [logs["loss"] for logs in run.state.log_history if "loss" in logs]
     weights = [value.detach().flatten() for value in run.model.parameters()]
@@ -117,7 +118,7 @@ def test_a_model_by_its_folder(tmp_path: Path) -> None:
     run = trainer("hybrid", "packed", tmp_path)
     run.save_model(str(tmp_path / "model"))
     assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
-    again = SFTTrainer(model=str(tmp_path / "model"), args=run.args, train_dataset=run.train_dataset)
+    again = trl.SFTTrainer(model=str(tmp_path / "model"), args=run.args, train_dataset=run.train_dataset)
     assert type(again.model) is GKAForCausalLM
     for ours, theirs in zip(again.model.parameters(), run.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)

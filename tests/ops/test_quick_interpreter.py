@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,21 +20,30 @@ pytestmark = [
         not quick_interpreter.is_made_for_this(), reason="not made for the Triton that is installed"
     ),
 ]
-CASES = {
-    torch.float32: Case(lengths=(2, 0, 17), D=7, V=3, H=1, packed=True),
-    torch.bfloat16: Case(lengths=(5,), H=2, D=12, V=20, normalize_qk=True),
+CASES: dict[str, tuple[torch.dtype, tuple[int, ...], Case]] = {
+    "packed": (torch.float32, (3, 2), Case(lengths=(2, 0, 17), D=7, V=3, H=1, packed=True)),
+    "bfloat16": (torch.bfloat16, (3, 2), Case(lengths=(5,), H=1, D=12, V=20, normalize_qk=True)),
+    "float16": (torch.float16, (2,), Case(lengths=(5,), H=1, D=7, V=9)),
+    "without a solve": (torch.float32, (), Case(lengths=(9,), H=1, D=6, V=5)),
+    "several spans": (torch.bfloat16, (), Case(lengths=(50, 0, 3), H=1, D=8, V=4, packed=True)),
 }
 
 
 def outcomes() -> dict[str, Tensor]:
     """What the kernels give: of the op and the short convolution, with gradients, and of a step."""
+    from gka.ops.triton import op as triton_op
     from gka.ops.triton import step as triton_step
     from gka.ops.triton.conv import short_conv
 
     found: dict[str, Tensor] = {}
-    for dtype, case in CASES.items():
-        out = run(converted(make_inputs(case), dtype), backend="triton", chunk_size=16, solver_steps=(3, 2))
-        found |= {f"{dtype} {name}": value.detach() for name, value in out.items()}
+    for kind, (dtype, solver_steps, case) in CASES.items():
+        arguments = converted(make_inputs(case), dtype)
+        if not solver_steps:
+            arguments["S_kk"] = None
+        every = 2 if kind == "several spans" else triton_op.EDGE_EVERY
+        with mock.patch.object(triton_op, "EDGE_EVERY", every):
+            out = run(arguments, backend="triton", chunk_size=16, solver_steps=solver_steps)
+        found |= {f"{kind} {name}": value.detach() for name, value in out.items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = step_arguments(StepCase(D=5, V=9, dtype=dtype))
         o, state = call_step(triton_step.gated_kalmanet_step, given, inplace=False)

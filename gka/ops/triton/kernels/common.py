@@ -192,7 +192,7 @@ def cast(x, dtype: tl.constexpr):
         if dtype == tl.bfloat16:
             if x.dtype == tl.float32:
                 bits = x.to(tl.uint32, bitcast=True)
-                x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+                x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
