@@ -49,7 +49,7 @@ def launch(kernel: Any, programs: int, **named: Any) -> None:
     if _AHEAD.get():
         kernel.warmup(grid=(programs,), **named)
     else:
-        kernel[(programs,)](**named)
+        kernel.run(grid=(programs,), warmup=False, **named)  # kernel[grid](...) without its copy of the names
 
 
 @contextmanager
