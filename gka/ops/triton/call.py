@@ -26,11 +26,12 @@ EDGE_EVERY = 64  # chunks between two states that are kept for the backward pass
 
 
 class Part(NamedTuple):
-    """Chunks first to last - 1."""
+    """Chunks first to last - 1; programs: one for each chunk and head."""
 
     number: int
     first: int
     last: int
+    programs: int
 
 
 class Pair(NamedTuple):
@@ -117,13 +118,11 @@ class Call:
             self.crossing = crossing_sequences(self.offsets, self.NT, EDGE_EVERY)
         per_edge = self.H * self.D * ((self.D if self.solve else 0) + self.V) * 4 * EDGE_EVERY
         length = max(1, WORKSPACE_BYTES // per_edge) * EDGE_EVERY
-        firsts = range(0, max(self.NT, 1), length)
-        self.parts = [Part(n, first, min(first + length, self.NT)) for n, first in enumerate(firsts)]
+        self.parts = []
+        for number, first in enumerate(range(0, max(self.NT, 1), length)):
+            last = min(first + length, self.NT)
+            self.parts.append(Part(number, first, last, (last - first) * self.H))
         self.part_chunks = self.parts[0].last  # the first part is the longest
-
-    def programs(self, part: Part) -> int:
-        """One for each chunk and head of a part."""
-        return (part.last - part.first) * self.H
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -162,9 +161,9 @@ class BackwardWorkspace:
         self.states, self.d_states = call.empty_states(torch.bfloat16), call.empty_states()
         edges = (saved.edge_kk if call.solve else None, saved.edge_kv)
         self.edges = Edges(*edges)
-        self.d_edges = Edges(*(None if e is None else call.empty(2, *e.shape[1:]) for e in edges))
+        self.d_edges = Edges(*[None if e is None else call.empty(2, *e.shape[1:]) for e in edges])
         self.decayed_inner = call.empty(call.part_chunks, H, 2, D)
-        self.ydy_minus_zAx, self.sum_uv, self.sum_uv_end = (call.empty_scalars() for _ in range(3))
+        self.ydy_minus_zAx, self.sum_uv, self.sum_uv_end = [call.empty_scalars() for _ in range(3)]
         self.scores = call.empty(call.part_chunks, H, 4, C, C, dtype=call.state_type)
         self.dy = call.empty_rows()
         self.x: Pair | None = None
@@ -177,7 +176,7 @@ class BackwardWorkspace:
         if call.solve:
             self.x = solution_pair(call, saved)
             self.z = call.with_lo(call.empty_rows(call.state_type))
-            self.inner_zAx, self.w, self.sum_M_w_zeta, self.sum_pk = (call.empty_scalars() for _ in range(4))
+            self.inner_zAx, self.w, self.sum_M_w_zeta, self.sum_pk = [call.empty_scalars() for _ in range(4)]
             self.sum_w_zeta2 = call.empty(call.part_chunks, H)
 
 
@@ -190,7 +189,7 @@ def solution_pair(call: Call, saved: Saved) -> Pair | None:
 
 def contiguous(arguments: Arguments) -> Arguments:
     """The same with every tensor contiguous."""
-    tensors = (x if x is None else x.contiguous() for x in arguments[:9])
+    tensors = [x if x is None else x.contiguous() for x in arguments[:9]]
     return Arguments._make((*tensors, *arguments[9:]))
 
 

@@ -43,13 +43,14 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(kernel: Any, programs: int, **named: Any) -> None:
-    """Run `programs` programs of a kernel, or compile it; arguments and options by name."""
+def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
+    """Run `programs` programs of a kernel, or compile it; the op's stages give all arguments by name."""
     named.setdefault("enable_fp_fusion", True)  # Triton is about to change its default
     if _AHEAD.get():
-        kernel.warmup(grid=(programs,), **named)
+        kernel.warmup(*arguments, grid=(programs,), **named)
     else:
-        kernel[(programs,)](**named)
+        # kernel[grid](...) without its copy of the names
+        kernel.run(*arguments, grid=(programs,), warmup=False, **named)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Ou
             launch_scan_states(
                 call, part, weights=weights, edges=edges, states=states, final_kk=final_kk, final_kv=final_kv
             )
-            if not call.programs(part):
+            if not part.programs:
                 continue
             if x is not None and saved.norm is not None:
                 launch_solve_chunks(
@@ -79,7 +79,7 @@ def backward(
         scales = launch_scales_of_rows(call)
         weights = launch_weigh_tokens(call, scales=scales)
         for part in reversed(call.parts):
-            has_chunks = bool(call.programs(part))
+            has_chunks = part.programs > 0
             launch_scan_states(call, part, weights=weights, edges=work.edges, states=states)
             if has_chunks:
                 launch_read_gradients(call, part, scales=scales, do=do, states=states, dy=work.dy)
@@ -120,10 +120,10 @@ def backward(
 def _empty_gradients(call: Call) -> Gradients:
     """Uninitialised, those of k and v for every query head: [B, T, H, .]."""
     optional = (call.alpha, call.beta, call.S_kk, call.S_kv)
-    dalpha, dbeta, dS_kk, dS_kv = (None if x is None else torch.empty_like(x) for x in optional)
+    dalpha, dbeta, dS_kk, dS_kv = [None if x is None else torch.empty_like(x) for x in optional]
     if not call.solve and dalpha is not None:
         dalpha.zero_()
-    dk, dv = (call.empty(call.B, call.T, call.H, width, dtype=call.q.dtype) for width in (call.D, call.V))
+    dk, dv = [call.empty(call.B, call.T, call.H, width, dtype=call.q.dtype) for width in (call.D, call.V)]
     return Gradients(torch.empty_like(call.q), dk, dv, torch.empty_like(call.g), dalpha, dbeta, dS_kk, dS_kv)
 
 

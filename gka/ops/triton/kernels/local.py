@@ -274,7 +274,7 @@ def launch_value_gradients(
     call: Call, part: Part, *, scales: Scales, x: Pair | None, z: Pair | None, do: Tensor, w: Tensor | None,
     d_states: StatePairs, dv: Tensor, scores: Tensor, sum_uv: Tensor, sum_uv_end: Tensor, sum_pk: Tensor | None,
 ) -> None:  # fmt: skip
-    launch(value_gradients, call.programs(part),
+    launch(value_gradients, part.programs,
         q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, alpha_ptr=call.alpha, beta_ptr=call.beta,
         query_scale_ptr=scales.query, key_scale_ptr=scales.key,
         x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo,
@@ -293,7 +293,7 @@ def launch_key_gradients(
     states: StatePairs, d_states: StatePairs, decayed_inner: Tensor,
     dk: Tensor, dg: Tensor, dbeta: Tensor | None,
 ) -> None:  # fmt: skip
-    launch(key_gradients, call.programs(part),
+    launch(key_gradients, part.programs,
         q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
         x_ptr=None if x is None else x.hi, z_ptr=None if z is None else z.hi,
         sum_M_w_zeta_ptr=sum_M_w_zeta, ydy_minus_zAx_ptr=ydy_minus_zAx,

@@ -169,7 +169,7 @@ def query_gradients(
 def launch_read_states(
     call: Call, part: Part, *, scales: Scales, x: Pair | None, states: StatePairs, o: Tensor
 ) -> None:
-    launch(read_states, call.programs(part),
+    launch(read_states, part.programs,
         q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, alpha_ptr=call.alpha, beta_ptr=call.beta,
         query_scale_ptr=scales.query, key_scale_ptr=scales.key,
         x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo,
@@ -183,7 +183,7 @@ def launch_read_states(
 def launch_read_gradients(
     call: Call, part: Part, *, scales: Scales, do: Tensor, states: StatePairs, dy: Tensor
 ) -> None:
-    launch(read_gradients, call.programs(part),
+    launch(read_gradients, part.programs,
         k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key, do_ptr=do,
         kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, dy_ptr=dy, chunk_ptr=call.chunks,
         scale=call.scale, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
@@ -197,7 +197,7 @@ def launch_query_gradients(
     inner_zAx: Tensor | None, dq: Tensor, dalpha: Tensor | None, w: Tensor | None, ydy_minus_zAx: Tensor,
 ) -> None:  # fmt: skip
     rows = call.config.query_rows
-    launch(query_gradients, call.programs(part) * (call.C // rows),
+    launch(query_gradients, part.programs * (call.C // rows),
         q_ptr=call.q, alpha_ptr=call.alpha, query_scale_ptr=scales.query,
         x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo, norm_ptr=norm,
         dy_ptr=dy, z_hi_ptr=None if z is None else z.hi, z_lo_ptr=None if z is None else z.lo,

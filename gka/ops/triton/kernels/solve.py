@@ -178,7 +178,7 @@ def launch_solve_chunks(
 
     Rows are those of tokens, [B, T, H, D], or with y those of the part, [chunks, H, C, BD].
     """
-    launch(solve_chunks, call.programs(part),
+    launch(solve_chunks, part.programs,
         rhs_ptr=rhs, x_hi_ptr=x.hi, x_lo_ptr=x.lo,
         k_ptr=call.k, g_ptr=call.g, rhs_scale_ptr=rhs_scale, beta_ptr=call.beta, key_scale_ptr=key_scale,
         norm_ptr=norm, kk_hi_ptr=states.kk.hi, kk_lo_ptr=states.kk.lo,

@@ -259,7 +259,7 @@ def launch_increments_kk(
     sum_M_w_zeta: Tensor | None, sum_w_zeta2: Tensor | None,
 ) -> None:  # fmt: skip
     half = call.config.half
-    launch(increments_kk, call.programs(part) * (call.BD // half),
+    launch(increments_kk, part.programs * (call.BD // half),
         k_ptr=call.k, x_hi_ptr=x.hi, x_lo_ptr=x.lo, z_hi_ptr=z.hi, z_lo_ptr=z.lo,
         g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key, w_ptr=w,
         d_hi_ptr=d_states.kk.hi, d_lo_ptr=d_states.kk.lo,
@@ -273,7 +273,7 @@ def launch_increments_kk(
 def launch_increments_kv(
     call: Call, part: Part, *, scales: Scales, x: Pair | None, do: Tensor, d_states: StatePairs
 ) -> None:
-    launch(increments_kv, call.programs(part) * call.blocks,
+    launch(increments_kv, part.programs * call.blocks,
         q_ptr=call.q, x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo, do_ptr=do,
         g_ptr=call.g, alpha_ptr=call.alpha, query_scale_ptr=scales.query,
         d_hi_ptr=d_states.kv.hi, d_lo_ptr=d_states.kv.lo, chunk_ptr=call.chunks,
@@ -281,6 +281,11 @@ def launch_increments_kv(
         C=call.C, BD=call.BD, BV=call.BV, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
         NORMALIZE=call.normalize, WIDE=call.wide, **call.config.increments,
     )  # fmt: skip
+
+
+def _one_of_two(edges: Edges, number: int) -> Edges:
+    kk, kv = edges
+    return Edges(None if kk is None else kk[number % 2], None if kv is None else kv[number % 2])
 
 
 def launch_scan_gradients(
@@ -293,9 +298,7 @@ def launch_scan_gradients(
         return
     rows = call.config.rows
     tiles_kk, tiles_kv = -(-call.D // rows) if call.solve else 0, -(-call.D // rows)
-    into, out = (
-        Edges(*(None if e is None else e[n % 2] for e in d_edges)) for n in (part.number + 1, part.number)
-    )
+    into, out = _one_of_two(d_edges, part.number + 1), _one_of_two(d_edges, part.number)
     launch(scan_gradients, (tiles_kk + tiles_kv) * call.H * call.N,
         decay_ptr=weights.decay, sum_w_zeta2_ptr=sum_w_zeta2, kk_ptr=states.kk.hi, kv_ptr=states.kv.hi,
         d_final_kk_ptr=or_stand_in(d_final.kk, d_final.kv), d_final_kv_ptr=d_final.kv,
