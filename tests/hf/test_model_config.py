@@ -63,7 +63,7 @@ def test_refuses(change: dict[str, Any], message: str, tmp_path: Path) -> None:
         GKAConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("make", [GKAForCausalLM, GatedKalmaNet])
+@pytest.mark.parametrize("make", [GKAForCausalLM, GatedKalmaNet.from_config])
 def test_fields_set_later_are_checked_too(make: Any) -> None:
     config = tiny_config()
     config.ridge_ratio = -1.0
