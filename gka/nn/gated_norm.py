@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..ops.triton import fused
+from ..ops.triton.config import constant_when_compiled
 
 LEAST_TOKENS = 64  # fewer cost PyTorch no more than the launch of these kernels
 
@@ -49,7 +50,7 @@ def kernels() -> Kernels | None:
     return Kernels(layer_norm_gated_fwd, layer_norm_gated_bwd)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def installed() -> bool:
     """Whether `kernels` finds something; for torch.compile a constant."""
     return kernels() is not None

@@ -174,7 +174,7 @@ def in_two_precisions(layer: GatedKalmaNet, dtype: torch.dtype) -> dict[str, tup
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_close(dtype: torch.dtype) -> None:
-    for name, (low, high) in in_two_precisions(tiny_layer(), dtype).items():
+    for name, (low, high) in in_two_precisions(tiny_layer(seed=5), dtype).items():
         assert_near(low, high, 2e-2 if name == "out" else 6e-2, name)
 
 
