@@ -81,7 +81,7 @@ def our_layer(options: argparse.Namespace, solver_steps: tuple[int, ...]) -> nn.
         head_dim=options.head_dim,
         solver_steps=list(solver_steps),
     )
-    return gka.GatedKalmaNet(config)
+    return gka.GatedKalmaNet.from_config(config)
 
 
 def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, Any]]]:

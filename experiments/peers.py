@@ -31,7 +31,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from gka.hf import GKAConfig, Mixer, register_mixer
 from gka.hf.cache_name import CACHE, NEW
-from gka.nn.layer import fresh_A_log, fresh_dt_bias
+from gka.nn.first_weights import fresh_A_log, fresh_dt_bias
 
 MIXERS = ("gka", "gla", "gdn", "mamba2", "attention")  # attention: softmax attention in every block
 PEER_CACHE = NEW if CACHE == NEW else "cache_params"  # what transformers' layers call a cache

@@ -30,7 +30,7 @@ from gka.hf import GKAForCausalLM
 from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell
-from .skeleton import fresh_model, skeleton
+from .skeleton import skeleton
 from .table import markdown_table, span, spread
 from .training import steps_of, train_on_text
 from .variants import Variant, with_variant
@@ -131,7 +131,7 @@ def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
     """The model of a cell with its first weights."""
     trial = TRIALS[cell["variant"]]
     set_seed(cell["seed"])
-    model = fresh_model(
+    model = GKAForCausalLM(
         skeleton(
             "gka",
             vocab_size=vocab_size,

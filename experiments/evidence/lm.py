@@ -27,14 +27,14 @@ import torch
 from transformers import set_seed
 
 from gka.cli.loading import write_checkpoint
-from gka.hf import GKAConfig
+from gka.hf import GKAConfig, GKAForCausalLM
 
 from ..peers import MIXERS
 from ..tasks.mqar_report import STYLE as MIXER_STYLE
 from . import corpus as text
 from .picture import draw_band, new_panels, save
 from .record import Cell, Record
-from .skeleton import fresh_model, skeleton
+from .skeleton import skeleton
 from .table import markdown_table, span, spread
 from .training import SPEED, train_on_text
 
@@ -122,7 +122,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     rate = _rate(output, cell)
     set_seed(cell["seed"])
     config = language_model(cell["mixer"], size, len(data.tokenizer), data.tokenizer.eos_token_id)
-    model = fresh_model(config)
+    model = GKAForCausalLM(config)
     trained, held_out = train_on_text(
         model,  # type: ignore[arg-type]
         data,

@@ -4,14 +4,14 @@ Embedding, norms, residual blocks and output projection are the same. What the m
 (softmax attention has no output gate, Mamba-2 an expansion of 2) is made up by the width of the feed-forward
 blocks, which is the only size that differs.
 
-First weights are those of the library's models: normal with variance 1 / hidden_size, and projections back into
-the residual stream smaller by sqrt(2 blocks), as GPT-2's. With transformers' 0.02 at a hidden size of 384, what
-blocks add to the stream hides the embedding, and all mixers but Mamba-2 take hundreds of steps to begin.
+First weights, unless initializer_range is given, are the library's own: normal with variance 1 / hidden_size,
+which transformers' 0.02 is at a hidden size of 2500 only; projections back into the residual stream are smaller
+by sqrt(2 blocks), as GPT-2's. With 0.02 at a hidden size of 384, what blocks add to the stream hides the
+embedding, and all mixers but Mamba-2 take hundreds of steps to begin.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from gka.hf import GKAConfig, GKAForCausalLM
 from ..peers import MIXERS, mixer_config
 
 TOLERANCE = 0.02  # of the parameters
-_OUTPUT = "peer.inner.out_proj.weight"  # of a registered mixer, into the residual stream
 _STEP = 8  # feed-forward widths are multiples of it, as matrix products on a GPU like them
 
 
@@ -59,19 +58,6 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
             f"{TOLERANCE:.0%}; expected larger sizes"
         )
     return config
-
-
-@torch.no_grad()
-def fresh_model(config: GKAConfig) -> GKAForCausalLM:
-    """A language model with its first weights, from torch's random numbers.
-
-    The library's own projections into the residual stream start small; here those of registered mixers do, too.
-    """
-    model = GKAForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if name.endswith(_OUTPUT):
-            weight.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
-    return model
 
 
 def _nearest(width: float, missing: float) -> int:

@@ -95,7 +95,7 @@ class _Changed(GatedKalmaNet):
             raise ValueError(f"sketch is {d}; expected at most the head dim, {D}")
         self.variant, self.sketch = variant, None
         if d is not None:
-            heads = self.num_key_value_heads if self.proj_k is None else self.num_heads
+            heads = self.num_kv_heads if self.proj_k is None else self.num_heads
             columns = torch.linalg.qr(torch.randn(heads, D, d)).Q
             self.sketch = nn.Parameter(columns.mT.contiguous().to(weight.device, weight.dtype))
 

@@ -1,8 +1,14 @@
 """The layer in transformers: configuration, models, and their registration with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the models of gka need transformers: pip install 'gated-kalmanet[hf]'", name=error.name
+    ) from error
 
 from .config import GKAConfig, PublishedConfig
+from .in_place import InPlaceOfAttention
 from .mixers import Mixer, register_mixer
 from .model import GKAForCausalLM, GKAForSequenceClassification, GKAModel, GKAPreTrainedModel
 
@@ -12,6 +18,7 @@ __all__ = [
     "GKAForSequenceClassification",
     "GKAModel",
     "GKAPreTrainedModel",
+    "InPlaceOfAttention",
     "Mixer",
     "register_mixer",
 ]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..nn.first_weights import default_std, residual_factor
 from ..ops.checks import MAX_DIM
 from ..ops.solvers import RIDGE_RATIO
 from .mixers import OURS, known_mixers, registered_mixer
@@ -104,8 +105,8 @@ class GKAConfig(PreTrainedConfig):
         mlp_bias: whether the projections of the feed-forward block have a bias.
         attention_dropout: dropout of the attention weights while training.
         use_qk_norm: whether queries and keys of the attention layers are RMS-normalised.
-        initializer_range: standard deviation of the weights at initialisation; None means hidden_size ** -0.5.
-            Projections into the residual stream start smaller by sqrt(2 num_hidden_layers).
+        initializer_range: standard deviation of the weights at initialisation, the same for all. None means
+            1 / sqrt(hidden_size), and projections into the residual stream smaller by sqrt(2 num_hidden_layers).
         rms_norm_eps: epsilon of every RMSNorm.
         use_cache: whether `forward` returns its states for decoding.
         tie_word_embeddings: whether the output projection is the embedding's matrix.
@@ -170,9 +171,6 @@ class GKAConfig(PreTrainedConfig):
         if self.layer_types is None:
             self._check_counts("num_hidden_layers")
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
-        if self.initializer_range is None:
-            self._check_counts("hidden_size")
-            self.initializer_range = round(self.hidden_size**-0.5, 5)
         if isinstance(self.solver_steps, tuple):
             self.solver_steps = list(self.solver_steps)
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
@@ -224,7 +222,11 @@ class GKAConfig(PreTrainedConfig):
                 self._refuse(name, "True or False")
         if self.attention_output_bias is not None and not isinstance(self.attention_output_bias, bool):
             self._refuse("attention_output_bias", "True, False or None, which means attention_bias")
-        for name in ("ridge_ratio", "rms_norm_eps", "initializer_range"):
+        for name in (
+            "ridge_ratio",
+            "rms_norm_eps",
+            *(() if self.initializer_range is None else ("initializer_range",)),
+        ):
             if not (self._is_number(name) and 0.0 < getattr(self, name) < math.inf):
                 self._refuse(name, "a finite number greater than 0")
         if not (self._is_number("attention_dropout") and 0.0 <= self.attention_dropout < 1.0):
@@ -283,6 +285,16 @@ class GKAConfig(PreTrainedConfig):
         Recurrent states are 0 S_kk and 1 S_kv.
         """
         return 3 if self.mixer in OURS else 1
+
+    @property
+    def initializer_std(self) -> float:
+        """The standard deviation that initializer_range asks for."""
+        return default_std(self.hidden_size) if self.initializer_range is None else self.initializer_range
+
+    @property
+    def output_factor(self) -> float:
+        """What first weights of projections into the residual stream are multiplied by."""
+        return residual_factor(self.num_hidden_layers) if self.initializer_range is None else 1.0
 
     @property
     def has_attention(self) -> bool:

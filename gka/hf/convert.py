@@ -112,8 +112,8 @@ def _take_over(layer: GatedKalmaNet, attention: nn.Module, index: int) -> None:
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(layer, name).weight.copy_(old[f"{name}.weight"])
     if layer.g_proj is not None:
-        v = old["v_proj.weight"].unflatten(0, (layer.num_key_value_heads, layer.head_dim))
-        v = v.repeat_interleave(layer.num_heads // layer.num_key_value_heads, dim=0).flatten(0, 1)  # [H D, hidden]
+        v = old["v_proj.weight"].unflatten(0, (layer.num_kv_heads, layer.head_dim))
+        v = v.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=0).flatten(0, 1)  # [H D, hidden]
         layer.g_proj.weight.copy_((old["o_proj.weight"].T + v) / 2)
     if biases := sorted(name for name in old if name.endswith(".bias")):
         logger.warning(f"layer {index}: a GKA layer has no place for {', '.join(biases)}; left out")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -33,8 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn.layer import GatedKalmaNet, ZeroLinear, fresh_A_log, fresh_dt_bias, repeated_heads
-from ..nn.short_conv import ShortConv
+from ..nn.layer import GatedKalmaNet
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .checkpoint import is_published, load_published
 from .config import GKAConfig
@@ -44,6 +42,9 @@ from .mixers import OURS, registered_mixer
 from .packing import Packing, find_packing
 
 _LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+_OUTPUTS = ("o_proj", "out_proj", "down_proj")  # the projections into the residual stream
 
 
 class SoftmaxAttention(Qwen3Attention):
@@ -72,17 +73,16 @@ class GKABlock(GradientCheckpointingLayer):
         self.layer_type = config.layer_types[layer_idx]
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.layer_type == "linear_attention" and config.mixer in OURS:
-            self.gka = GatedKalmaNet(config, layer_idx)
+            self.gka = GatedKalmaNet.from_config(config, layer_idx)
         elif self.layer_type == "linear_attention":
             self.peer = registered_mixer(config.mixer)(config, layer_idx)
         else:
             self.self_attn = SoftmaxAttention(config, layer_idx)
-        for mixer in (getattr(self, "gka", None), getattr(self, "self_attn", None)):
-            if mixer is not None:
-                mixer.o_proj.ends_in_residual_stream = True
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)  # Qwen3's, with a bias where config.mlp_bias
-        self.mlp.down_proj.ends_in_residual_stream = True  # type: ignore[assignment]
+        for name, module in self.named_modules():
+            if name.endswith(_OUTPUTS):
+                module.first_factor = config.output_factor  # type: ignore[assignment]  # for _init_weights
 
     @takes_cache  # gradient checkpointing, which wraps this, takes the cache away by its name
     def forward(
@@ -176,32 +176,20 @@ class GKAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with variance 1 / hidden_size; projections into the residual stream smaller by sqrt(2 blocks).
-
-        With the usual 0.02 at small widths, what blocks add to the stream hides the embedding, and a model takes
-        hundreds of steps to begin.
-        """
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear) and getattr(module, "ends_in_residual_stream", False):
-            self._shrink(module.weight)
-        if isinstance(module, ShortConv):  # keeps the size of its inputs: U(-1, 1) / sqrt(width)
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))
-        if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-        if isinstance(module, GatedKalmaNet) and module.k_rep is not None and module.v_rep is not None:
-            for mixing in (module.k_rep, module.v_rep):
-                init.copy_(mixing, repeated_heads(mixing.shape[0], mixing.shape[1], mixing.device))
-        if isinstance(module, GatedKalmaNet) and module.a_proj is not None:
-            device = module.A_log.device
-            init.copy_(module.A_log, fresh_A_log(module.num_heads, device))
-            init.copy_(module.dt_bias, fresh_dt_bias(module.num_heads, device))
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = self.config.initializer_std * getattr(module, "first_factor", 1.0)
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)  # type: ignore[arg-type]
+            pad = getattr(module, "padding_idx", None)
+            if pad is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[pad])
+        elif isinstance(module, GatedKalmaNet):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
         if self.config.mixer not in OURS:
             registered_mixer(self.config.mixer).initialise(module)
-
-    def _shrink(self, weight: Tensor) -> None:
-        """A fresh weight divided by sqrt(2 num_hidden_layers); one that was loaded stays."""
-        if not getattr(weight, "_is_hf_initialized", False):
-            weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
 
 
 class GKAModel(GKAPreTrainedModel):

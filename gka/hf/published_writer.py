@@ -49,6 +49,7 @@ def write_config(config: GKAConfig, num_iter: int | None = None) -> dict[str, An
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **fields,
+        "initializer_range": config.initializer_std,
         "rope_parameters": dict(config.rope_parameters or {}),
         "use_sliding_window": False,
         "sliding_window": None,

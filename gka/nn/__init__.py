@@ -1,1 +1,6 @@
-"""The layer and its parts."""
+"""The layer, its state, and its parts."""
+
+from .cache import LayerState
+from .layer import GatedKalmaNet
+
+__all__ = ["GatedKalmaNet", "LayerState"]

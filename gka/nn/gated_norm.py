@@ -5,6 +5,8 @@ y = o / sqrt(mean(o^2) + eps) * weight * SiLU(gate)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +25,12 @@ class GatedRMSNorm(nn.Module):
     Args:
         dim: size of the last dim.
         eps: added to the mean square.
+        **place: device and dtype.
     """
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, **place: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim, **place))
         self.eps = eps
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:

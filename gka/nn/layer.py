@@ -7,7 +7,7 @@
     y     = RMSNorm(gated_kalmanet(q, k, v, g, alpha, beta)) SiLU(x W_g)   per head
     out   = y W_o
 
-With mixer "gla" nothing is solved (alpha = 0): gated linear attention, the same layer otherwise.
+With `solve=False` nothing is solved (alpha = 0): gated linear attention, the same layer otherwise.
 
 With `kv_proj_rank` every query head has keys and values of its own, expanded behind the convolution (e: k or v; R
 repeats the heads, or is learned, `k_rep` and `v_rep`):
@@ -22,18 +22,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
-from ..ops.checks import check_cu_seqlens
-from .gated_norm import GatedRMSNorm
+from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers
+from ..ops.solvers import RIDGE_RATIO
+from .cache import LayerState, check_cache, checked_layer_state, read_cache, write_cache
+from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
+from .gated_norm import GatedRMSNorm, at_least_float32
 from .padding import RealFirst
 from .short_conv import ShortConv, last_inputs, packing
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 BETA_FLOOR = 1e-6
 UNDECAYED = ("A_log", "dt_bias")
@@ -47,25 +53,8 @@ def decayed(names: list[str]) -> list[str]:
     return [name for name in names if name.rsplit(".", 1)[-1] not in (*UNDECAYED, "D")]
 
 
-def fresh_A_log(heads: int, device: torch.device | None = None) -> Tensor:
-    """[heads] in float32: log U(0, 16), kept away from log 0."""
-    return torch.empty(heads, device=device, dtype=torch.float32).uniform_(0.01, 16.0).log()
-
-
-def fresh_dt_bias(heads: int, device: torch.device | None = None) -> Tensor:
-    """[heads] in float32: softplus^{-1}(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4."""
-    low, high, floor = math.log(1e-3), math.log(1e-1), 1e-4
-    dt = torch.empty(heads, device=device, dtype=torch.float32).uniform_(low, high).exp().clamp(min=floor)
-    return dt + torch.log(-torch.expm1(-dt))
-
-
-def repeated_heads(heads: int, kv_heads: int, device: torch.device | None = None) -> Tensor:
-    """[heads, kv_heads] in float32, ones and zeros: query head h reads key/value head h // (heads / kv_heads)."""
-    return torch.eye(kv_heads, device=device).repeat_interleave(heads // kv_heads, dim=0)
-
-
 class ZeroLinear(nn.Linear):
-    """A linear map whose weights a model starts at zero."""
+    """A linear map whose weights start at zero."""
 
 
 class LowRank(nn.Module):
@@ -73,12 +62,13 @@ class LowRank(nn.Module):
 
     Args:
         inputs, rank, outputs: sizes of x, of what lies between, and of y.
+        **place: device and dtype.
     """
 
-    def __init__(self, inputs: int, rank: int, outputs: int) -> None:
+    def __init__(self, inputs: int, rank: int, outputs: int, **place: Any) -> None:
         super().__init__()
-        self.linearA = nn.Linear(inputs, rank, bias=False)
-        self.linearB = ZeroLinear(rank, outputs, bias=False)
+        self.linearA = nn.Linear(inputs, rank, bias=False, **place)
+        self.linearB = ZeroLinear(rank, outputs, bias=False, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
@@ -110,62 +100,195 @@ def _project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
     return [None if linear is None else next(parts) for linear in projections]
 
 
-class _Past(NamedTuple):
-    """What the cache holds for a layer.
-
-    conv: the last inputs of the convolutions of q, k and v, [B, H D or Hk D, W - 1].
-    """
-
-    conv: list[Tensor]
-    state: State
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
 
 
 class GatedKalmaNet(nn.Module):
-    """The Gated KalmaNet layer.
+    """The Gated KalmaNet layer, [B, T, hidden_size] -> [B, T, hidden_size].
 
     Args:
-        config: sizes, solver and switches, a GKAConfig.
-        layer_idx: the layer's place in `past_key_values`.
+        hidden_size: size of the last dim of input and output.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hk, a divisor of H; None means H.
+        head_dim: dim D of queries, keys and values of a head, at most 256; None means hidden_size / H.
+        conv_size: width W of the causal depthwise convolutions of q, k and v.
+        use_v_conv: whether v has a convolution too.
+        use_alpha_connection: whether the alpha-connection is there; without it alpha = 1.
+        use_beta_gate: whether the write strength is there; without it beta = 1.
+        use_forget_gate: whether the state fades; without it g = 0.
+        use_output_gate: whether SiLU(x W_g) multiplies the normalised output.
+        solve: whether the ridge regression is solved; False is gated linear attention, alpha = 0.
+        ridge_ratio: a of the paper: lambda_t = a ||S_kk_t||_F, greater than 0.
+        solver_steps: Chebyshev nodes of each stage of the solve, such as [31] or [16, 16]; None means what suits
+            the dtype of the input.
+        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
+        kv_proj_rank: rank of a learned map that gives every query head keys and values of its own, added to the
+            repeated key/value heads; needs Hk < H. None means none.
+        kv_learnable_residual: whether those repeated heads are learned mixtures of all; needs kv_proj_rank.
+        norm_eps: epsilon of the RMSNorm of the output.
+        initializer_range: standard deviation of the first weights; None means 1 / sqrt(hidden_size).
+        output_factor: what the first weights of the output projection are multiplied by; a model of L blocks
+            takes 1 / sqrt(2 L).
+        layer_idx: the layer's place in `past_key_values`; None means that it is called without.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is expected.
 
     The parameters are named as in the published checkpoints. `A_log` and `dt_bias` carry the attribute
     `_no_weight_decay = True`.
     """
 
-    def __init__(self, config: Any, layer_idx: int = 0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 4,
+        use_v_conv: bool = True,
+        use_alpha_connection: bool = True,
+        use_beta_gate: bool = True,
+        use_forget_gate: bool = True,
+        use_output_gate: bool = True,
+        solve: bool = True,
+        ridge_ratio: float = RIDGE_RATIO,
+        solver_steps: Sequence[int] | None = None,
+        chunk_size: int | None = None,
+        kv_proj_rank: int | None = None,
+        kv_learnable_residual: bool = False,
+        norm_eps: float = 1e-6,
+        initializer_range: float | None = None,
+        output_factor: float = 1.0,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        config.check()
-        self.hidden_size, self.layer_idx = config.hidden_size, layer_idx
-        self.head_dim, self.conv_size = config.head_dim, config.conv_size
-        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self.solves = config.mixer == "gka"
-        self.ridge_ratio, self.chunk_size = config.ridge_ratio, config.chunk_size
-        self.set_solver_steps(config.solver_steps)
-        hidden, H = config.hidden_size, self.num_heads
-        inner, inner_kv = H * self.head_dim, self.num_key_value_heads * self.head_dim
+        _check_counts(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"hidden_size is {hidden_size}; expected a multiple of num_heads, {num_heads}")
+        self.hidden_size, self.layer_idx = hidden_size, layer_idx
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.conv_size, self.chunk_size, self.ridge_ratio = conv_size, chunk_size, ridge_ratio
+        self.initializer_range, self.output_factor = initializer_range, output_factor
+        self._check_sizes(kv_proj_rank, kv_learnable_residual)
+        check_numbers(ridge_ratio=ridge_ratio, norm_eps=norm_eps, output_factor=output_factor)
+        check_numbers(initializer_range=1.0 if initializer_range is None else initializer_range)
+        self.solves = solve
+        self.set_solver_steps(solver_steps)
+        hidden, H = hidden_size, num_heads
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner, inner_kv = H * self.head_dim, self.num_kv_heads * self.head_dim
 
-        self.q_proj = nn.Linear(hidden, inner, bias=False)
-        self.k_proj = nn.Linear(hidden, inner_kv, bias=False)
-        self.v_proj = nn.Linear(hidden, inner_kv, bias=False)
-        self.q_conv1d = ShortConv(inner, self.conv_size)
-        self.k_conv1d = ShortConv(inner_kv, self.conv_size)
-        self.v_conv1d = ShortConv(inner_kv, self.conv_size) if config.use_v_conv else None
-        self.a_proj = nn.Linear(hidden, H, bias=False) if config.use_forget_gate else None
-        if config.use_forget_gate:
-            self.A_log = nn.Parameter(fresh_A_log(H))
-            self.dt_bias = nn.Parameter(fresh_dt_bias(H))
-        self.b_proj = nn.Linear(hidden, H) if config.use_beta_gate else None
-        self.alpha_proj = nn.Linear(hidden, H) if config.use_alpha_connection and self.solves else None
-        self.g_proj = nn.Linear(hidden, inner, bias=False) if config.use_output_gate else None
-        rank, mixed = config.kv_proj_rank, config.kv_learnable_residual
-        self.proj_k = None if rank is None else LowRank(inner_kv, rank, inner)
-        self.proj_v = None if rank is None else LowRank(inner_kv, rank, inner)
-        self.k_rep = nn.Parameter(repeated_heads(H, self.num_key_value_heads)) if mixed else None
-        self.v_rep = nn.Parameter(repeated_heads(H, self.num_key_value_heads)) if mixed else None
-        self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.o_proj = nn.Linear(inner, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, inner, bias=False, **place)
+        self.k_proj = nn.Linear(hidden, inner_kv, bias=False, **place)
+        self.v_proj = nn.Linear(hidden, inner_kv, bias=False, **place)
+        self.q_conv1d = ShortConv(inner, conv_size, **place)
+        self.k_conv1d = ShortConv(inner_kv, conv_size, **place)
+        self.v_conv1d = ShortConv(inner_kv, conv_size, **place) if use_v_conv else None
+        self.a_proj = nn.Linear(hidden, H, bias=False, **place) if use_forget_gate else None
+        if use_forget_gate:
+            self.A_log = nn.Parameter(torch.empty(H, device=device, dtype=dtype or torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(H, device=device, dtype=dtype or torch.float32))
+        self.b_proj = nn.Linear(hidden, H, **place) if use_beta_gate else None
+        self.alpha_proj = nn.Linear(hidden, H, **place) if use_alpha_connection and solve else None
+        self.g_proj = nn.Linear(hidden, inner, bias=False, **place) if use_output_gate else None
+        rank, mixing, mixed = kv_proj_rank, (H, self.num_kv_heads), kv_learnable_residual
+        self.proj_k = None if rank is None else LowRank(inner_kv, rank, inner, **place)
+        self.proj_v = None if rank is None else LowRank(inner_kv, rank, inner, **place)
+        self.k_rep = nn.Parameter(torch.empty(mixing, **place)) if mixed else None
+        self.v_rep = nn.Parameter(torch.empty(mixing, **place)) if mixed else None
+        self.o_norm = GatedRMSNorm(self.head_dim, norm_eps, **place)
+        self.o_proj = nn.Linear(inner, hidden, bias=False, **place)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: Any, layer_idx: int | None = None, **place: Any) -> GatedKalmaNet:
+        """The layer of a model.
+
+        Args:
+            config: sizes, solver and switches, a `gka.GKAConfig`.
+            layer_idx: the layer's place in `past_key_values`.
+            **place: device and dtype.
+
+        Raises:
+            ValueError: the configuration's own, for a field that does not fit.
+        """
+        config.check()
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            conv_size=config.conv_size,
+            use_v_conv=config.use_v_conv,
+            use_alpha_connection=config.use_alpha_connection,
+            use_beta_gate=config.use_beta_gate,
+            use_forget_gate=config.use_forget_gate,
+            use_output_gate=config.use_output_gate,
+            solve=config.mixer == "gka",
+            ridge_ratio=config.ridge_ratio,
+            solver_steps=config.solver_steps,
+            chunk_size=config.chunk_size,
+            kv_proj_rank=config.kv_proj_rank,
+            kv_learnable_residual=config.kv_learnable_residual,
+            norm_eps=config.rms_norm_eps,
+            initializer_range=config.initializer_range,
+            output_factor=config.output_factor,
+            layer_idx=layer_idx,
+            **place,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the first weights, those that a model gives its layers (`gka.nn.first_weights`)."""
+        std = default_std(self.hidden_size) if self.initializer_range is None else self.initializer_range
+        for module in self.modules():
+            if isinstance(module, ZeroLinear):
+                fill(module.weight, nn.init.zeros_)
+            elif isinstance(module, ShortConv):
+                fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)))
+            elif isinstance(module, nn.Linear):
+                of_this = std * self.output_factor if module is self.o_proj else std
+                fill(module.weight, partial(nn.init.normal_, std=of_this))
+                if module.bias is not None:
+                    fill(module.bias, nn.init.zeros_)
+        fill(self.o_norm.weight, nn.init.ones_)
+        if self.a_proj is not None:
+            device = self.A_log.device
+            fill(self.A_log, lambda A_log: A_log.copy_(fresh_A_log(self.num_heads, device)))
+            fill(self.dt_bias, lambda dt_bias: dt_bias.copy_(fresh_dt_bias(self.num_heads, device)))
+        for mixing in (self.k_rep, self.v_rep):
+            if mixing is not None:
+                fill(mixing, lambda x: x.copy_(repeated_heads(self.num_heads, self.num_kv_heads, x.device)))
+
+    def _check_sizes(self, kv_proj_rank: int | None, kv_learnable_residual: bool) -> None:
+        _check_counts(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+        optional = {"chunk_size": self.chunk_size, "kv_proj_rank": kv_proj_rank}
+        _check_counts(**{name: value for name, value in optional.items() if value is not None})
+        if self.head_dim > MAX_DIM:
+            raise ValueError(f"head_dim is {self.head_dim}; expected at most {MAX_DIM}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}; expected a divisor of num_heads, {self.num_heads}"
+            )
+        if kv_proj_rank is not None and self.num_kv_heads == self.num_heads:
+            raise ValueError(
+                f"kv_proj_rank is {kv_proj_rank}; expected None with as many key/value heads as heads"
+            )
+        if kv_learnable_residual and kv_proj_rank is None:
+            raise ValueError("kv_learnable_residual is True; expected False without kv_proj_rank")
+        if self.layer_idx is not None and (type(self.layer_idx) is not int or self.layer_idx < 0):
+            raise ValueError(f"layer_idx is {self.layer_idx!r}; expected None or an integer of at least 0")
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
-        """Solve with other steps from the next call on, as in `GKAConfig`; with mixer "gla" there are none.
+        """Solve with other steps from the next call on, as in the constructor; without the solve there are none.
 
         Raises:
             ValueError: no steps, or one that is no integer of at least 1.
@@ -183,7 +306,10 @@ class GatedKalmaNet(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        state: LayerState | Sequence[Any] | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, LayerState]:
         """Mix the tokens of every row, each with its past.
 
         Args:
@@ -194,32 +320,80 @@ class GatedKalmaNet(nn.Module):
                 holds for this layer, and it is brought up to date, in place. Gradients flow through it.
             cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
                 cu_seqlens[n + 1] of the only row.
+            state: what an earlier call returned, for rows that continue; it is left as it was. None means no past.
+            return_state: whether the state behind the last token is returned.
 
         Returns:
-            [B, T, hidden_size] in the dtype of the weights, or that of autocast.
+            [B, T, hidden_size] in the dtype of the weights, or that of autocast; with `return_state` a pair of
+            that and a `LayerState`, for the next call. Gradients flow through the state.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, or packed sequences with a mask or a cache.
+            TypeError, ValueError: an argument does not fit; packed sequences with a mask, a cache or a state; a
+                cache with a state, or for a layer without layer_idx.
         """
         self._check(hidden_states, attention_mask, past_key_values, cu_seqlens)
+        past = self._given_state(state, return_state, hidden_states, past_key_values, cu_seqlens)
         if hidden_states.shape[1] == 0:
-            return hidden_states
+            return (hidden_states, past or self._no_past(hidden_states)) if return_state else hidden_states
         rows = None if attention_mask is None else RealFirst(attention_mask)
         if rows is not None:
             hidden_states = rows.compress(hidden_states)
-        past = self._read(past_key_values, hidden_states.shape[0])
+        if past_key_values is not None:
+            past = read_cache(past_key_values, self._place, hidden_states.shape[0], self.solves)
         q, k, v, inputs = self._qkv(hidden_states, past, cu_seqlens)
         g, alpha, beta = self._gates(hidden_states, rows)
-        o, state = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, past_key_values is not None)
-        if past_key_values is not None and state is not None:
+        cached = past_key_values is not None
+        o, last = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, cached or return_state)
+        new = None
+        if last is not None and (cached or return_state):
             lengths = None if rows is None else rows.lengths
-            self._write(past_key_values, [last_inputs(*x, self.conv_size, lengths) for x in inputs], state)
+            conv = [last_inputs(*x, self.conv_size, lengths) for x in inputs]
+            if self.v_conv1d is None:
+                conv.append(conv[1][..., :0])
+            new = LayerState(conv, last)
+        if past_key_values is not None and new is not None:
+            write_cache(past_key_values, self._place, new)
         gate = None if self.g_proj is None else self.g_proj(hidden_states).view_as(o)
         out = self.o_proj(self.o_norm(o, gate).flatten(2))
-        return out if rows is None else rows.restore(out)
+        out = out if rows is None else rows.restore(out)
+        return (out, new) if return_state and new is not None else out
+
+    @property
+    def _place(self) -> int:
+        assert self.layer_idx is not None, "check_cache has seen to it"
+        return self.layer_idx
+
+    def _given_state(
+        self, state: Any, return_state: bool, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None
+    ) -> LayerState | None:
+        """The state of the call, checked but for its sums, which the op checks."""
+        if (state is not None or return_state) and cu_seqlens is not None:
+            raise ValueError("cu_seqlens is given with state or return_state; pass the sequences as rows, padded")
+        if state is None:
+            return None
+        if cache is not None:
+            raise ValueError("state and past_key_values are both given; expected one of them")
+        given = checked_layer_state(state, [tuple(part.shape) for part in self._no_past(x).conv])
+        if x.shape[1] != 1 or torch.is_grad_enabled():
+            return given
+        # A decode step writes over its state: here over a copy.
+        copies = (part.clone() if isinstance(part, Tensor) else part for part in given.state)
+        return LayerState(given.conv, State(*copies))  # type: ignore[arg-type]  # the op checks them
+
+    def _no_past(self, x: Tensor) -> LayerState:
+        """The state before the first token of the rows x [B, T, hidden_size]: zeros."""
+        B, D, W = x.shape[0], self.head_dim, self.conv_size
+        streams = (self.q_proj, self.k_proj, self.v_proj)
+        widths = (W - 1, W - 1, 0 if self.v_conv1d is None else W - 1)
+        conv = [
+            x.new_zeros(B, p.out_features if width or p is not self.v_proj else self.k_proj.out_features, width)
+            for p, width in zip(streams, widths, strict=True)
+        ]
+        S = x.new_zeros(B, self.num_heads, D, D, dtype=at_least_float32(x[:0]).dtype)
+        return LayerState(conv, State(S.clone() if self.solves else None, S))
 
     def _qkv(
-        self, x: Tensor, past: _Past | None, cu_seqlens: Tensor | None
+        self, x: Tensor, past: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
         """q [B, T, H, D], k and v [B, T, Hk or H, D], and the inputs of the convolutions for `last_inputs`."""
         packed = None
@@ -243,7 +417,7 @@ class GatedKalmaNet(nn.Module):
     def _expand(self, x: Tensor, low_rank: LowRank, mixing: Tensor | None) -> Tensor:
         """Keys or values of every query head: [B, T, Hk, D] -> [B, T, H, D]."""
         if mixing is None:
-            residual = x.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
+            residual = x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
         else:
             residual = torch.einsum("hk,btkd->bthd", mixing.to(x.dtype), x)
         return residual + low_rank(x.flatten(2)).unflatten(2, (-1, self.head_dim))
@@ -275,7 +449,7 @@ class GatedKalmaNet(nn.Module):
         g: Tensor,
         alpha: Tensor | None,
         beta: Tensor | None,
-        past: _Past | None,
+        past: LayerState | None,
         cu_seqlens: Tensor | None,
         state_wanted: bool,
     ) -> tuple[Tensor, State | None]:
@@ -286,7 +460,7 @@ class GatedKalmaNet(nn.Module):
         with torch.autocast(q.device.type, enabled=False):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
-                inplace = not torch.is_grad_enabled()  # else `_read` copied the states
+                inplace = not torch.is_grad_enabled()  # else `read_cache` copied the states
                 o, state = gated_kalmanet_step(*token, state=past.state, inplace=inplace, **options)
                 return o.unsqueeze(1), state
             return gated_kalmanet(
@@ -302,33 +476,6 @@ class GatedKalmaNet(nn.Module):
                 chunk_size=self.chunk_size,
                 **options,
             )
-
-    def _read(self, cache: Cache | None, batch: int) -> _Past | None:
-        """What the cache holds for this layer; None if it holds nothing yet."""
-        if cache is None or not cache.has_previous_state(self.layer_idx):
-            return None
-        held: Any = cache.layers[self.layer_idx]
-        S_kk, S_kv = held.recurrent_states[0] if self.solves else None, held.recurrent_states[1]
-        if S_kv.shape[0] != batch:
-            raise ValueError(
-                f"hidden_states has {batch} rows and past_key_values {S_kv.shape[0]}; expected the same number"
-            )
-        if torch.is_grad_enabled():  # the cache is written in place, autograd may still need what it held
-            S_kk, S_kv = None if S_kk is None else S_kk.clone(), S_kv.clone()
-        return _Past([held.conv_states[number] for number in range(3)], State(S_kk, S_kv))
-
-    def _write(self, cache: Cache, conv: list[Tensor], state: State) -> None:
-        """Bring the cache up to date: convolution states of W - 1 columns (none of v without its convolution)."""
-        if self.v_conv1d is None:
-            conv = [*conv, conv[1][..., :0]]
-        for number, inputs in enumerate(conv):
-            cache.update_conv_state(inputs, self.layer_idx, state_idx=number)
-        held: Any = cache.layers[self.layer_idx]
-        for number, sums in enumerate(state):
-            if (
-                sums is not None and sums is not held.recurrent_states[number]
-            ):  # a decode step wrote what the cache holds
-                cache.update_recurrent_state(sums, self.layer_idx, state_idx=number)
 
     def _check(self, x: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[2] != self.hidden_size:
@@ -346,21 +493,8 @@ class GatedKalmaNet(nn.Module):
             raise ValueError(f"hidden_states has {x.shape[0]} rows; expected 1 with cu_seqlens: concatenate them")
         if cu_seqlens is not None:  # the op does so, too, but the convolutions come first
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
-        if cache is None:
-            return
-        if not isinstance(cache, Cache):
-            raise TypeError(f"past_key_values is a {type(cache).__name__}; expected a transformers.Cache")
-        held = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-        if not isinstance(held, LinearAttentionCacheLayerMixin):
-            raise ValueError(
-                f"past_key_values has no linear_attention layer at {self.layer_idx}; "
-                "expected one made with the model's configuration, DynamicCache(config=model.config)"
-            )
-        if held.record_past:
-            raise ValueError(
-                "past_key_values records its past, to be rolled back; a GKA layer's state cannot be rolled back: "
-                "a model with such layers cannot be the assistant of assisted generation"
-            )
+        if cache is not None:
+            check_cache(cache, self.layer_idx)
 
     # Parameters are replaced when a model is loaded or copied: the marks are set whenever that happens.
 

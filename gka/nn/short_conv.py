@@ -12,7 +12,7 @@ Legend: B batch, T time, C channels, W width of the convolution, N packed sequen
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,11 @@ class ShortConv(nn.Conv1d):
     Args:
         channels: C.
         width: W.
+        **place: device and dtype.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(channels, channels, width, groups=channels, bias=False)
+    def __init__(self, channels: int, width: int, **place: Any) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=False, **place)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, state: Tensor | None = None, packed: Gaps | Tensor | None = None

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gka
-from experiments.evidence.skeleton import TOLERANCE, count_parameters, fresh_model, skeleton
+from experiments.evidence.skeleton import TOLERANCE, count_parameters, skeleton
 from experiments.peers import MIXERS
+from gka import GKAForCausalLM
 
 SIZES: dict[str, Any] = dict(
     vocab_size=101, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
@@ -71,7 +72,7 @@ def test_sizes_that_cannot_be_matched_are_refused() -> None:
 def test_first_weights_have_the_size_that_the_width_asks(mixer: str) -> None:
     """1 / sqrt(hidden_size), and sqrt(2 blocks) less where a block adds to the residual stream."""
     torch.manual_seed(0)
-    model = fresh_model(skeleton(mixer, **SIZES))
+    model = GKAForCausalLM(skeleton(mixer, **SIZES))
     hidden, blocks = SIZES["hidden_size"], SIZES["num_hidden_layers"]
     weights = dict(model.named_parameters())
     outputs = [name for name in weights if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))]

@@ -145,7 +145,7 @@ def test_fresh_expansion_repeats_the_heads() -> None:
     torch.manual_seed(0)
     config = GKAConfig(**sizes, num_key_value_heads=2, kv_proj_rank=RANK, kv_learnable_residual=True)
     layer = GKAModel(config).layers[0].gka.double()
-    plain = GatedKalmaNet(GKAConfig(**sizes, num_key_value_heads=2)).double()
+    plain = GatedKalmaNet.from_config(GKAConfig(**sizes, num_key_value_heads=2)).double()
     report = plain.load_state_dict(layer.state_dict(), strict=False)
     assert not report.missing_keys and len(report.unexpected_keys) == 6
     x = torch.randn(1, 11, HIDDEN, dtype=torch.float64)

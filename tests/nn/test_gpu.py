@@ -24,7 +24,7 @@ def test_compiles_with_the_layer(packed: bool, device: torch.device) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = gka.GKAConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
-    layer = gka.GatedKalmaNet(config).to(device, torch.bfloat16)
+    layer = gka.GatedKalmaNet.from_config(config).to(device, torch.bfloat16)
     x = torch.randn(1 if packed else 2, 100, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     options = {"cu_seqlens": torch.tensor([0, 30, 30, 31, 100], device=device)} if packed else {}
     compiled = torch.compile(layer, fullgraph=True)

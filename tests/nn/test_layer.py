@@ -67,7 +67,7 @@ def test_parameters_are_those_of_the_published_checkpoints() -> None:
         hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, num_hidden_layers=1
     )
     with torch.device("meta"):
-        layer = GatedKalmaNet(config)
+        layer = GatedKalmaNet.from_config(config)
     expected = {
         **{f"{name}_proj.weight": (4096, 4096) for name in "qgo"},
         **{f"{name}_proj.weight": (1024, 4096) for name in "kv"},
@@ -145,7 +145,7 @@ def marks(module: torch.nn.Module) -> set[str]:
 
 
 def test_weight_decay_marks_survive_whatever_replaces_parameters(tmp_path: Any) -> None:
-    layer, expected = GatedKalmaNet(tiny_config()), {"A_log", "dt_bias"}
+    layer, expected = GatedKalmaNet.from_config(tiny_config()), {"A_log", "dt_bias"}
     assert marks(layer) == expected
     assert marks(copy.deepcopy(layer)) == expected
     assert marks(pickle.loads(pickle.dumps(layer))) == expected
@@ -174,7 +174,7 @@ def in_two_precisions(layer: GatedKalmaNet, dtype: torch.dtype) -> dict[str, tup
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_close(dtype: torch.dtype) -> None:
-    for name, (low, high) in in_two_precisions(tiny_layer(), dtype).items():
+    for name, (low, high) in in_two_precisions(tiny_layer(seed=5), dtype).items():
         assert_near(low, high, 2e-2 if name == "out" else 6e-2, name)
 
 

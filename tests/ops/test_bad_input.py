@@ -135,6 +135,7 @@ def test_step_checks_too() -> None:
             gated_kalmanet_step(**{**good, **changes})
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("pair", [tuple, list, lambda parts: State(*parts)], ids=["tuple", "list", "State"])
 @torch.no_grad()
 def test_any_pair_is_a_state(pair: Callable[..., Any]) -> None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Largest key dim, by `Config.wide`: above, float32 operands (float16 gets them too) would not fit into shared
 # memory.
@@ -19,6 +23,12 @@ MAX_DIM = {False: 128, True: 64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Shorter chunks have narrow products (see `_power_of_two`); through the interpreter they make short tests.
 CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, without its import of the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def runs_kernels(device: int | None) -> bool:
     """Whether there is Triton, and a CUDA device that the kernels are for: NVIDIA's from capability 8.0 on."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
