@@ -64,17 +64,20 @@ def _leja(n: int) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def node_steps(n: int, ridge_ratio: float) -> tuple[float, ...]:
+def node_steps(n: int, ridge_ratio: float, smallest_last: bool = False) -> tuple[float, ...]:
     """Step sizes tau_i of the `n` Chebyshev nodes of [a, 1 + a], in an order that is stable.
 
     The order is that of Lebedev and Finogenov where n is a power of two, else a Leja order: any other
-    order lets the intermediate iterates grow until rounding errors drown the result. Only the smallest step
-    is moved to the end: it takes away what rounding has left along the largest eigenvalues, which is all
-    that the first tokens of a sequence read.
+    order lets the intermediate iterates grow until rounding errors drown the result.
+
+    smallest_last: the smallest step moves to the end. It takes away what rounding has left along the largest
+        eigenvalues, which is all that the first tokens of a sequence read. Only for products with a result of
+        32 bits: iterates grow more on the way, and a result rounded to 16 bits spreads that to all directions.
     """
     order = _lebedev_finogenov(n) if n & (n - 1) == 0 else _leja(n)
     middle = (1.0 + 2.0 * ridge_ratio) / 2.0
-    order.append(order.pop(order.index(n - 1)))
+    if smallest_last:
+        order.append(order.pop(order.index(n - 1)))
     return tuple(1.0 / (middle - 0.5 * math.cos(math.pi * (2 * i + 1) / (2 * n))) for i in order)
 
 

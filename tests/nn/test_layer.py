@@ -174,7 +174,10 @@ def in_two_precisions(layer: GatedKalmaNet, dtype: torch.dtype) -> dict[str, tup
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_close(dtype: torch.dtype) -> None:
-    for name, (low, high) in in_two_precisions(tiny_layer(seed=5), dtype).items():
+    """Over six draws of the weights together: gradients that are sums which nearly cancel differ a lot by draw."""
+    draws = [in_two_precisions(tiny_layer(seed=seed), dtype) for seed in range(6)]
+    for name in draws[0]:
+        low, high = (torch.cat([draw[name][side].flatten() for draw in draws]) for side in (0, 1))
         assert_near(low, high, 2e-2 if name == "out" else 6e-2, name)
 
 

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[torch.dtype, tuple[int, ...], Case]] = {
 
 def outcomes() -> dict[str, Tensor]:
     """What the kernels give: of the op and the short convolution, with gradients, and of a step."""
-    from gka.ops.triton import op as triton_op
+    from gka.ops.triton import call as triton_call
     from gka.ops.triton import step as triton_step
     from gka.ops.triton.conv import short_conv
 
@@ -40,8 +40,8 @@ def outcomes() -> dict[str, Tensor]:
         arguments = converted(make_inputs(case), dtype)
         if not solver_steps:
             arguments["S_kk"] = None
-        every = 2 if kind == "several spans" else triton_op.EDGE_EVERY
-        with mock.patch.object(triton_op, "EDGE_EVERY", every):
+        every = 2 if kind == "several spans" else triton_call.EDGE_EVERY
+        with mock.patch.object(triton_call, "EDGE_EVERY", every):
             out = run(arguments, backend="triton", chunk_size=16, solver_steps=solver_steps)
         found |= {f"{kind} {name}": value.detach() for name, value in out.items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

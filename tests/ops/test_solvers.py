@@ -97,6 +97,8 @@ def test_node_orders() -> None:
     middle = 0.52
     expected = sorted(1 / (middle - 0.5 * math.cos(math.pi * (2 * i + 1) / 16)) for i in range(8))
     assert sorted(node_steps(8, 0.02)) == pytest.approx(expected)
+    last = node_steps(8, 0.02, smallest_last=True)
+    assert sorted(last) == pytest.approx(expected) and last[-1] == min(last)
 
 
 @pytest.mark.parametrize("n", [31, 32, 100])

@@ -76,7 +76,7 @@ class KeyWeights(NamedTuple):
 @lru_cache(maxsize=64)
 def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Step sizes of all stages in a row, float32, and where each stage starts, int32."""
-    taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio)]
+    taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio, smallest_last=True)]
     starts = [sum(solver_steps[:stage]) for stage in range(len(solver_steps) + 1)]
     return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
 
