@@ -88,7 +88,7 @@ def test_bench_decode(tmp_path: Path) -> None:
     assert all(row["seconds"]["median"] > 0 for row in result["rows"])
     page = table.decode(result)
     head, *rows = rows_of(page)
-    assert head[-2:] == ["kernel (16, 16)", "PyTorch (16, 16)"] and ["3", "bfloat16"] in [row[:2] for row in rows]
+    assert {"kernel (16, 16)", "PyTorch (16, 16)"} <= set(head) and ["3", "bfloat16"] in [row[:2] for row in rows]
 
 
 def test_bench_length(tmp_path: Path) -> None:
