@@ -137,7 +137,7 @@ def values_may_be_read(tensor: Tensor) -> bool:
 _told_slow: set[tuple[str, torch.dtype, int, int | None]] = set()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@triton_config.constant_when_compiled
 def warn_slow(name: str, dtype: torch.dtype, D: int, chunk_size: int | None = None, why: str = "") -> bool:
     """Warn, once for each such call, that a GPU runs the op in PyTorch, and say what would be fast.
 

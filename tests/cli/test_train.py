@@ -71,7 +71,7 @@ def test_metrics_name_machine_versions_and_command(place: Path) -> None:
 def test_every_step_is_logged_and_the_model_learns(place: Path) -> None:
     losses = logged(place / "run")
     assert list(losses) == list(range(1, 13))
-    assert losses[1] == pytest.approx(math.log(259), abs=0.5)
+    assert losses[1] == pytest.approx(math.log(259) + 0.5, abs=0.3)  # first logits have variance 1
     assert losses[12] < losses[1] - 0.1
     rates = logged(place / "run", "learning_rate")
     assert rates[1] == 0.0
@@ -250,7 +250,7 @@ def test_how_it_is_computed_does_not_change_the_losses(
     ids=lambda changed: next(iter(changed)),
 )
 def test_other_models_train_too(place: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
-    settings = {**SETTINGS, **changed}
+    settings = {**SETTINGS, **changed, "learning_rate": 1e-2}
     if changed.get("mixer") == "gla":
         del settings["solver_steps"]  # there is nothing to solve
     assert cli.main(command("train", output=tmp_path / "run", data=[place / "texts"], **settings)) == 0

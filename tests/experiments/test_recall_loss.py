@@ -279,7 +279,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
     kinds = ["linear_attention", "full_attention" if request.param == "hybrid" else "linear_attention"]
-    return GKAForCausalLM(GKAConfig(**SIZES, layer_types=kinds, solver_steps=[12])).eval()
+    return GKAForCausalLM(GKAConfig(**SIZES, layer_types=kinds, solver_steps=[12], initializer_range=0.02)).eval()
 
 
 def test_totals_are_those_of_the_evaluation(model: Any) -> None:

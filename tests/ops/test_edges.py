@@ -82,7 +82,7 @@ def test_extreme_decays_in_float32(decay: float) -> None:
     dg, dg_ref = out.pop("dg"), ref.pop("dg")
     assert_close(out, ref, 1e-4)
     # dg is a sum of terms of dbeta's size that cancel where the past is forgotten.
-    assert (dg - dg_ref).norm() <= 1e-4 * dg_ref.norm() + 2e-5 * ref["dbeta"].norm()
+    assert (dg - dg_ref).norm() <= 1e-4 * dg_ref.norm() + 3e-5 * ref["dbeta"].norm()
 
 
 def test_initial_state_is_not_written() -> None:
