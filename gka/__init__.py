@@ -1,28 +1,31 @@
 """Gated KalmaNet (arXiv 2511.21016): a sequence layer that solves a ridge regression over its past at every token.
 
-The operation and the layer need torch alone. The models need transformers, the extra `hf`, and are imported when
-first asked for. transformers' Auto classes know the models once gka is imported.
+The operation and the layer need torch alone; the models need transformers, the extra `hf`. Every name is imported
+when it is first asked for, so `gka --help` waits for neither. transformers' Auto classes know the models once gka
+is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import ops
 from ._auto_classes import register_when_used
 from ._version import __version__
-from .nn import GatedKalmaNet, LayerState
 
 if TYPE_CHECKING:
+    from . import hf, nn, ops
     from .hf import GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel, InPlaceOfAttention
     from .hf.checkpoint import export_published
     from .hf.convert import convert
+    from .nn import GatedKalmaNet, LayerState
 
-_OF_TRANSFORMERS = {
+_WHERE = {
     "GKAConfig": ".hf",
     "GKAForCausalLM": ".hf",
     "GKAForSequenceClassification": ".hf",
     "GKAModel": ".hf",
+    "GatedKalmaNet": ".nn",
     "InPlaceOfAttention": ".hf",
+    "LayerState": ".nn",
     "convert": ".hf.convert",
     "export_published": ".hf.checkpoint",
 }
@@ -38,6 +41,8 @@ __all__ = [
     "__version__",
     "convert",
     "export_published",
+    "hf",
+    "nn",
     "ops",
 ]
 
@@ -45,9 +50,11 @@ register_when_used()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_TRANSFORMERS:
+    if name in ("hf", "nn", "ops"):
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_OF_TRANSFORMERS[name], __name__), name)
+    value = globals()[name] = getattr(importlib.import_module(_WHERE[name], __name__), name)
     return value
 
 

@@ -1,0 +1,56 @@
+"""Linear maps of the layer: one that starts at zero, a low-rank one, and small ones that share a product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map whose weights start at zero."""
+
+
+class LowRank(nn.Module):
+    """y = SiLU(x A^T) B^T.
+
+    Args:
+        inputs, rank, outputs: sizes of x, of what lies between, and of y.
+        **place: device and dtype.
+    """
+
+    def __init__(self, inputs: int, rank: int, outputs: int, **place: Any) -> None:
+        super().__init__()
+        self.linearA = nn.Linear(inputs, rank, bias=False, **place)
+        self.linearB = ZeroLinear(rank, outputs, bias=False, **place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        y: Tensor = self.linearB(F.silu(self.linearA(x)))
+        return y
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether only its weight and bias make its output: no adapter, quantised weight, hook or offloading."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if type(linear) is not nn.Linear or any(hooks) or "forward" in linear.__dict__:
+        return False
+    return all(type(x) in (nn.Parameter, Tensor) for x in (linear.weight, linear.bias) if x is not None)
+
+
+def project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
+    """What each of the small projections makes of x [B, T, hidden]; None for None.
+
+    Together they read x once, and add to its gradient once: at hidden 2048 each costs more in bytes than its few
+    columns in arithmetic.
+    """
+    given = [linear for linear in projections if linear is not None]
+    if len(given) < 2 or x.shape[1] == 1 or not all(map(_is_plain, given)):
+        return [None if linear is None else linear(x) for linear in projections]
+    weights: list[Tensor] = [p.weight for p in given]
+    biases: list[Tensor] = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in given]
+    out = F.linear(x, torch.cat(weights), torch.cat(biases))
+    parts = iter(out.split([p.out_features for p in given], dim=2))
+    return [None if linear is None else next(parts) for linear in projections]
