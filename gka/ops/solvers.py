@@ -2,7 +2,8 @@
 
 Divided by ||S||_F the system is (S_hat + a I) x = q_hat, with ||S_hat||_F = 1 and all eigenvalues in
 [a, 1 + a]. So the coefficients of every iteration are scalars shared by all tokens, and the condition
-number is at most kappa = (1 + a) / a (paper, section 4.2).
+number is at most kappa = (1 + a) / a (paper, section 4.2). A norm below NORM_FLOOR counts as NORM_FLOOR, here
+and in lambda: such a state has faded.
 
     Chebyshev, three-term (paper, algorithm 1):
         x_0 = 2 q / (L + mu),  omega_0 = 2,  rho = (L - mu) / (L + mu) = 1 / (1 + 2a)
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 RIDGE_RATIO = 0.02
+NORM_FLOOR = 1e-14  # of ||S||_F; the squares that make a norm this small are normal numbers of float32
 Matvec = Callable[[Tensor], Tensor]
 Form = Literal["nodes", "three_term"]
 
@@ -289,18 +291,28 @@ class ConjugateGradient:
 # --------------------------------------------------------------------------- implicit differentiation
 
 
+def floored(norm: Tensor) -> Tensor:
+    """max(||S||_F, NORM_FLOOR), and 0 where S is 0: what a system is divided by."""
+    return torch.where(norm > 0, norm.clamp_min(NORM_FLOOR), norm)
+
+
+def inverse_or_zero(norm: Tensor, above: float = 0.0) -> Tensor:
+    """1 / norm where norm > above, else 0."""
+    return torch.where(norm > above, norm.reciprocal(), torch.zeros_like(norm))
+
+
 def _normalised_solve(S: Tensor, norm: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-    inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
+    inverse_norm = inverse_or_zero(norm)
     return solver.solve(S * inverse_norm[..., None, None], rhs * inverse_norm[..., None], ridge_ratio)
 
 
 class _RidgeSolve(torch.autograd.Function):
     """Paper, lemma 2 and section 4.3: z = A^{-1} dx; dq = z; dA = -(z x^T + x z^T) / 2, and through
-    lambda = a ||S||_F: dS = dA - a <z, x> / ||S||_F * S."""
+    lambda = a ||S||_F: dS = dA - a <z, x> / ||S||_F * S, where ||S||_F is above the floor."""
 
     @staticmethod
     def forward(ctx: Any, S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-        norm = torch.linalg.matrix_norm(S)
+        norm = floored(torch.linalg.matrix_norm(S))
         x = _normalised_solve(S, norm, q, ridge_ratio, solver)
         ctx.save_for_backward(S, norm, x)
         ctx.ridge_ratio, ctx.solver = ridge_ratio, solver
@@ -311,15 +323,14 @@ class _RidgeSolve(torch.autograd.Function):
         (dx,) = gradients
         S, norm, x = ctx.saved_tensors
         z = _normalised_solve(S, norm, dx, ctx.ridge_ratio, ctx.solver)
-        inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
-        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * inverse_norm
+        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * inverse_or_zero(norm, NORM_FLOOR)
         outer = z.unsqueeze(-1) * x.unsqueeze(-2)
         dS = -0.5 * (outer + outer.transpose(-1, -2)) - through_ridge[..., None, None] * S
         return dS, z, None, None
 
 
 def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-    """x = (S + a ||S||_F I)^{-1} q, differentiated implicitly with the same solver.
+    """x = (S + a max(||S||_F, NORM_FLOOR) I)^{-1} q, differentiated implicitly with the same solver.
 
     Args:
         S: [..., D, D], symmetric positive semidefinite, float32 or float64.

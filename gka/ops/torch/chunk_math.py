@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solvers import Matvec, chebyshev
+from ..solvers import NORM_FLOOR, Matvec, chebyshev, floored, inverse_or_zero
 
 
 def cross(left: Tensor, keys: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def squared_norm(chunks: Chunks, S_0: Tensor, KS: Tensor) -> Tensor:
 class Systems:
     """The ridge systems of a block's tokens, divided by their norms.
 
-    S_0 [b, R, D, D]; KS [b, R, C, D] = K S_0; norm, inverse_norm [b, R, C] of ||S_c||_F (0 for 0).
+    S_0 [b, R, D, D]; KS [b, R, C, D] = K S_0; norm = max(||S_c||_F, NORM_FLOOR), inverse_norm [b, R, C] (0 for 0).
     """
 
     chunks: Chunks
@@ -141,9 +141,8 @@ class Systems:
         product_dtype: torch.dtype,
     ) -> Systems:
         KS = torch.matmul(chunks.K.unsqueeze(1), S_0)
-        norm = squared_norm(chunks, S_0, KS).clamp_min_(0.0).sqrt_()
-        inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
-        return cls(chunks, S_0, KS, norm, inverse_norm, ridge_ratio, solver_steps, product_dtype)
+        norm = floored(squared_norm(chunks, S_0, KS).clamp_min_(0.0).sqrt_())
+        return cls(chunks, S_0, KS, norm, inverse_or_zero(norm), ridge_ratio, solver_steps, product_dtype)
 
     def matvec(self, dtype: torch.dtype) -> Matvec:
         """X [b, R, C, D] -> X S_hat, with products in `dtype`, which is that of the result."""
@@ -168,8 +167,9 @@ class Systems:
         return chebyshev(narrow, rhs, self.ridge_ratio, self.solver_steps, residual_matvec=exact)
 
     def inner_zAx(self, Z: Tensor, X: Tensor) -> Tensor:
-        """z_c^T (S_c + lambda_c I) x_c, [b, R, C]."""
-        product = self.matvec(X.dtype)(X) + self.ridge_ratio * X
+        """z_c^T (S_c + lambda_c I) x_c, [b, R, C]; without lambda_c where it does not follow S_c, at the floor."""
+        ridge = self.ridge_ratio * (self.norm > NORM_FLOOR).to(X.dtype).unsqueeze(-1)
+        product = self.matvec(X.dtype)(X) + ridge * X
         return (Z * product).sum(-1) * self.norm
 
 
@@ -189,7 +189,8 @@ def readout_adjoint(chunks: Chunks, S_kv_0: Tensor, dO: Tensor) -> Tensor:
 class SolveAdjoint:
     """The part of the backward pass that runs through S_kk (module docstring of `chunked`).
 
-    X, Z [b, R, C, D]: solutions of the forward and the adjoint systems. With them come w = a <z, x> / ||S|| and
+    X, Z [b, R, C, D]: solutions of the forward and the adjoint systems. With them come w = a <z, x> / ||S||, which
+    is 0 where the norm is at its floor, and
     sum_M_w_zeta_j = sum_c M_{c,j} w_c zeta_c, [b, R, C].
     """
 
@@ -200,7 +201,7 @@ class SolveAdjoint:
     def __post_init__(self) -> None:
         systems, chunks = self.systems, self.systems.chunks
         inner = (self.Z * self.X).sum(-1)
-        self.w = systems.ridge_ratio * inner * systems.inverse_norm
+        self.w = systems.ridge_ratio * inner * inverse_or_zero(systems.norm, NORM_FLOOR)
         w_zeta = (self.w * chunks.zeta).unsqueeze(-2)
         self.sum_M_w_zeta = (w_zeta @ chunks.M).squeeze(-2)
         self.zeta = chunks.zeta.unsqueeze(-1)

@@ -18,17 +18,26 @@ import os
 import triton
 import triton.language as tl
 
+from ...solvers import NORM_FLOOR as _NORM_FLOOR
+
 # Triton's interpreter multiplies bfloat16 operands by their bits: there they are widened first.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # e^g is 0 in float32 long before; a finite bound keeps -inf - (-inf) out of the differences.
 G_FLOOR = tl.constexpr(-110.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
+NORM_FLOOR = tl.constexpr(_NORM_FLOOR)
 
 
 @triton.jit
 def chunk_of(chunk_ptr, chunk):
     """First token of a chunk and one past the last of its sequence, int64, in the flattened batch."""
     return tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
+
+
+@triton.jit
+def floored(norm):
+    """max(||S||_F, NORM_FLOOR), and 0 where S is 0."""
+    return tl.where(norm > 0.0, tl.maximum(norm, NORM_FLOOR), 0.0)
 
 
 # Addresses are a scalar of 64 bits, which any tensor may need, plus offsets of 32 bits inside a tile.

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..call import Call, Pair, Part, Scales, StatePairs
 from ..launch import launch
 from .common import (
+    NORM_FLOOR,
     chunk_of,
     dot,
     fine_dot,
@@ -154,10 +155,13 @@ def query_gradients(
             alpha = load_scalars(alpha_ptr, start, end, H, h, ROWS)
             dalpha = alpha * dalpha
             dq = (1.0 - alpha)[:, None] * dy + z
-        ydy_minus_zAx += dalpha - load_scalars(inner_zAx_ptr, start, end, H, h, ROWS)
         norm = load_scalars(norm_ptr, start, end, H, h, ROWS)
-        w = ridge_ratio * tl.sum(z * x, 1) * tl.where(norm > 0.0, 1.0 / norm, 0.0)
-        store_scalars(w_ptr, w, start, end, H, h, ROWS)
+        ridge_zx = ridge_ratio * tl.sum(z * x, 1)
+        above_floor = norm > NORM_FLOOR
+        store_scalars(w_ptr, tl.where(above_floor, ridge_zx / norm, 0.0), start, end, H, h, ROWS)
+        inner_zAx = load_scalars(inner_zAx_ptr, start, end, H, h, ROWS)
+        # Below the floor the ridge does not follow the state: no gradient of the decays passes through it.
+        ydy_minus_zAx += dalpha - inner_zAx + tl.where(above_floor, 0.0, ridge_zx * norm)
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(q * q, 1)) / query_scale
         projection = tl.where(norm > 0.0, tl.sum(q * dq, 1) / (norm * query_scale), 0.0)

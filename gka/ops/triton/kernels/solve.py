@@ -26,6 +26,7 @@ from .common import (
     chunk_of,
     dot,
     fine_dot,
+    floored,
     key_weights,
     load_matrix,
     load_pairs,
@@ -45,7 +46,8 @@ from .common import (
 
 @triton.jit
 def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """||S_c||_F [C] of every token, with M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and zeta_c = e^{G_c}:
+    """max(||S_c||_F, NORM_FLOOR) [C] of every token, 0 for 0, where M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and
+    zeta_c = e^{G_c}:
 
         ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + 2 zeta_c sum_j M_{c,j} k_j^T S_0 k_j
                       + sum_j [M (K K^T)^2]_{c,j} M_{c,j}
@@ -62,7 +64,7 @@ def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexp
     gram_hi, gram_lo = split(gram, WIDE)
     gram_sums = pair_dot(M, gram_hi, gram_lo, tl.zeros([C, C], tl.float32), WIDE)
     square = zeta * zeta * S_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + gram_sums), 1)
-    return tl.sqrt(tl.maximum(square, 0.0))
+    return floored(tl.sqrt(tl.maximum(square, 0.0)))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ G groups of R = BD / G rows.
 import triton
 import triton.language as tl
 
-from .common import cast
+from .common import cast, floored
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def step_token(
         S = _updated(S, kept, rate, weighted, k, G_KK)
         place, inside = _places(new_kk_ptr, program, 0, D, D, BD, BD, G_KK)
         _store_state(place, S, inside)
-        norm = tl.sqrt(tl.sum(tl.sum(S * S, 0)))
+        norm = floored(tl.sqrt(tl.sum(tl.sum(S * S, 0))))
         inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
         target = q * inverse
         x = tl.load(tau_ptr) * target
