@@ -15,6 +15,7 @@ from gka.ops import State, gated_kalmanet
 from gka.ops.solvers import NORM_FLOOR
 
 WRITTEN, FADING = 10, 110
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU, Triton's interpreter
 NAMES = ("q", "k", "v", "g", "alpha", "beta")
 
 
@@ -23,7 +24,7 @@ def fading_inputs(dtype: torch.dtype) -> dict[str, Any]:
     arguments = converted(make_inputs(Case(lengths=(WRITTEN + FADING,), D=8, V=8, state=False)), dtype)
     arguments["beta"][:, WRITTEN:] = 0.0
     arguments["g"][:, WRITTEN:] = -0.5
-    return arguments
+    return {name: arguments[name].to(DEVICE) for name in NAMES}
 
 
 def op(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, State]:
@@ -34,7 +35,7 @@ def steps(arguments: dict[str, Any], backend: str) -> Tensor:
     """All tokens one by one, from an empty state."""
     step = import_module(f"gka.ops.{backend}.step").gated_kalmanet_step
     B, _, H, D = arguments["q"].shape
-    state, outputs = State(*torch.zeros(2, B, H, D, D)), []
+    state, outputs = State(*torch.zeros(2, B, H, D, D, device=DEVICE)), []
     for t in range(WRITTEN + FADING):
         token = {name: arguments[name][:, t] for name in NAMES}
         token |= {"state": state, "solver_steps": (31,), "normalize_qk": False}
@@ -44,7 +45,7 @@ def steps(arguments: dict[str, Any], backend: str) -> Tensor:
 
 
 def sizes(o: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(o.double(), dim=(0, 2, 3))
+    return torch.linalg.vector_norm(o.double(), dim=(0, 2, 3)).cpu()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_the_size_stays_and_then_falls_with_the_state() -> None:
     o, final = op(arguments, backend="reference", solver_steps=(60,))
     assert final.S_kk is not None
     tokens_left = torch.arange(FADING - 1, -1, -1)
-    norms = torch.linalg.matrix_norm(final.S_kk).amax() * torch.exp(0.5 * tokens_left)
+    norms = torch.linalg.matrix_norm(final.S_kk).amax().cpu() * torch.exp(0.5 * tokens_left)
     size = sizes(o)[WRITTEN:]
     above, below = norms > 10 * NORM_FLOOR, norms < 1e-4 * NORM_FLOOR
     assert above.sum() > 20 and below.sum() > 20
