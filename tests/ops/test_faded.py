@@ -57,7 +57,7 @@ def test_the_output_fades_as_in_float64(form: str) -> None:
     if form.startswith("step"):
         out = steps(arguments, form.split()[1])
     else:
-        out = op(arguments, backend=form.split()[0], solver_steps=(16, 16), chunk_size=32)[0]
+        out = op(arguments, backend=form.split()[0], solver_steps=(16, 16))[0]
     error = sizes(out - exact)
     bound = 1e-2 if "bfloat16" in form else 2e-3
     assert (error <= bound * sizes(exact) + 1e-7).all(), (error / sizes(exact)).max()
@@ -91,7 +91,7 @@ def test_gradients_cross_the_floor(backend: str) -> None:
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     arguments = fading_inputs(torch.float32)
-    out = gradients(arguments, backend=backend, solver_steps=(31,), chunk_size=32)
+    out = gradients(arguments, backend=backend, solver_steps=(31,))
     exact = gradients(doubled(arguments), backend="reference", solver_steps=(31,))
     assert out.keys() == exact.keys() == set(NAMES)
     for name, gradient in exact.items():
