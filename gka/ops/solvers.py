@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 RIDGE_RATIO = 0.02
-NORM_FLOOR = 1e-14  # of ||S||_F; the squares that make a norm this small are normal numbers of float32
+NORM_FLOOR = 1e-12  # of ||S||_F: the beta^2 of the weakest key that the layer writes
 Matvec = Callable[[Tensor], Tensor]
 Form = Literal["nodes", "three_term"]
 
