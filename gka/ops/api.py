@@ -85,7 +85,7 @@ def gated_kalmanet(
     Returns:
         o [B, T, H, V] in q's dtype, and the final State or None. All floating inputs and both initial states
         have gradients; that of S_kk is symmetric. The solve is differentiated implicitly (section 4.3).
-        Where S_kk is zero, x = 0 without a gradient. A norm ||S_kk||_F below 1e-14 counts as 1e-12, so that the
+        Where S_kk is zero, x = 0 without a gradient. A norm ||S_kk||_F below 1e-12 counts as 1e-12, so that the
         output of a state that has faded goes to 0 (docs/math.md).
 
     Raises:
