@@ -11,7 +11,7 @@ tokens; BD, BV blocks of D and V.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,11 @@ class Part(NamedTuple):
 class Pair(NamedTuple):
     """A tensor as hi + lo (see `kernels.common`); lo is hi where there is none."""
 
-    hi: Tensor
-    lo: Tensor
+    hi: Tensor | None
+    lo: Tensor | None
+
+
+NO_PAIR = Pair(None, None)  # x and z where nothing is solved
 
 
 class StatePairs(NamedTuple):
@@ -143,9 +146,10 @@ class Call:
         """Workspace for both states of one part."""
         shape = self.part_chunks, self.H, self.D
         kv_hi = self.empty(*shape, self.V, dtype=self.state_type)
-        kk_hi = self.empty(*shape, self.D, dtype=self.state_type) if self.solve else None
         kv = self.with_lo(kv_hi)
-        return StatePairs(kv if kk_hi is None else self.with_lo(kk_hi, kk_lo), kv)
+        if not self.solve:
+            return StatePairs(kv, kv)
+        return StatePairs(self.with_lo(self.empty(*shape, self.D, dtype=self.state_type), kk_lo), kv)
 
 
 class BackwardWorkspace:
@@ -166,25 +170,29 @@ class BackwardWorkspace:
         self.ydy_minus_zAx, self.sum_uv, self.sum_uv_end = [call.empty_scalars() for _ in range(3)]
         self.scores = call.empty(call.part_chunks, H, 4, C, C, dtype=call.state_type)
         self.dy = call.empty_rows()
-        self.x: Pair | None = None
-        self.z: Pair | None = None
-        self.inner_zAx: Tensor | None = None
-        self.w: Tensor | None = None
-        self.sum_M_w_zeta: Tensor | None = None
-        self.sum_pk: Tensor | None = None
-        self.sum_w_zeta2: Tensor | None = None
-        if call.solve:
-            self.x = solution_pair(call, saved)
-            self.z = call.with_lo(call.empty_rows(call.state_type))
-            self.inner_zAx, self.w, self.sum_M_w_zeta, self.sum_pk = [call.empty_scalars() for _ in range(4)]
-            self.sum_w_zeta2 = call.empty(call.part_chunks, H)
+        self.x, self.norm = solution_pair(call, saved), saved.norm if call.solve else None
+        self.z = call.with_lo(call.empty_rows(call.state_type)) if call.solve else NO_PAIR
+        self.inner_zAx, self.w, self.sum_M_w_zeta, self.sum_pk = [
+            call.empty_scalars() if call.solve else None for _ in range(4)
+        ]
+        self.sum_w_zeta2 = call.empty(call.part_chunks, H) if call.solve else None
 
 
-def solution_pair(call: Call, saved: Saved) -> Pair | None:
-    """`Saved.x` and `x_lo`; None where nothing is solved or nothing saved."""
-    if saved.x is None or not call.solve:
-        return None
-    return Pair(saved.x, saved.x if call.wide or saved.x_lo is None else saved.x_lo)
+def solution_pair(call: Call, saved: Saved) -> Pair:
+    """`Saved.x` and `x_lo`."""
+    if not call.solve:
+        return NO_PAIR
+    return Pair(saved.x, saved.x if call.wide else saved.x_lo)
+
+
+def keys_and_values(call: Call, part: Part, scales: Scales) -> dict[str, Any]:
+    """Arguments of every kernel that reads the keys, values and gates of a part's chunks, by name."""
+    return dict(
+        k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
+        chunk_ptr=call.chunks, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
+        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks,
+        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide,
+    )  # fmt: skip
 
 
 def contiguous(arguments: Arguments) -> Arguments:

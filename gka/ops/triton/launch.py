@@ -44,7 +44,9 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
-    """Run `programs` programs of a kernel, or compile it; the op's stages give all arguments by name."""
+    """Run `programs` programs of a kernel, if any, or compile it; the op's stages give all arguments by name."""
+    if not programs:
+        return
     named.setdefault("enable_fp_fusion", True)  # Triton is about to change its default
     if _AHEAD.get():
         kernel.warmup(*arguments, grid=(programs,), **named)

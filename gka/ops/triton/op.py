@@ -51,9 +51,7 @@ def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Ou
             launch_scan_states(
                 call, part, weights=weights, edges=edges, states=states, final_kk=final_kk, final_kv=final_kv
             )
-            if not part.programs:
-                continue
-            if x is not None and saved.norm is not None:
+            if call.solve:
                 launch_solve_chunks(
                     call, part, rhs=call.q, rhs_scale=scales.query, key_scale=scales.key,
                     x=x, norm=saved.norm, states=states,
@@ -75,45 +73,25 @@ def backward(
     out, d_final_states = _empty_gradients(call), _given_or_zero(final, d_final)
     with on_device(call.device):
         work = BackwardWorkspace(call, saved)
-        x, z, states, d_states = work.x, work.z, work.states, work.d_states
         scales = launch_scales_of_rows(call)
         weights = launch_weigh_tokens(call, scales=scales)
         for part in reversed(call.parts):
-            has_chunks = part.programs > 0
-            launch_scan_states(call, part, weights=weights, edges=work.edges, states=states)
-            if has_chunks:
-                launch_read_gradients(call, part, scales=scales, do=do, states=states, dy=work.dy)
-                if x is not None and z is not None and saved.norm is not None:
-                    launch_solve_chunks(
-                        call, part, rhs=work.dy, rhs_scale=call.alpha, key_scale=scales.key,
-                        x=z, norm=saved.norm, states=states, y=x, inner_yAx=work.inner_zAx,
-                    )  # fmt: skip
-                launch_query_gradients(
-                    call, part, scales=scales, x=x, norm=saved.norm, dy=work.dy, z=z, inner_zAx=work.inner_zAx,
-                    dq=out.q, dalpha=out.alpha, w=work.w, ydy_minus_zAx=work.ydy_minus_zAx,
+            launch_scan_states(call, part, weights=weights, edges=work.edges, states=work.states)
+            launch_read_gradients(call, part, work, scales=scales, do=do)
+            if call.solve:
+                launch_solve_chunks(
+                    call, part, rhs=work.dy, rhs_scale=call.alpha, key_scale=scales.key,
+                    x=work.z, norm=work.norm, states=work.states, y=work.x, inner_yAx=work.inner_zAx,
                 )  # fmt: skip
-                if x is not None and z is not None:
-                    launch_increments_kk(
-                        call, part, scales=scales, x=x, z=z, w=work.w, d_states=d_states,
-                        sum_M_w_zeta=work.sum_M_w_zeta, sum_w_zeta2=work.sum_w_zeta2,
-                    )  # fmt: skip
-                launch_increments_kv(call, part, scales=scales, x=x, do=do, d_states=d_states)
+            launch_query_gradients(call, part, work, scales=scales, dq=out.q, dalpha=out.alpha)
+            if call.solve:
+                launch_increments_kk(call, part, work, scales=scales)
+            launch_increments_kv(call, part, work, scales=scales, do=do)
             launch_scan_gradients(
-                call, part, weights=weights, sum_w_zeta2=work.sum_w_zeta2, states=states,
-                d_final=d_final_states, d_initial=Edges(out.S_kk, out.S_kv), d_edges=work.d_edges,
-                d_states=d_states, decayed_inner=work.decayed_inner,
-            )  # fmt: skip
-            if has_chunks:
-                launch_value_gradients(
-                    call, part, scales=scales, x=x, z=z, do=do, w=work.w, d_states=d_states, dv=out.v,
-                    scores=work.scores, sum_uv=work.sum_uv, sum_uv_end=work.sum_uv_end, sum_pk=work.sum_pk,
-                )  # fmt: skip
-                launch_key_gradients(
-                    call, part, scales=scales, x=x, z=z, sum_M_w_zeta=work.sum_M_w_zeta,
-                    ydy_minus_zAx=work.ydy_minus_zAx, sum_uv=work.sum_uv, sum_uv_end=work.sum_uv_end,
-                    sum_pk=work.sum_pk, scores=work.scores, states=states, d_states=d_states,
-                    decayed_inner=work.decayed_inner, dk=out.k, dg=out.g, dbeta=out.beta,
-                )  # fmt: skip
+                call, part, work, weights=weights, d_final=d_final_states, d_initial=Edges(out.S_kk, out.S_kv)
+            )
+            launch_value_gradients(call, part, work, scales=scales, do=do, dv=out.v)
+            launch_key_gradients(call, part, work, scales=scales, dk=out.k, dg=out.g, dbeta=out.beta)
     return out._replace(k=_sum_groups(out.k, call.Hk), v=_sum_groups(out.v, call.Hk))
 
 

@@ -40,6 +40,13 @@ def floored(norm):
     return tl.where(norm > 0.0, tl.maximum(norm, NORM_FLOOR), 0.0)
 
 
+@triton.jit
+def head_and_chunk(program, chunk_ptr, first_chunk, H):
+    """h, and `chunk_of`, of a program of a part: H programs a chunk, from first_chunk on."""
+    start, end = chunk_of(chunk_ptr, first_chunk + program // H)
+    return program % H, start, end
+
+
 # Addresses are a scalar of 64 bits, which any tensor may need, plus offsets of 32 bits inside a tile.
 
 
@@ -79,13 +86,27 @@ def store_rows(ptr, x, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def load_pairs(hi_ptr, lo_ptr, start, end, H, h, dim, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """[C, BLOCK] float32 of rows that are kept as pairs; the second pointer is not read if WIDE."""
-    hi = load_rows(hi_ptr, start, end, H, h, dim, 0, C, BLOCK)
+def load_pairs(
+    hi_ptr, lo_ptr, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """[C, BLOCK] float32 of rows that are kept as pairs, columns from `first`; lo_ptr is not read if WIDE."""
+    hi = load_rows(hi_ptr, start, end, H, h, dim, first, C, BLOCK)
     if WIDE:
         return hi.to(tl.float32)
     else:
-        return joined(hi, load_rows(lo_ptr, start, end, H, h, dim, 0, C, BLOCK))
+        return joined(hi, load_rows(lo_ptr, start, end, H, h, dim, first, C, BLOCK))
+
+
+@triton.jit
+def load_operands(
+    hi_ptr, lo_ptr, start, end, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """The rows of `load_pairs` as operands hi and lo [C, BLOCK], whose sum they are; lo is hi if WIDE."""
+    hi = load_rows(hi_ptr, start, end, H, h, dim, first, C, BLOCK)
+    lo = hi
+    if not WIDE:
+        lo = lo_of(hi, load_rows(lo_ptr, start, end, H, h, dim, first, C, BLOCK))
+    return hi, lo
 
 
 @triton.jit
@@ -106,6 +127,19 @@ def load_matrix(ptr, index, rows, columns, row, column, ROWS: tl.constexpr, COLU
     j = column + tl.arange(0, COLUMNS)
     place = ptr + index.to(tl.int64) * (rows * columns) + (i[:, None] * columns + j[None, :])
     return tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def load_matrix_operands(
+    hi_ptr, lo_ptr, index, rows, columns, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A matrix that is kept as a pair, as operands hi and lo [ROWS, COLUMNS]; lo is hi if WIDE."""
+    hi = load_matrix(hi_ptr, index, rows, columns, row, column, ROWS, COLUMNS)
+    lo = hi
+    if not WIDE:
+        lo = lo_of(hi, load_matrix(lo_ptr, index, rows, columns, row, column, ROWS, COLUMNS))
+    return hi, lo
 
 
 @triton.jit

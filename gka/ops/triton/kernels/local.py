@@ -31,12 +31,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Pair, Part, Scales, StatePairs
+from ..call import BackwardWorkspace, Call, Part, Scales, keys_and_values
 from ..launch import launch
 from .common import (
-    chunk_of,
     dot,
     future_mask,
+    head_and_chunk,
     key_weights,
     last_of,
     lo_of,
@@ -105,8 +105,7 @@ def value_gradients(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= end:
         return
     hk, row, first = h // (H // Hk), program * C, program * 4
@@ -184,8 +183,7 @@ def key_gradients(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= end:
         return
     hk, row, first = h // (H // Hk), program * C, program * 4
@@ -271,37 +269,32 @@ def key_gradients(
 
 
 def launch_value_gradients(
-    call: Call, part: Part, *, scales: Scales, x: Pair | None, z: Pair | None, do: Tensor, w: Tensor | None,
-    d_states: StatePairs, dv: Tensor, scores: Tensor, sum_uv: Tensor, sum_uv_end: Tensor, sum_pk: Tensor | None,
-) -> None:  # fmt: skip
+    call: Call, part: Part, work: BackwardWorkspace, *, scales: Scales, do: Tensor, dv: Tensor
+) -> None:
+    """dv, and for `key_gradients` scores, sum_uv, sum_uv_end and sum_pk, from x, z, w and d_states.kv."""
+    x, z, d_kv = work.x, work.z, work.d_states.kv
     launch(value_gradients, part.programs,
-        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, alpha_ptr=call.alpha, beta_ptr=call.beta,
-        query_scale_ptr=scales.query, key_scale_ptr=scales.key,
-        x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo,
-        z_hi_ptr=None if z is None else z.hi, z_lo_ptr=None if z is None else z.lo, do_ptr=do, w_ptr=w,
-        d_kv_hi_ptr=d_states.kv.hi, d_kv_lo_ptr=d_states.kv.lo, dv_ptr=dv, scores_ptr=scores,
-        sum_uv_ptr=sum_uv, sum_uv_end_ptr=sum_uv_end, sum_pk_ptr=sum_pk, chunk_ptr=call.chunks,
-        scale=call.scale, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
-        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
-        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.local,
+        q_ptr=call.q, alpha_ptr=call.alpha, query_scale_ptr=scales.query,
+        x_hi_ptr=x.hi, x_lo_ptr=x.lo, z_hi_ptr=z.hi, z_lo_ptr=z.lo, do_ptr=do, w_ptr=work.w,
+        d_kv_hi_ptr=d_kv.hi, d_kv_lo_ptr=d_kv.lo, dv_ptr=dv, scores_ptr=work.scores,
+        sum_uv_ptr=work.sum_uv, sum_uv_end_ptr=work.sum_uv_end, sum_pk_ptr=work.sum_pk,
+        scale=call.scale, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        **keys_and_values(call, part, scales), **call.config.local,
     )  # fmt: skip
 
 
 def launch_key_gradients(
-    call: Call, part: Part, *, scales: Scales, x: Pair | None, z: Pair | None, sum_M_w_zeta: Tensor | None,
-    ydy_minus_zAx: Tensor, sum_uv: Tensor, sum_uv_end: Tensor, sum_pk: Tensor | None, scores: Tensor,
-    states: StatePairs, d_states: StatePairs, decayed_inner: Tensor,
-    dk: Tensor, dg: Tensor, dbeta: Tensor | None,
+    call: Call, part: Part, work: BackwardWorkspace, *, scales: Scales, dk: Tensor, dg: Tensor,
+    dbeta: Tensor | None,
 ) -> None:  # fmt: skip
+    """dk, dg and dbeta, from x, z, states.kk, d_states, decayed_inner and the sums of all stages before."""
+    d_kk, d_kv = work.d_states
     launch(key_gradients, part.programs,
-        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
-        x_ptr=None if x is None else x.hi, z_ptr=None if z is None else z.hi,
-        sum_M_w_zeta_ptr=sum_M_w_zeta, ydy_minus_zAx_ptr=ydy_minus_zAx,
-        sum_uv_ptr=sum_uv, sum_uv_end_ptr=sum_uv_end, sum_pk_ptr=sum_pk, scores_ptr=scores,
-        kk_ptr=states.kk.hi, d_kk_hi_ptr=d_states.kk.hi, d_kk_lo_ptr=d_states.kk.lo,
-        d_kv_hi_ptr=d_states.kv.hi, d_kv_lo_ptr=d_states.kv.lo, decayed_inner_ptr=decayed_inner,
-        dk_ptr=dk, dg_ptr=dg, dbeta_ptr=dbeta, chunk_ptr=call.chunks,
-        first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
-        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
-        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.local,
+        q_ptr=call.q, x_ptr=work.x.hi, z_ptr=work.z.hi,
+        sum_M_w_zeta_ptr=work.sum_M_w_zeta, ydy_minus_zAx_ptr=work.ydy_minus_zAx,
+        sum_uv_ptr=work.sum_uv, sum_uv_end_ptr=work.sum_uv_end, sum_pk_ptr=work.sum_pk, scores_ptr=work.scores,
+        kk_ptr=work.states.kk.hi, d_kk_hi_ptr=d_kk.hi, d_kk_lo_ptr=d_kk.lo,
+        d_kv_hi_ptr=d_kv.hi, d_kv_lo_ptr=d_kv.lo, decayed_inner_ptr=work.decayed_inner,
+        dk_ptr=dk, dg_ptr=dg, dbeta_ptr=dbeta, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        **keys_and_values(call, part, scales), **call.config.local,
     )  # fmt: skip

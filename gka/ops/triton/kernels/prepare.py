@@ -53,21 +53,19 @@ def launch_scales_of_rows(call: Call) -> Scales:
     found = []
     for rows in (call.q, call.k):
         scale, count = call.empty(*rows.shape[:3]), rows.shape[:3].numel()
-        if count:
-            launch(scales_of_rows, -(-count // 16),
-                x_ptr=rows, scale_ptr=scale, rows=count, D=call.D, ROWS=16, BD=call.BD,
-            )  # fmt: skip
+        launch(scales_of_rows, -(-count // 16),
+            x_ptr=rows, scale_ptr=scale, rows=count, D=call.D, ROWS=16, BD=call.BD,
+        )  # fmt: skip
         found.append(scale)
     return Scales(*found)
 
 
 def launch_weigh_tokens(call: Call, *, scales: Scales) -> KeyWeights:
     weights = KeyWeights(call.empty_scalars(), call.empty_scalars(), call.empty(call.NT, call.H))
-    if call.NT * call.H:
-        launch(weigh_tokens, call.NT * call.H,
-            g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
-            to_kk_ptr=weights.to_kk, to_kv_ptr=weights.to_kv, decay_ptr=weights.decay,
-            chunk_ptr=call.chunks, H=call.H, Hk=call.Hk,
-            C=call.C, HAS_BETA=call.has_beta, NORMALIZE=call.normalize, num_warps=1,
-        )  # fmt: skip
+    launch(weigh_tokens, call.NT * call.H,
+        g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
+        to_kk_ptr=weights.to_kk, to_kv_ptr=weights.to_kv, decay_ptr=weights.decay,
+        chunk_ptr=call.chunks, H=call.H, Hk=call.Hk,
+        C=call.C, HAS_BETA=call.has_beta, NORMALIZE=call.normalize, num_warps=1,
+    )  # fmt: skip
     return weights

@@ -23,16 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Pair, Part, Scales, StatePairs
+from ..call import BackwardWorkspace, Call, Pair, Part, Scales, StatePairs, keys_and_values
 from ..launch import launch
 from .common import (
     NORM_FLOOR,
-    chunk_of,
     dot,
     fine_dot,
+    head_and_chunk,
     key_weights,
-    lo_of,
-    load_matrix,
+    load_matrix_operands,
     load_pairs,
     load_rows,
     load_scalars,
@@ -58,8 +57,7 @@ def read_states(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= end:
         return
     hk = h // (H // Hk)
@@ -72,10 +70,7 @@ def read_states(
     scores = scores * past_mask(G, C) * (beta * beta * key_scale)[None, :]
     y = y * tl.exp(G)[:, None]
     for block in tl.static_range(BLOCKS):
-        S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
-        S_lo = S_hi
-        if not WIDE:
-            S_lo = lo_of(S_hi, load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV))
+        S_hi, S_lo = load_matrix_operands(kv_hi_ptr, kv_lo_ptr, program, D, V, 0, block * BV, BD, BV, WIDE)
         o = pair_dot(y, S_hi, S_lo, tl.zeros([C, BV], tl.float32), WIDE)
         values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         o = fine_dot(scores, values, o, WIDE)
@@ -92,8 +87,7 @@ def read_gradients(
     HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= end:
         return
     hk = h // (H // Hk)
@@ -106,10 +100,7 @@ def read_gradients(
         dO = load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV)
         values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         scores = dot(to_operand(dO, WIDE), tl.trans(values), scores, WIDE)
-        S_hi = load_matrix(kv_hi_ptr, program, D, V, 0, block * BV, BD, BV)
-        S_lo = S_hi
-        if not WIDE:
-            S_lo = lo_of(S_hi, load_matrix(kv_lo_ptr, program, D, V, 0, block * BV, BD, BV))
+        S_hi, S_lo = load_matrix_operands(kv_hi_ptr, kv_lo_ptr, program, D, V, 0, block * BV, BD, BV, WIDE)
         dy = pair_dot(dO.to(tl.float32) * scaled_zeta[:, None], tl.trans(S_hi), tl.trans(S_lo), dy, WIDE)
     scores = scores * past_mask(G, C) * (scale * beta * beta * key_scale)[None, :]
     K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
@@ -131,8 +122,7 @@ def query_gradients(
     """One program works on ROWS rows of a chunk: they have nothing to do with each other."""
     first_row = tl.program_id(0) % (C // ROWS) * ROWS
     program = (tl.program_id(0) // (C // ROWS)).to(tl.int64)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     start += first_row
     if start >= end:
         return
@@ -146,8 +136,8 @@ def query_gradients(
     ydy_minus_zAx = tl.sum(q * dy, 1)
     dq = dy
     if SOLVE:
-        x = load_pairs(x_hi_ptr, x_lo_ptr, start, end, H, h, D, ROWS, BD, WIDE)
-        z = load_pairs(z_hi_ptr, z_lo_ptr, row, row + ROWS, 1, 0, BD, ROWS, BD, WIDE)
+        x = load_pairs(x_hi_ptr, x_lo_ptr, start, end, H, h, D, 0, ROWS, BD, WIDE)
+        z = load_pairs(z_hi_ptr, z_lo_ptr, row, row + ROWS, 1, 0, BD, 0, ROWS, BD, WIDE)
         dalpha = tl.sum((x - q) * dy, 1)
         dq = z
         if HAS_ALPHA:
@@ -170,42 +160,34 @@ def query_gradients(
     store_scalars(ydy_minus_zAx_ptr, ydy_minus_zAx, start, end, H, h, ROWS)
 
 
-def launch_read_states(
-    call: Call, part: Part, *, scales: Scales, x: Pair | None, states: StatePairs, o: Tensor
-) -> None:
+def launch_read_states(call: Call, part: Part, *, scales: Scales, x: Pair, states: StatePairs, o: Tensor) -> None:
     launch(read_states, part.programs,
-        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, alpha_ptr=call.alpha, beta_ptr=call.beta,
-        query_scale_ptr=scales.query, key_scale_ptr=scales.key,
-        x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo,
-        kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, o_ptr=o, chunk_ptr=call.chunks,
-        scale=call.scale, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
-        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
-        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.read,
+        q_ptr=call.q, alpha_ptr=call.alpha, query_scale_ptr=scales.query, x_hi_ptr=x.hi, x_lo_ptr=x.lo,
+        kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, o_ptr=o,
+        scale=call.scale, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        **keys_and_values(call, part, scales), **call.config.read,
     )  # fmt: skip
 
 
-def launch_read_gradients(
-    call: Call, part: Part, *, scales: Scales, do: Tensor, states: StatePairs, dy: Tensor
-) -> None:
+def launch_read_gradients(call: Call, part: Part, work: BackwardWorkspace, *, scales: Scales, do: Tensor) -> None:
+    """dy, from states.kv and do."""
+    kv = work.states.kv
     launch(read_gradients, part.programs,
-        k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key, do_ptr=do,
-        kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, dy_ptr=dy, chunk_ptr=call.chunks,
-        scale=call.scale, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
-        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks,
-        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.read,
+        do_ptr=do, kv_hi_ptr=kv.hi, kv_lo_ptr=kv.lo, dy_ptr=work.dy, scale=call.scale,
+        **keys_and_values(call, part, scales), **call.config.read,
     )  # fmt: skip
 
 
 def launch_query_gradients(
-    call: Call, part: Part, *, scales: Scales, x: Pair | None, norm: Tensor | None, dy: Tensor, z: Pair | None,
-    inner_zAx: Tensor | None, dq: Tensor, dalpha: Tensor | None, w: Tensor | None, ydy_minus_zAx: Tensor,
-) -> None:  # fmt: skip
-    rows = call.config.query_rows
+    call: Call, part: Part, work: BackwardWorkspace, *, scales: Scales, dq: Tensor, dalpha: Tensor | None
+) -> None:
+    """dq, dalpha, w and ydy_minus_zAx, from x, norm, dy, z and inner_zAx."""
+    x, z, rows = work.x, work.z, call.config.query_rows
     launch(query_gradients, part.programs * (call.C // rows),
         q_ptr=call.q, alpha_ptr=call.alpha, query_scale_ptr=scales.query,
-        x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo, norm_ptr=norm,
-        dy_ptr=dy, z_hi_ptr=None if z is None else z.hi, z_lo_ptr=None if z is None else z.lo,
-        inner_zAx_ptr=inner_zAx, dq_ptr=dq, dalpha_ptr=dalpha, w_ptr=w, ydy_minus_zAx_ptr=ydy_minus_zAx,
+        x_hi_ptr=x.hi, x_lo_ptr=x.lo, norm_ptr=work.norm, dy_ptr=work.dy, z_hi_ptr=z.hi, z_lo_ptr=z.lo,
+        inner_zAx_ptr=work.inner_zAx, dq_ptr=dq, dalpha_ptr=dalpha, w_ptr=work.w,
+        ydy_minus_zAx_ptr=work.ydy_minus_zAx,
         chunk_ptr=call.chunks, ridge_ratio=call.ridge_ratio, first_chunk=part.first, H=call.H, D=call.D,
         C=call.C, BD=call.BD, ROWS=rows, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
         NORMALIZE=call.normalize, WIDE=call.wide, **call.config.rowwise,

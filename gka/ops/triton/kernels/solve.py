@@ -20,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Pair, Part, StatePairs
+from ..call import NO_PAIR, Call, Pair, Part, StatePairs
 from ..launch import launch
 from .common import (
-    chunk_of,
     dot,
     fine_dot,
     floored,
+    head_and_chunk,
     key_weights,
     load_matrix,
     load_pairs,
@@ -109,8 +109,7 @@ def solve_chunks(
     ADJOINT, rhs is dy, rhs_scale alpha, and y the solution of the forward pass.
     """
     program = tl.program_id(0).to(tl.int64)
-    h, local = program % H, program // H
-    start, end = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= end:
         return
     hk = h // (H // Hk)
@@ -155,7 +154,7 @@ def solve_chunks(
             x = x * (1.0 - tau * ridge_ratio) - tau * product
         if stage > 0:
             tl.debug_barrier()
-            x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, C, BD, WIDE)
+            x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD, WIDE)
         factor = tl.full([C], 1.0, tl.float32)
         if stage == STAGES - 1:
             factor = inverse
@@ -168,13 +167,13 @@ def solve_chunks(
             row, stop, rows_H, rows_h, rows_D, program, D, C, BD, False, WIDE,
         )  # fmt: skip
         tl.debug_barrier()
-        y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, C, BD, WIDE)
+        y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, 0, C, BD, WIDE)
         store_scalars(inner_yAx_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)
 
 
 def launch_solve_chunks(
     call: Call, part: Part, *, rhs: Tensor, rhs_scale: Tensor | None, key_scale: Tensor | None, x: Pair,
-    norm: Tensor, states: StatePairs, y: Pair | None = None, inner_yAx: Tensor | None = None,
+    norm: Tensor | None, states: StatePairs, y: Pair = NO_PAIR, inner_yAx: Tensor | None = None,
 ) -> None:  # fmt: skip
     """x = A^{-1} rhs_scale rhs, as a pair, and norm; with y the adjoint solve, which reads norm.
 
@@ -184,9 +183,9 @@ def launch_solve_chunks(
         rhs_ptr=rhs, x_hi_ptr=x.hi, x_lo_ptr=x.lo,
         k_ptr=call.k, g_ptr=call.g, rhs_scale_ptr=rhs_scale, beta_ptr=call.beta, key_scale_ptr=key_scale,
         norm_ptr=norm, kk_hi_ptr=states.kk.hi, kk_lo_ptr=states.kk.lo,
-        y_hi_ptr=None if y is None else y.hi, y_lo_ptr=None if y is None else y.lo, inner_yAx_ptr=inner_yAx,
+        y_hi_ptr=y.hi, y_lo_ptr=y.lo, inner_yAx_ptr=inner_yAx,
         tau_ptr=call.taus, stage_ptr=call.stage_starts, chunk_ptr=call.chunks,
         ridge_ratio=call.ridge_ratio, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D,
-        C=call.C, BD=call.BD, STAGES=call.solver_stages, ADJOINT=y is not None, HAS_SCALE=rhs_scale is not None,
+        C=call.C, BD=call.BD, STAGES=call.solver_stages, ADJOINT=y is not NO_PAIR, HAS_SCALE=rhs_scale is not None,
         HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.solve,
     )  # fmt: skip

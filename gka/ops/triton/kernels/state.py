@@ -173,7 +173,7 @@ def _launch_scan(
     (BM, BN), warps = (config.span_tile, config.spans) if sum_only else (config.tile, config.scan)
     columns = (-(-call.D // BN) if call.solve else 0) + -(-call.V // BN)
     tiles, spans = -(-call.D // BM) * columns, -(-max(1, last - first) // every)
-    if not tiles * call.H * call.N:
+    if not call.N:
         return
     kk, kv = ((None, None), (None, None)) if states is None else states
     launch(scan_states, tiles * call.H * (spans if sum_only else call.N + spans),
@@ -211,8 +211,8 @@ def launch_find_edges(call: Call, *, weights: KeyWeights, edges: Edges) -> None:
         final_kk=None, final_kv=None, states=None,
     )  # fmt: skip
     for edge in edges:
-        elements = 0 if edge is None else edge.shape[2] * edge.shape[3]
-        if elements:
+        if edge is not None:
+            elements = edge.shape[2] * edge.shape[3]
             launch(join_edges, -(-elements // 512) * call.H,
                 edge_ptr=edge, span_decay_ptr=span_decay, edges=count, H=call.H, elements=elements,
                 BLOCK=512, num_warps=4,

@@ -18,15 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Edges, KeyWeights, Pair, Part, Scales, StatePairs
+from ..call import BackwardWorkspace, Call, Edges, KeyWeights, Part, Scales
 from ..launch import launch, or_stand_in
 from .common import (
-    chunk_of,
     dot,
+    head_and_chunk,
     joined,
     key_weights,
-    lo_of,
     load_matrix,
+    load_operands,
     load_pairs,
     load_rows,
     load_scalars,
@@ -45,31 +45,6 @@ from .common import (
 def _is_elsewhere(begin, end, first, last):
     """Whether a sequence has no chunk in this call; one without any chunk belongs to the first call."""
     return tl.where(begin == end, first > 0, (begin >= last) | (end <= first))
-
-
-@triton.jit
-def _operands(
-    hi_ptr, lo_ptr, start, stop, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
-    """hi and lo [C, BLOCK] of rows that are kept as pairs, columns from `first`; lo is hi if WIDE."""
-    hi = load_rows(hi_ptr, start, stop, H, h, dim, first, C, BLOCK)
-    lo = hi
-    if not WIDE:
-        lo = lo_of(hi, load_rows(lo_ptr, start, stop, H, h, dim, first, C, BLOCK))
-    return hi, lo
-
-
-@triton.jit
-def _weighted(
-    hi_ptr, lo_ptr, weight, start, stop, H, h, dim, first, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """The same of weight [C] times the rows, split anew."""
-    hi = load_rows(hi_ptr, start, stop, H, h, dim, first, C, BLOCK)
-    if WIDE:
-        x = hi.to(tl.float32)
-    else:
-        x = joined(hi, load_rows(lo_ptr, start, stop, H, h, dim, first, C, BLOCK))
-    return split(x * weight[:, None], WIDE)
 
 
 @triton.jit
@@ -95,8 +70,7 @@ def increments_kk(
     """What every chunk adds to G_ on the way back but for sum_w_zeta2 S_0, BD rows and HALF columns a program."""
     program = tl.program_id(0).to(tl.int64)
     half, program = (program % (BD // HALF)).to(tl.int32), program // (BD // HALF)
-    h, local = program % H, program // H
-    start, stop = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, stop = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= stop:
         return
     hk = h // (H // Hk)
@@ -112,15 +86,17 @@ def increments_kk(
     key_weight = sum_M_w_zeta * beta * beta * key_scale * key_scale
     row = program * C
     dS = tl.zeros([BD, HALF], tl.float32)
-    z_hi, z_lo = _operands(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, 0, C, BD, WIDE)
-    x_hi, x_lo = _weighted(x_hi_ptr, x_lo_ptr, half_zeta, start, stop, H, h, D, 0, C, BD, WIDE)
+    z_hi, z_lo = load_operands(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, 0, C, BD, WIDE)
+    x = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, 0, C, BD, WIDE)
+    x_hi, x_lo = split(x * half_zeta[:, None], WIDE)
     if HALF == BD:
         dS = _cross(z_hi, z_lo, x_hi, x_lo, dS, WIDE)
         dS = _cross(x_hi, x_lo, z_hi, z_lo, dS, WIDE)
     else:
-        right_hi, right_lo = _weighted(x_hi_ptr, x_lo_ptr, half_zeta, start, stop, H, h, D, column, C, HALF, WIDE)
+        right = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, column, C, HALF, WIDE)
+        right_hi, right_lo = split(right * half_zeta[:, None], WIDE)
         dS = _cross(z_hi, z_lo, right_hi, right_lo, dS, WIDE)
-        right_hi, right_lo = _operands(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, column, C, HALF, WIDE)
+        right_hi, right_lo = load_operands(z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, column, C, HALF, WIDE)
         dS = _cross(x_hi, x_lo, right_hi, right_lo, dS, WIDE)
     left = load_rows(k_ptr, start, stop, Hk, hk, D, 0, C, BD)
     right = load_rows(k_ptr, start, stop, Hk, hk, D, column, C, HALF).to(tl.float32) * -key_weight[:, None]
@@ -141,8 +117,7 @@ def increments_kv(
     """What every chunk adds to W_ on the way back, one of `blocks` blocks of BV columns a program."""
     program = tl.program_id(0).to(tl.int64)
     column, program = (program % blocks).to(tl.int32) * BV, program // blocks
-    h, local = program % H, program // H
-    start, stop = chunk_of(chunk_ptr, first_chunk + local)
+    h, start, stop = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= stop:
         return
     zeta = tl.exp(log_decays(g_ptr, start, stop, H, h, C))
@@ -164,13 +139,13 @@ def blend(
 ):  # fmt: skip
     """y = q + alpha (x - q) [C, BD] float32, with q = r_q times the query as it came."""
     if SOLVE and not HAS_ALPHA:
-        return load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, WIDE)
+        return load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, 0, C, BD, WIDE)
     else:
         y = load_rows(q_ptr, start, stop, H, h, D, 0, C, BD).to(tl.float32)
         if NORMALIZE:
             y = y * load_scalars(query_scale_ptr, start, stop, H, h, C)[:, None]
         if SOLVE:
-            x = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, C, BD, WIDE)
+            x = load_pairs(x_hi_ptr, x_lo_ptr, start, stop, H, h, D, 0, C, BD, WIDE)
             y += load_scalars(alpha_ptr, start, stop, H, h, C)[:, None] * (x - y)
         return y
 
@@ -254,29 +229,26 @@ def scan_gradients(
         store_matrix(d_initial_ptr, dS, n * H + h, D, width, row, 0, BM, BV)
 
 
-def launch_increments_kk(
-    call: Call, part: Part, *, scales: Scales, x: Pair, z: Pair, w: Tensor | None, d_states: StatePairs,
-    sum_M_w_zeta: Tensor | None, sum_w_zeta2: Tensor | None,
-) -> None:  # fmt: skip
-    half = call.config.half
+def launch_increments_kk(call: Call, part: Part, work: BackwardWorkspace, *, scales: Scales) -> None:
+    """d_states.kk, sum_M_w_zeta and sum_w_zeta2, from x, z and w."""
+    x, z, half = work.x, work.z, call.config.half
     launch(increments_kk, part.programs * (call.BD // half),
         k_ptr=call.k, x_hi_ptr=x.hi, x_lo_ptr=x.lo, z_hi_ptr=z.hi, z_lo_ptr=z.lo,
-        g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key, w_ptr=w,
-        d_hi_ptr=d_states.kk.hi, d_lo_ptr=d_states.kk.lo,
-        sum_M_w_zeta_ptr=sum_M_w_zeta, sum_w_zeta2_ptr=sum_w_zeta2,
+        g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key, w_ptr=work.w,
+        d_hi_ptr=work.d_states.kk.hi, d_lo_ptr=work.d_states.kk.lo,
+        sum_M_w_zeta_ptr=work.sum_M_w_zeta, sum_w_zeta2_ptr=work.sum_w_zeta2,
         chunk_ptr=call.chunks, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D,
         C=call.C, BD=call.BD, HALF=half, HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide,
         **call.config.increments_kk,
     )  # fmt: skip
 
 
-def launch_increments_kv(
-    call: Call, part: Part, *, scales: Scales, x: Pair | None, do: Tensor, d_states: StatePairs
-) -> None:
+def launch_increments_kv(call: Call, part: Part, work: BackwardWorkspace, *, scales: Scales, do: Tensor) -> None:
+    """d_states.kv, from x and do."""
     launch(increments_kv, part.programs * call.blocks,
-        q_ptr=call.q, x_hi_ptr=None if x is None else x.hi, x_lo_ptr=None if x is None else x.lo, do_ptr=do,
+        q_ptr=call.q, x_hi_ptr=work.x.hi, x_lo_ptr=work.x.lo, do_ptr=do,
         g_ptr=call.g, alpha_ptr=call.alpha, query_scale_ptr=scales.query,
-        d_hi_ptr=d_states.kv.hi, d_lo_ptr=d_states.kv.lo, chunk_ptr=call.chunks,
+        d_hi_ptr=work.d_states.kv.hi, d_lo_ptr=work.d_states.kv.lo, chunk_ptr=call.chunks,
         scale=call.scale, first_chunk=part.first, H=call.H, D=call.D, V=call.V, blocks=call.blocks,
         C=call.C, BD=call.BD, BV=call.BV, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
         NORMALIZE=call.normalize, WIDE=call.wide, **call.config.increments,
@@ -289,25 +261,23 @@ def _one_of_two(edges: Edges, number: int) -> Edges:
 
 
 def launch_scan_gradients(
-    call: Call, part: Part, *, weights: KeyWeights, sum_w_zeta2: Tensor | None, states: StatePairs,
-    d_final: Edges, d_initial: Edges, d_edges: Edges, d_states: StatePairs, decayed_inner: Tensor,
-) -> None:  # fmt: skip
-    """d_final, d_initial: gradients of the final and the initial states. d_edges: those at the ends of parts,
-    two in turns: a part reads the one that the part after it wrote, and writes the other."""
-    if not call.H * call.N:
-        return
-    rows = call.config.rows
+    call: Call, part: Part, work: BackwardWorkspace, *, weights: KeyWeights, d_final: Edges, d_initial: Edges
+) -> None:
+    """d_states become gradients at the chunks' ends, and decayed_inner; at the sequences' begins d_initial, from
+    d_final, the gradients of the final states. Of the two d_edges a part reads the one that the part after it
+    wrote, and writes the other."""
+    states, d_states, rows = work.states, work.d_states, call.config.rows
     tiles_kk, tiles_kv = -(-call.D // rows) if call.solve else 0, -(-call.D // rows)
-    into, out = _one_of_two(d_edges, part.number + 1), _one_of_two(d_edges, part.number)
+    into, out = _one_of_two(work.d_edges, part.number + 1), _one_of_two(work.d_edges, part.number)
     launch(scan_gradients, (tiles_kk + tiles_kv) * call.H * call.N,
-        decay_ptr=weights.decay, sum_w_zeta2_ptr=sum_w_zeta2, kk_ptr=states.kk.hi, kv_ptr=states.kv.hi,
+        decay_ptr=weights.decay, sum_w_zeta2_ptr=work.sum_w_zeta2, kk_ptr=states.kk.hi, kv_ptr=states.kv.hi,
         d_final_kk_ptr=or_stand_in(d_final.kk, d_final.kv), d_final_kv_ptr=d_final.kv,
         d_initial_kk_ptr=or_stand_in(d_initial.kk, d_initial.kv), d_initial_kv_ptr=d_initial.kv,
         edge_in_kk_ptr=or_stand_in(into.kk, into.kv), edge_in_kv_ptr=into.kv,
         edge_out_kk_ptr=or_stand_in(out.kk, out.kv), edge_out_kv_ptr=out.kv,
         d_kk_hi_ptr=d_states.kk.hi, d_kk_lo_ptr=d_states.kk.lo,
         d_kv_hi_ptr=d_states.kv.hi, d_kv_lo_ptr=d_states.kv.lo,
-        decayed_inner_ptr=decayed_inner, offset_ptr=call.offsets, first=part.first, last=part.last,
+        decayed_inner_ptr=work.decayed_inner, offset_ptr=call.offsets, first=part.first, last=part.last,
         H=call.H, D=call.D, V=call.V, tiles_kk=tiles_kk, tiles_kv=tiles_kv, BM=rows, BV=call.config.wide_row,
         SOLVE=call.solve, HAS_INITIAL=call.has_initial, HAS_FINAL=d_final.kv is not None, WIDE=call.wide,
         **call.config.gradients,
