@@ -27,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gka.cli import shared_options as shared
 from gka.cli.options import nearest, option
+from gka.cli.shared_options import Device
 from gka.training.errors import UserError
 
 from .catalogue import EXPERIMENTS
@@ -54,7 +56,7 @@ class EvidenceOptions:
     data: list[str] | None = option(
         None, "text files or folders for the language models; default: Python's standard library", metavar="PATH"
     )
-    device: Literal["auto", "cpu"] = option("auto", "device to compute on; auto takes a GPU if there is one")
+    device: Device = shared.device("options")
 
 
 def main(options: EvidenceOptions) -> None:

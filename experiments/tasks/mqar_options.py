@@ -1,14 +1,17 @@
 """The options and the cells of `python -m experiments mqar`; nothing here imports torch."""
 
+# ruff: noqa: RUF009  (option() makes a dataclass field)
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from gka.cli import shared_options as shared
 from gka.cli.options import option
+from gka.cli.shared_options import RUN, TRAINING, Device
 
 MIXERS = ("gka", "gla", "attention")
 ALL_MIXERS = (*MIXERS, "gdn", "mamba2")
@@ -20,7 +23,7 @@ def _list(default: Sequence[Any], help: str, **settings: Any) -> Any:
     return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
 
 
-_TASK, _MODEL, _TRAINING, _RUN = "task", "models", "training", "run"
+_TASK, _MODELS = "task", "models"
 
 
 @dataclass
@@ -42,66 +45,49 @@ class MQAROptions:
     train_examples: int = option(100_000, "sequences to train on", group=_TASK, minimum=1)
     test_examples: int = option(3_000, "sequences to score", group=_TASK, minimum=1)
 
-    mixers: list[str] = _list(  # noqa: RUF009
+    mixers: list[str] = _list(
         MIXERS,
         "what to compare: gka; gla, the same layer without the solve; attention (softmax); gdn (Gated DeltaNet); "
         "mamba2",
-        group=_MODEL,
+        group=_MODELS,
         metavar="NAME",
     )
-    dims: list[int] = _list(  # noqa: RUF009
-        (64, 128, 256), "widths of the residual stream", group=_MODEL, minimum=2
-    )
-    heads: int = option(2, "heads of a layer", group=_MODEL, minimum=1)
+    dims: list[int] = _list((64, 128, 256), "widths of the residual stream", group=_MODELS, minimum=2)
+    heads: int = option(2, "heads of a layer", group=_MODELS, minimum=1)
     head_dim: int | None = option(
-        None, "dim of keys and values of a head; default: dim / heads", group=_MODEL, minimum=1
+        None, "dim of keys and values of a head; default: dim / heads", group=_MODELS, minimum=1
     )
 
-    epochs: int = option(64, "passes over the training sequences", group=_TRAINING, minimum=1)
-    batch_size: int = option(256, "sequences per step", group=_TRAINING, minimum=1)
-    learning_rates: list[float] = _list(  # noqa: RUF009
+    epochs: int = option(64, "passes over the training sequences", group=TRAINING, minimum=1)
+    batch_size: int = option(256, "sequences per step", group=TRAINING, minimum=1)
+    learning_rates: list[float] = _list(
         (1e-3, 3e-3, 1e-2),
         "peak rates to try with every mixer; the best is reported",
-        group=_TRAINING,
+        group=TRAINING,
         above=0,
     )
-    warmup: float = option(
-        0.05,
-        "share of the steps in which the rate rises; then it falls to 0 as a cosine",
-        group=_TRAINING,
-        minimum=0,
-        maximum=0.9,
-    )
-    weight_decay: float = option(
-        0.1,
-        "weight decay of the matrices; norms, biases, A_log, dt_bias and D have none",
-        group=_TRAINING,
-        minimum=0,
-    )
+    warmup: float = shared.warmup("share of the steps in which the rate rises")
+    weight_decay: float = shared.weight_decay(0.1, without="norms, biases, A_log, dt_bias and D")
     adam_beta2: float = option(
         0.95,
         "beta2 of AdamW; 0.999 slows the start, as gradients of single tokens are rare",
-        group=_TRAINING,
+        group=TRAINING,
         minimum=0,
         maximum=0.9999,
     )
-    eval_every: int = option(100, "steps between two tests", group=_TRAINING, minimum=1)
+    eval_every: int = option(100, "steps between two tests", group=TRAINING, minimum=1)
     stop_accuracy: float = option(
-        0.99, "end a training once the test accuracy is above this", group=_TRAINING, above=0, maximum=1
+        0.99, "end a training once the test accuracy is above this", group=TRAINING, above=0, maximum=1
     )
-    seeds: list[int] = _list(  # noqa: RUF009
-        (0,), "random seeds of data and weights, one training each", group=_TRAINING, minimum=0
+    seeds: list[int] = _list(
+        (0,), "random seeds of data and weights, one training each", group=TRAINING, minimum=0
     )
 
-    device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_RUN
-    )
-    threads: int | None = option(None, "CPU threads; default: what PyTorch takes", group=_RUN, minimum=1)
-    output: str = option(
-        "runs/mqar", "folder of the results, created if it does not exist", group=_RUN, metavar="DIR"
-    )
-    resume: bool = option(False, "run the remaining cells, keep the results in the output folder", group=_RUN)
-    overwrite: bool = option(False, "delete the results in the output folder", group=_RUN)
+    device: Device = shared.device(RUN)
+    threads: int | None = option(None, "CPU threads; default: what PyTorch takes", group=RUN, minimum=1)
+    output: str = shared.output("runs/mqar", holds="the results")
+    resume: bool = option(False, "run the remaining cells, keep the results in the output folder", group=RUN)
+    overwrite: bool = option(False, "delete the results in the output folder", group=RUN)
 
 
 @dataclass(frozen=True)

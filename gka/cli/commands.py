@@ -8,7 +8,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from . import shared_options as shared
 from .options import option, read_yaml
+from .shared_options import DATA, MACHINE, MODEL, RUN, TRAINING, Device, Dtype
 
 OPTIONS_FILE = "options.yaml"
 
@@ -95,9 +97,6 @@ def saved_options(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
 
 
-_DATA, _MODEL, _TRAINING, _MACHINE, _RUN = "data", "model", "training", "machine", "run"
-
-
 @dataclass
 class TrainOptions:
     """Options of `gka train`."""
@@ -106,21 +105,21 @@ class TrainOptions:
         None,
         "text files and folders; every text file in a folder and its subfolders is read. "
         "Default: the sources of this Python's standard library",
-        group=_DATA,
+        group=DATA,
         metavar="PATH",
     )
     tokenizer: str | None = option(
         None,
         "folder of a Hugging Face tokenizer; default: tokens are bytes",
-        group=_DATA,
+        group=DATA,
         metavar="DIR",
     )
-    seq_len: int = option(512, "tokens per training sequence", group=_DATA, minimum=2)
+    seq_len: int = option(512, "tokens per training sequence", group=DATA, minimum=2)
     validation_fraction: float = option(
         0.05,
         "share of the files that is held out for validation, chosen by a hash of their names. "
         "From a single file, its end is held out",
-        group=_DATA,
+        group=DATA,
         above=0,
         maximum=0.5,
     )
@@ -129,108 +128,87 @@ class TrainOptions:
         "gka",
         "architecture: gka, or qwen3, transformers' own class with softmax attention in every block, to "
         "compare with or to convert",
-        group=_MODEL,
+        group=MODEL,
     )
-    hidden_size: int = option(256, "width of the residual stream", group=_MODEL, minimum=1)
+    hidden_size: int = option(256, "width of the residual stream", group=MODEL, minimum=1)
     intermediate_size: int | None = option(
-        None, "width of the feed-forward blocks; default: 8/3 of the hidden size", group=_MODEL, minimum=1
+        None, "width of the feed-forward blocks; default: 8/3 of the hidden size", group=MODEL, minimum=1
     )
-    layers: int = option(4, "number of blocks", group=_MODEL, minimum=1)
-    heads: int = option(4, "query heads", group=_MODEL, minimum=1)
+    layers: int = option(4, "number of blocks", group=MODEL, minimum=1)
+    heads: int = option(4, "query heads", group=MODEL, minimum=1)
     kv_heads: int | None = option(
-        None, "key and value heads, a divisor of the query heads; default: the same", group=_MODEL, minimum=1
+        None, "key and value heads, a divisor of the query heads; default: the same", group=MODEL, minimum=1
     )
-    head_dim: int | None = option(None, "dim of a head; default: hidden size / heads", group=_MODEL, minimum=1)
+    head_dim: int | None = option(None, "dim of a head; default: hidden size / heads", group=MODEL, minimum=1)
     mixer: Literal["gka", "gla"] | None = option(
         None,
         "recurrent layer: gka solves a ridge regression for every token, gla (gated linear attention) is "
         "the same layer without the solve; default: gka",
-        group=_MODEL,
+        group=MODEL,
     )
     attention_layers: list[int] | None = option(
         None,
         "blocks with softmax attention instead, counted from 0, e.g. 1,3; default: none",
-        group=_MODEL,
+        group=MODEL,
         minimum=0,
     )
     solver_steps: list[int] | None = option(
         None,
         "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; fewer is faster and less exact; "
         "default: 31 in float32, 16,16 in bfloat16",
-        group=_MODEL,
+        group=MODEL,
         minimum=1,
         maximum=128,
     )
-    ridge_ratio: float | None = option(
-        None, "strength of the ridge, relative to the norm of the keys' matrix", group=_MODEL, above=0
-    )
+    ridge_ratio: float | None = shared.ridge_ratio(MODEL)
     tie_embeddings: bool = option(
-        False, "share one matrix between the embedding and the output projection", group=_MODEL
+        False, "share one matrix between the embedding and the output projection", group=MODEL
     )
 
     max_steps: int | None = option(
         None,
         "optimiser steps; default: one pass over the data, unless --max-minutes is given",
-        group=_TRAINING,
+        group=TRAINING,
         minimum=1,
     )
     max_minutes: float | None = option(
         None,
         "wall-clock minutes of training, validation included; the learning rate reaches 0 at their end. "
         "With --max-steps, training ends at whichever comes first",
-        group=_TRAINING,
+        group=TRAINING,
         above=0,
     )
-    batch_size: int = option(16, "sequences per step, per process and accumulation", group=_TRAINING, minimum=1)
-    accumulation: int = option(1, "batches whose gradients are added up per step", group=_TRAINING, minimum=1)
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", group=_TRAINING, above=0)
-    warmup: float = option(
-        0.05,
-        "share of the run in which the learning rate rises; then it falls to 0 as a cosine",
-        group=_TRAINING,
-        minimum=0,
-        maximum=0.9,
-    )
-    weight_decay: float = option(
-        0.1, "weight decay of the matrices; norms, biases, A_log and dt_bias have none", group=_TRAINING, minimum=0
-    )
-    seed: int = option(0, "random seed of the weights and the order of the data", group=_TRAINING, minimum=0)
+    batch_size: int = shared.batch_size(16)
+    accumulation: int = shared.accumulation()
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", group=TRAINING, above=0)
+    warmup: float = shared.warmup("share of the run in which the learning rate rises")
+    weight_decay: float = shared.weight_decay(0.1)
+    seed: int = option(0, "random seed of the weights and the order of the data", group=TRAINING, minimum=0)
 
-    device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
-    )
-    dtype: Literal["float32", "bfloat16"] = option(
-        "float32",
-        "dtype of the activations; weights and optimiser stay float32 (mixed precision)",
-        group=_MACHINE,
-    )
+    device: Device = shared.device()
+    dtype: Dtype = shared.dtype_of_activations()
     gradient_checkpointing: bool = option(
         False,
         "recompute activations in the backward pass: less memory, about a third more time",
-        group=_MACHINE,
+        group=MACHINE,
     )
-    compile: bool = option(False, "compile the model by torch.compile (needs a C++ compiler)", group=_MACHINE)
+    compile: bool = option(False, "compile the model by torch.compile (needs a C++ compiler)", group=MACHINE)
 
-    output: str = option("runs/gka", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR")
+    output: str = shared.output("runs/gka")
     resume: bool = option(
         False,
         "resume from the newest checkpoint in the output folder, with the options of that run",
-        group=_RUN,
+        group=RUN,
     )
-    overwrite: bool = option(False, "delete the run in the output folder and start a new one", group=_RUN)
-    log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
-    eval_every: int = option(200, "steps between two validations", group=_RUN, minimum=1)
-    save_every: int = option(
-        200,
-        "steps between two checkpoints, a multiple of --log-every; the newest two are kept",
-        group=_RUN,
-        minimum=1,
-    )
+    overwrite: bool = shared.overwrite()
+    log_every: int = shared.log_every()
+    eval_every: int = option(200, "steps between two validations", group=RUN, minimum=1)
+    save_every: int = shared.save_every()
     eval_bytes: int = option(
-        200_000, "bytes of held-out text that each validation reads; 0 = all", group=_RUN, minimum=0
+        200_000, "bytes of held-out text that each validation reads; 0 = all", group=RUN, minimum=0
     )
-    prompt: str = option("def main(", "text that the trained model continues at the end; '' = none", group=_RUN)
-    sample_tokens: int = option(256, "tokens of that continuation; 0 = none", group=_RUN, minimum=0)
+    prompt: str = option("def main(", "text that the trained model continues at the end; '' = none", group=RUN)
+    sample_tokens: int = option(256, "tokens of that continuation; 0 = none", group=RUN, minimum=0)
 
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,14 +219,11 @@ class TrainOptions:
 _SAMPLING = "sampling"
 
 
-_OTHER_STEPS = "Chebyshev steps of the solve, per stage, e.g. 16; default: those of the checkpoint"
-
-
 @dataclass
 class GenerateOptions:
     """Options of `gka generate`."""
 
-    checkpoint: str = option(MISSING, "folder of a trained model or of its run", positional=True)
+    checkpoint: str = shared.trained_model()
     prompt: str = option("", "text to continue; - reads it from standard input", group=_SAMPLING)
     max_new_tokens: int = option(256, "largest number of tokens to generate", group=_SAMPLING, minimum=1)
     temperature: float = option(
@@ -265,11 +240,9 @@ class GenerateOptions:
         maximum=1,
     )
     seed: int | None = option(None, "random seed; the same seed gives the same text", group=_SAMPLING, minimum=0)
-    device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
-    )
-    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the weights", group=_MACHINE)
-    solver_steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
+    device: Device = shared.device()
+    dtype: Dtype = shared.dtype_of_weights()
+    solver_steps: list[int] | None = shared.solver_steps_of_checkpoint()
 
 
 _SERVER = "server"
@@ -279,7 +252,7 @@ _SERVER = "server"
 class ServeOptions:
     """Options of `gka serve`."""
 
-    checkpoint: str = option(MISSING, "folder of a trained model or of its run", positional=True)
+    checkpoint: str = shared.trained_model()
     name: str | None = option(
         None,
         "name of the model in requests; default: the name of the run's or checkpoint's folder",
@@ -295,10 +268,8 @@ class ServeOptions:
         group=_SERVER,
         minimum=0,
     )
-    device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
-    )
-    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the weights", group=_MACHINE)
+    device: Device = shared.device()
+    dtype: Dtype = shared.dtype_of_weights()
 
 
 _REPORT = "report"
@@ -308,27 +279,25 @@ _REPORT = "report"
 class EvalOptions:
     """Options of `gka eval`."""
 
-    checkpoint: str = option(MISSING, "folder of a trained model or of its run", positional=True)
+    checkpoint: str = shared.trained_model()
     data: list[str] | None = option(
         None,
         "text files and folders; default: the held-out text of the run that made the model",
-        group=_DATA,
+        group=DATA,
         metavar="PATH",
     )
-    max_bytes: int = option(0, "approximate limit of the bytes read; 0 = all", group=_DATA, minimum=0)
+    max_bytes: int = option(0, "approximate limit of the bytes read; 0 = all", group=DATA, minimum=0)
     window: int = option(
         1024,
         "tokens per forward pass; the state is carried from window to window, so this changes memory, "
         "not the result",
-        group=_MACHINE,
+        group=MACHINE,
         minimum=1,
     )
-    batch_size: int = option(8, "files read at the same time", group=_MACHINE, minimum=1)
-    device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
-    )
-    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the weights", group=_MACHINE)
-    solver_steps: list[int] | None = option(None, _OTHER_STEPS, group=_MACHINE, metavar="N,N,...", minimum=1)
+    batch_size: int = option(8, "files read at the same time", group=MACHINE, minimum=1)
+    device: Device = shared.device()
+    dtype: Dtype = shared.dtype_of_weights()
+    solver_steps: list[int] | None = shared.solver_steps_of_checkpoint()
     per_file: bool = option(False, "print a line for every file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
+from . import shared_options as shared
 from .commands import saved_options
 from .options import option
-
-_LAYERS, _DATA, _TRAINING, _MACHINE, _RUN = "layers", "data", "training", "machine", "run"
+from .shared_options import DATA, LAYERS, MACHINE, RUN, TRAINING, Device, Dtype
 
 
 @dataclass
@@ -20,23 +20,21 @@ class ConvertOptions:
     model: str = option(MISSING, "folder of a Llama, Mistral, Qwen2, Qwen3 or hybrid model", positional=True)
     out: str = option(MISSING, "folder of the result, created if it does not exist", positional=True)
     layers: list[int] = option(
-        MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=_LAYERS, minimum=0
+        MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=LAYERS, minimum=0
     )
     solver_steps: list[int] | None = option(
         None,
         "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; default: what suits the dtype",
-        group=_LAYERS,
+        group=LAYERS,
         minimum=1,
         maximum=128,
     )
-    ridge_ratio: float | None = option(
-        None, "strength of the ridge, relative to the norm of the keys' matrix", group=_LAYERS, above=0
-    )
-    seed: int = option(0, "random seed of the weights that the new layers do not copy", group=_LAYERS, minimum=0)
+    ridge_ratio: float | None = shared.ridge_ratio(LAYERS)
+    seed: int = option(0, "random seed of the weights that the new layers do not copy", group=LAYERS, minimum=0)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "dtype of the weights; auto keeps the model's", group=_MACHINE
+        "auto", "dtype of the weights; auto keeps the model's", group=MACHINE
     )
-    overwrite: bool = option(False, "replace a model in the folder of the result", group=_RUN)
+    overwrite: bool = option(False, "replace a model in the folder of the result", group=RUN)
 
 
 @dataclass
@@ -46,58 +44,41 @@ class _Shared:
     data: list[str] | None = option(
         None,
         "text files and folders, as for gka train; default: the sources of this Python's standard library",
-        group=_DATA,
+        group=DATA,
         metavar="PATH",
     )
-    seq_len: int = option(512, "tokens per sequence", group=_DATA, minimum=2)
+    seq_len: int = option(512, "tokens per sequence", group=DATA, minimum=2)
     validation_fraction: float = option(
         0.05,
         "share of the files that is held out for measurements, chosen by a hash of their names",
-        group=_DATA,
+        group=DATA,
         above=0,
         maximum=0.5,
     )
     eval_bytes: int = option(
-        200_000, "bytes of held-out text that each measurement reads; 0 = all", group=_DATA, minimum=0
+        200_000, "bytes of held-out text that each measurement reads; 0 = all", group=DATA, minimum=0
     )
     layer_steps: int = option(
-        500, "optimiser steps in which the new layers learn the old ones' outputs", group=_TRAINING, minimum=0
+        500, "optimiser steps in which the new layers learn the old ones' outputs", group=TRAINING, minimum=0
     )
-    layer_learning_rate: float = option(2e-3, "peak learning rate of these steps", group=_TRAINING, above=0)
-    batch_size: int = option(8, "sequences per step, per process and accumulation", group=_TRAINING, minimum=1)
-    accumulation: int = option(1, "batches whose gradients are added up per step", group=_TRAINING, minimum=1)
-    warmup: float = option(
-        0.05,
-        "share of the steps in which the learning rate rises; then it falls to 0 as a cosine",
-        group=_TRAINING,
-        minimum=0,
-        maximum=0.9,
-    )
-    weight_decay: float = option(
-        0.0, "weight decay of the matrices; norms, biases, A_log and dt_bias have none", group=_TRAINING, minimum=0
-    )
-    seed: int = option(0, "random seed of the order of the data and of random layers", group=_TRAINING, minimum=0)
-    device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
-    )
-    dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of the activations; weights and optimiser stay float32 (mixed precision)", group=_MACHINE
-    )
-    resume: bool = option(False, "resume the run in the output folder, with its options", group=_RUN)
-    overwrite: bool = option(False, "delete the run in the output folder and start a new one", group=_RUN)
-    log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
-    save_every: int = option(
-        200,
-        "steps between two checkpoints, a multiple of --log-every; the newest two are kept",
-        group=_RUN,
-        minimum=1,
-    )
+    layer_learning_rate: float = option(2e-3, "peak learning rate of these steps", group=TRAINING, above=0)
+    batch_size: int = shared.batch_size(8)
+    accumulation: int = shared.accumulation()
+    warmup: float = shared.warmup("share of the steps in which the learning rate rises")
+    weight_decay: float = shared.weight_decay(0.0)
+    seed: int = option(0, "random seed of the order of the data and of random layers", group=TRAINING, minimum=0)
+    device: Device = shared.device()
+    dtype: Dtype = shared.dtype_of_activations()
+    resume: bool = option(False, "resume the run in the output folder, with its options", group=RUN)
+    overwrite: bool = shared.overwrite()
+    log_every: int = shared.log_every()
+    save_every: int = shared.save_every()
 
 
 @dataclass
 class _Distill:
     student: str = option(MISSING, "folder of the hybrid that gka convert made", positional=True)
-    teacher: str = option(MISSING, "folder of the model it was made from", group=_LAYERS, metavar="DIR")
+    teacher: str = option(MISSING, "folder of the model it was made from", group=LAYERS, metavar="DIR")
 
 
 @dataclass
@@ -105,24 +86,22 @@ class DistillOptions(_Shared, _Distill):
     """Options of `gka distill`."""
 
     tune_steps: int = option(
-        500, "optimiser steps of the fine-tune of all weights that follows", group=_TRAINING, minimum=0
+        500, "optimiser steps of the fine-tune of all weights that follows", group=TRAINING, minimum=0
     )
-    learning_rate: float = option(3e-4, "peak learning rate of the fine-tune", group=_TRAINING, above=0)
+    learning_rate: float = option(3e-4, "peak learning rate of the fine-tune", group=TRAINING, above=0)
     kl_weight: float = option(
         1.0,
         "weight of the divergence from the teacher's predictions, added to the loss on the text; 0 = text alone",
-        group=_TRAINING,
+        group=TRAINING,
         minimum=0,
     )
     gradient_checkpointing: bool = option(
         False,
         "recompute activations in the backward pass of the fine-tune: less memory, about a third more time",
-        group=_MACHINE,
+        group=MACHINE,
     )
-    output: str = option(
-        "runs/distilled", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR"
-    )
-    eval_every: int = option(200, "steps between two validations of the fine-tune", group=_RUN, minimum=1)
+    output: str = shared.output("runs/distilled")
+    eval_every: int = option(200, "steps between two validations of the fine-tune", group=RUN, minimum=1)
 
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,9 +118,7 @@ class _Rank:
 class RankOptions(_Shared, _Rank):
     """Options of `gka rank-layers`."""
 
-    output: str = option(
-        "runs/ranked", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR"
-    )
+    output: str = shared.output("runs/ranked")
 
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,15 +41,7 @@ TENSORS = 9  # with which a packed list of arguments begins: those of `Arguments
 
 def _pack(arguments: Arguments, backend: str) -> tuple[Any, ...]:
     """Tensors and numbers as an operator takes them; chunk_size 0 stands for None."""
-    return (
-        *arguments[:TENSORS],
-        backend,
-        arguments.ridge_ratio,
-        list(arguments.solver_steps),
-        arguments.scale,
-        arguments.normalize_qk,
-        arguments.chunk_size or 0,
-    )
+    return *arguments[:TENSORS], backend, *arguments.numbers, arguments.chunk_size or 0
 
 
 def _unpack(
@@ -64,7 +56,7 @@ def _unpack(
     """The inverse of `_pack`, with a chunk size that suits the device where none was given."""
     q: Any = tensors[0]
     C = chunk_size or BACKENDS[backend].load().default_chunk_size(q.device)
-    return Arguments._make((*tensors, ridge_ratio, tuple(solver_steps), scale, normalize_qk, C))
+    return Arguments.of(tensors, ridge_ratio, solver_steps, scale, normalize_qk, C)
 
 
 def _given(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:

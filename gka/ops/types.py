@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,24 @@ class Arguments(NamedTuple):
     scale: float
     normalize_qk: bool
     chunk_size: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Iterable[Tensor | None],
+        ridge_ratio: float,
+        solver_steps: Sequence[int],
+        scale: float,
+        normalize_qk: bool,
+        chunk_size: int | None = None,
+    ) -> Arguments:
+        """From the tensors and from `numbers`, as a custom operator takes them."""
+        return cls._make((*tensors, ridge_ratio, tuple(solver_steps), scale, normalize_qk, chunk_size))
+
+    @property
+    def numbers(self) -> tuple[float, list[int], float, bool]:
+        """The numbers but chunk_size, as a custom operator takes them."""
+        return self.ridge_ratio, list(self.solver_steps), self.scale, self.normalize_qk
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

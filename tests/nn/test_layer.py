@@ -158,27 +158,63 @@ def test_weight_decay_marks_survive_whatever_replaces_parameters(tmp_path: Any) 
     assert marks(loaded) == {f"model.layers.{i}.gka.{name}" for i in (0, 1) for name in expected}
 
 
+def output_and_gradients(layer: GatedKalmaNet, x: Tensor) -> dict[str, Tensor]:
+    """The layer's output, and the gradients of its mean square in the parameters."""
+    layer.zero_grad()
+    out = layer(x)
+    out.square().mean().backward()
+    return {"out": out.detach(), **{name: p.grad.clone() for name, p in layer.named_parameters()}}
+
+
 def in_two_precisions(layer: GatedKalmaNet, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Outputs and gradients of the layer in `dtype` and, with the same weights, in float64."""
-    x, pairs = random_inputs(2, 70, 36).to(dtype), {}
-    layers = layer.to(dtype), copy.deepcopy(layer.to(dtype)).double()
-    outs = [each(x.to(each.A_log.dtype)) for each in layers]
-    for out in outs:
-        out.square().mean().backward()
-    pairs["out"] = (outs[0], outs[1])
-    for (name, low), high in zip(layers[0].named_parameters(), layers[1].parameters(), strict=True):
-        assert low.grad is not None and high.grad is not None and low.grad.dtype == dtype
-        pairs[name] = (low.grad, high.grad)
-    return pairs
+    """Outputs and gradients of the layer in `dtype` and, with the same weights and inputs, in float64."""
+    x = random_inputs(2, 70, 36).to(dtype)
+    low, high = layer.to(dtype), copy.deepcopy(layer.to(dtype)).double()
+    found, exact = output_and_gradients(low, x), output_and_gradients(high, x.double())
+    assert all(value.dtype == dtype for value in found.values())
+    return {name: (found[name], exact[name]) for name in exact}
 
 
+def effect_of_rounding(layer: GatedKalmaNet, dtype: torch.dtype) -> dict[str, float]:
+    """Root mean square, over four trials, of the relative change of all outputs and gradients in float64 where
+    inputs and parameters change at random by as much as rounding once to `dtype` may change them."""
+    generator, unit = torch.Generator().manual_seed(0), torch.finfo(dtype).eps / 4
+
+    def changed(value: Tensor) -> Tensor:
+        return value * (1.0 + unit * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+
+    layer, x = copy.deepcopy(layer.to(dtype)).double(), random_inputs(2, 70, 36).to(dtype).double()
+    exact, squares = output_and_gradients(layer, x), dict.fromkeys(["out", *dict(layer.named_parameters())], 0.0)
+    for _ in range(4):
+        trial = copy.deepcopy(layer)
+        with torch.no_grad():
+            for parameter in trial.parameters():
+                parameter.copy_(changed(parameter))
+        found = output_and_gradients(trial, changed(x))
+        for name in squares:
+            squares[name] += relative_error(found[name], exact[name]) ** 2 / 4
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_close(dtype: torch.dtype) -> None:
-    """Over six draws of the weights together: gradients that are sums which nearly cancel differ a lot by draw."""
-    draws = [in_two_precisions(tiny_layer(seed=seed), dtype) for seed in range(6)]
-    for name in draws[0]:
-        low, high = (torch.cat([draw[name][side].flatten() for draw in draws]) for side in (0, 1))
-        assert_near(low, high, 2e-2 if name == "out" else 6e-2, name)
+def test_16_bits_are_close(dtype: torch.dtype, seed: int) -> None:
+    """Gradients that are sums which nearly cancel have errors that differ a lot by draw of the weights. So has
+    what rounding weights and inputs once changes, which no layer avoids; the errors of 24 draws were at most 1.4
+    times that. The solve is exact here: where it is truncated, that may be the larger error.
+    """
+    layer = tiny_layer(seed=seed, solver_steps=[100])
+    unavoidable = effect_of_rounding(layer, dtype)
+    for name, (low, high) in in_two_precisions(layer, dtype).items():
+        assert_near(low, high, 2.0 * unavoidable[name], name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1.5e-2), (torch.float16, 7e-3)])
+def test_default_steps_suit_16_bits(dtype: torch.dtype, bound: float, seed: int) -> None:
+    """The outputs of these draws are off by up to 8.0e-3 and 3.8e-3; in float16 most of it is truncation."""
+    low, high = in_two_precisions(tiny_layer(seed=seed), dtype)["out"]
+    assert_near(low, high, bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

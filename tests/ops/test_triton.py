@@ -270,7 +270,7 @@ import torch
 from benchmarks.compile_kernels import source, taken_down
 from gka.ops import State, gated_kalmanet
 from gka.ops.triton import config, op
-from gka.ops.types import Arguments
+from gka.ops.types import Arguments, Saved
 
 def keys(launches):
     sources = [(kernel.fn.__name__, source(kernel, values), options) for kernel, values, options in launches]
@@ -286,8 +286,12 @@ for solver_steps in ((16, 16), ()):
         arguments = arguments._replace(S_kk=None, solver_steps=())
     with mock.patch.object(config, "INTERPRETED", True), taken_down() as run:
         out = op.forward(arguments, output_final_state=True, save=True)
-        final = [out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv)]
-        op.backward(arguments, saved=out.saved, final=final, do=out.o, d_final=(None, None))
+        # As the custom operator hands them over: empty tensors for None.
+        *final, x, x_lo, norm, edge_kk, edge_kv = (
+            out.o.new_empty(0) if x is None else x for x in (out.S_kk, out.S_kv, *out.saved)
+        )
+        saved = Saved(x, x_lo, norm, edge_kk, edge_kv)
+        op.backward(arguments, saved=saved, final=final, do=out.o, d_final=(None, None))
     with mock.patch.object(config, "INTERPRETED", True), taken_down() as ahead:
         op.compile_ahead(arguments, output_final_state=True, save=True)
     with mock.patch.object(config, "INTERPRETED", True), taken_down() as again:

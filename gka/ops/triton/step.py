@@ -11,7 +11,6 @@ Legend: B sequences, H query heads, Hk key/value heads, D key dim, V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -68,18 +67,17 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
     q, k, v, g, alpha, beta, kk, kv = tensors
     new_kk, new_kv = (x if x is None else x.contiguous() for x in new_state)
     assert kv is not None
-    if B:
-        with on_device(device):
-            launch(step_token, B * H,
-                q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
-                kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
-                new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
-                tau_ptr=_node_table(solver_steps, arguments.ridge_ratio, device),
-                scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, nodes=sum(solver_steps),
-                H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps),
-                HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
-                **step_config(kv.dtype, D, V),
-            )  # fmt: skip
+    with on_device(device):
+        launch(step_token, B * H,
+            q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
+            kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
+            new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
+            tau_ptr=_node_table(solver_steps, arguments.ridge_ratio, device),
+            scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, nodes=sum(solver_steps),
+            H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps),
+            HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
+            **step_config(kv.dtype, D, V),
+        )  # fmt: skip
     for target, computed in zip(new_state, (new_kk, new_kv), strict=True):
         if target is not None and computed is not None and target is not computed:
             target.copy_(computed)
@@ -96,33 +94,26 @@ def _stepped(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return o, arguments.q.new_empty(0) if new_kk is None else new_kk, new_kv
 
 
-def _pack(a: Arguments) -> tuple[Any, ...]:
+def _pack(arguments: Arguments) -> tuple[Any, ...]:
     """The arguments as the operators below take them; `_unpack` is the inverse."""
-    return *a.differentiable, a.ridge_ratio, list(a.solver_steps), a.scale, a.normalize_qk
+    return *arguments.differentiable, *arguments.numbers
 
 
 def _unpack(*packed: Any) -> Arguments:
-    *tensors, ridge_ratio, solver_steps, scale, normalize_qk = packed
-    return Arguments._make((*tensors, None, ridge_ratio, tuple(solver_steps), scale, normalize_qk, None))
+    return Arguments.of((*packed[:8], None), *packed[8:])
 
 
-@torch.library.custom_op("gka::step", mutates_args=())
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    S_kk: Tensor | None,
-    S_kv: Tensor,
-    ridge_ratio: float,
-    solver_steps: Sequence[int],
-    scale: float,
-    normalize_qk: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (q, k, v, g, alpha, beta, S_kk, S_kv)
-    return _stepped(_unpack(*tensors, ridge_ratio, solver_steps, scale, normalize_qk))
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? alpha, Tensor? beta"
+_NUMBERS = "float ridge_ratio, SymInt[] solver_steps, float scale, bool normalize_qk"
+
+
+@torch.library.custom_op(
+    "gka::step",
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? S_kk, Tensor S_kv, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
+)
+def _step(*packed: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _stepped(_unpack(*packed))
 
 
 @_step.register_fake
@@ -132,24 +123,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Te
     return q.new_empty(*q.shape[:2], v.shape[2]), new_kk, S_kv.new_empty(S_kv.shape)
 
 
-@torch.library.custom_op("gka::step_", mutates_args=("S_kk", "S_kv"))
-def _step_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    S_kk: Tensor | None,
-    S_kv: Tensor,
-    ridge_ratio: float,
-    solver_steps: Sequence[int],
-    scale: float,
-    normalize_qk: bool,
-) -> Tensor:
+@torch.library.custom_op(
+    "gka::step_",
+    mutates_args=("S_kk", "S_kv"),
+    schema=f"({_TENSORS}, Tensor(a!)? S_kk, Tensor(b!) S_kv, {_NUMBERS}) -> Tensor",
+)
+def _step_(*packed: Any) -> Tensor:
     """o; S_kk and S_kv are brought up to date."""
-    tensors = (q, k, v, g, alpha, beta, S_kk, S_kv)
-    return _launch(_unpack(*tensors, ridge_ratio, solver_steps, scale, normalize_qk), State(S_kk, S_kv))
+    arguments = _unpack(*packed)
+    assert arguments.S_kv is not None
+    return _launch(arguments, State(arguments.S_kk, arguments.S_kv))
 
 
 @_step_.register_fake
