@@ -24,71 +24,74 @@ class ConvertOptions:
     )
     solver_steps: list[int] | None = option(
         None,
-        "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; default: what suits the dtype",
+        "Chebyshev steps of each stage of the solve, e.g. 31 or 16,16; default: depends on the dtype",
         group=_LAYERS,
         minimum=1,
         maximum=128,
     )
     ridge_ratio: float | None = option(
-        None, "strength of the ridge, relative to the norm of the keys' matrix", group=_LAYERS, above=0
+        None, "ridge strength as a fraction of the Frobenius norm of S_kk", group=_LAYERS, above=0
     )
-    seed: int = option(0, "random seed of the weights that the new layers do not copy", group=_LAYERS, minimum=0)
+    seed: int = option(0, "random seed of the weights that have no source in the model", group=_LAYERS, minimum=0)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "dtype of the weights; auto keeps the model's", group=_MACHINE
+        "auto", "dtype of the weights; auto keeps the dtype of the model", group=_MACHINE
     )
-    overwrite: bool = option(False, "replace a model in the folder of the result", group=_RUN)
+    overwrite: bool = option(False, "replace an existing model in the result folder", group=_RUN)
 
 
 @dataclass
 class _Shared:
-    """What `gka distill` and `gka rank-layers` have in common, as in `gka train`."""
+    """Options that `gka distill` and `gka rank-layers` share; they mean the same in `gka train`."""
 
     data: list[str] | None = option(
         None,
-        "text files and folders, as for gka train; default: the sources of this Python's standard library",
+        "text files and folders; folders are searched with their subfolders. "
+        "Default: the source files of Python's standard library",
         group=_DATA,
         metavar="PATH",
     )
     seq_len: int = option(512, "tokens per sequence", group=_DATA, minimum=2)
     validation_fraction: float = option(
         0.05,
-        "share of the files that is held out for measurements, chosen by a hash of their names",
+        "fraction of the files to hold out for measurements, chosen by a hash of the file names",
         group=_DATA,
         above=0,
         maximum=0.5,
     )
-    eval_bytes: int = option(
-        200_000, "bytes of held-out text that each measurement reads; 0 = all", group=_DATA, minimum=0
-    )
+    eval_bytes: int = option(200_000, "bytes of held-out text per measurement; 0 = all", group=_DATA, minimum=0)
     layer_steps: int = option(
-        500, "optimiser steps in which the new layers learn the old ones' outputs", group=_TRAINING, minimum=0
+        500, "optimiser steps of stage 1: new layers learn the outputs of the old ones", group=_TRAINING, minimum=0
     )
-    layer_learning_rate: float = option(2e-3, "peak learning rate of these steps", group=_TRAINING, above=0)
-    batch_size: int = option(8, "sequences per step, per process and accumulation", group=_TRAINING, minimum=1)
-    accumulation: int = option(1, "batches whose gradients are added up per step", group=_TRAINING, minimum=1)
+    layer_learning_rate: float = option(2e-3, "peak learning rate of stage 1", group=_TRAINING, above=0)
+    batch_size: int = option(8, "sequences per batch, in each process", group=_TRAINING, minimum=1)
+    accumulation: int = option(
+        1, "batches per optimiser step, for gradient accumulation", group=_TRAINING, minimum=1
+    )
     warmup: float = option(
         0.05,
-        "share of the steps in which the learning rate rises; then it falls to 0 as a cosine",
+        "fraction of the steps with a rising learning rate; afterwards it falls to 0 along a cosine",
         group=_TRAINING,
         minimum=0,
         maximum=0.9,
     )
     weight_decay: float = option(
-        0.0, "weight decay of the matrices; norms, biases, A_log and dt_bias have none", group=_TRAINING, minimum=0
+        0.0, "weight decay of matrices; none for norms, biases, A_log and dt_bias", group=_TRAINING, minimum=0
     )
-    seed: int = option(0, "random seed of the order of the data and of random layers", group=_TRAINING, minimum=0)
+    seed: int = option(0, "random seed of the data order and of random layers", group=_TRAINING, minimum=0)
     device: Literal["auto", "cpu"] = option(
-        "auto", "device to compute on; auto takes a GPU if there is one", group=_MACHINE
+        "auto", "device for the computation; auto uses a GPU if there is one", group=_MACHINE
     )
     dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of the activations; weights and optimiser stay float32 (mixed precision)", group=_MACHINE
+        "float32",
+        "dtype of the activations; weights and optimiser state stay float32 (mixed precision)",
+        group=_MACHINE,
     )
-    resume: bool = option(False, "resume the run in the output folder, with its options", group=_RUN)
+    resume: bool = option(False, "resume the run in the output folder, with its saved options", group=_RUN)
     overwrite: bool = option(False, "delete the run in the output folder and start a new one", group=_RUN)
     log_every: int = option(10, "steps between two logged losses", group=_RUN, minimum=1)
     save_every: int = option(
         200,
-        "steps between two checkpoints, a multiple of --log-every; the newest two are kept",
+        "steps between two checkpoints, a multiple of --log-every; only the newest two are kept",
         group=_RUN,
         minimum=1,
     )
@@ -96,8 +99,8 @@ class _Shared:
 
 @dataclass
 class _Distill:
-    student: str = option(MISSING, "folder of the hybrid that gka convert made", positional=True)
-    teacher: str = option(MISSING, "folder of the model it was made from", group=_LAYERS, metavar="DIR")
+    student: str = option(MISSING, "folder of the hybrid model, written by gka convert", positional=True)
+    teacher: str = option(MISSING, "folder of the original model", group=_LAYERS, metavar="DIR")
 
 
 @dataclass
@@ -105,24 +108,24 @@ class DistillOptions(_Shared, _Distill):
     """Options of `gka distill`."""
 
     tune_steps: int = option(
-        500, "optimiser steps of the fine-tune of all weights that follows", group=_TRAINING, minimum=0
+        500, "optimiser steps of stage 2: fine-tuning of all weights", group=_TRAINING, minimum=0
     )
-    learning_rate: float = option(3e-4, "peak learning rate of the fine-tune", group=_TRAINING, above=0)
+    learning_rate: float = option(3e-4, "peak learning rate of stage 2", group=_TRAINING, above=0)
     kl_weight: float = option(
         1.0,
-        "weight of the divergence from the teacher's predictions, added to the loss on the text; 0 = text alone",
+        "weight of the KL divergence from the teacher in the loss of stage 2; 0 = loss on the text alone",
         group=_TRAINING,
         minimum=0,
     )
     gradient_checkpointing: bool = option(
         False,
-        "recompute activations in the backward pass of the fine-tune: less memory, about a third more time",
+        "recompute activations in the backward pass of stage 2: uses less memory and about a third more time",
         group=_MACHINE,
     )
     output: str = option(
         "runs/distilled", "folder of the run, created if it does not exist", group=_RUN, metavar="DIR"
     )
-    eval_every: int = option(200, "steps between two validations of the fine-tune", group=_RUN, minimum=1)
+    eval_every: int = option(200, "steps between two validations in stage 2", group=_RUN, minimum=1)
 
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:
