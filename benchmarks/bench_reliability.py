@@ -112,9 +112,8 @@ def decode_table(result: dict[str, Any]) -> str:
     tokens = result["rows"][0]["tokens"]
     parts = [f"{tokens:,} tokens per head, D = V = {result['rows'][0]['D']}. {made_by(result)}"]
     parts += [f"{states} states\n\n{markdown_table(header, table)}" for states, table in by_states.items()]
-    parts.append(
-        f"The layer with its cache\n\n{markdown_table(['head', 'relative difference to a prefill of the window'], layer)}"
-    )
+    header = ["head", "relative difference to a prefill of the window"]
+    parts.append(f"The layer with its cache\n\n{markdown_table(header, layer)}")
     return "\n\n".join(parts)
 
 

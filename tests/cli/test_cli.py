@@ -236,7 +236,7 @@ def test_mistakes_on_the_command_line(
     ("name", "content", "words"),
     [
         (None, b"", ["no such file or folder"]),
-        ("empty.txt", b"", ["there is no text"]),
+        ("empty.txt", b"", ["contains no text"]),
         ("latin.txt", b"caf\xe9", ["not UTF-8 text"]),
         ("short.txt", b"a few words\n", ["too little text"]),
     ],
