@@ -1,13 +1,13 @@
-"""Errors of the op with 16-bit inputs, against the exact solve in float64.
+"""Errors of the op with 16-bit inputs, compared with the exact solve in float64.
 
-    python -m benchmarks.bench_accuracy --device cuda      # a minute on a GPU
-    python -m benchmarks.bench_accuracy                    # on a CPU, the chunk-wise form alone
+    python -m benchmarks.bench_accuracy --device cuda      # takes a minute on a GPU
+    python -m benchmarks.bench_accuracy                    # on a CPU, the chunk-wise form only
 
-Every error is ||out - ref|| / ||ref||. Two tables:
+Every error is ||out - ref|| / ||ref||. The result has two tables:
 
-    families     o and all gradients on the four families of inputs, alpha and beta 1 or random; gradients of a
-                 loss through o alone, and of one through the final states alone
-    first tokens the same by the token's place, on packed sequences of 64 tokens; a loss through o alone
+    families     o and all gradients on the four families of inputs, with alpha and beta 1 or random; the loss uses
+                 o only, or the final states only
+    first tokens the same errors by the position of the token, on packed sequences of 64 tokens; a loss through o
 
 Legend: H heads; D = V = 128.
 """
@@ -27,7 +27,7 @@ from benchmarks.common import write_result
 from tests.families import FAMILIES, Family, family_inputs, with_gates
 from tests.helpers import doubled, relative_error, run
 
-PLACES = (0, 1, 2, 4, 8, 16, 32, 64)  # where each column begins, and the last ends
+PLACES = (0, 1, 2, 4, 8, 16, 32, 64)  # the start of each column, and the end of the last
 EXACT = (200,)
 
 
@@ -36,7 +36,7 @@ def on_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tens
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """What is the same in a row, and the options of the call, for every backend and number of nodes."""
+    """The fields of a row and the options of the call, for every backend and number of nodes."""
     for backend in ("triton", "chunked") if options.device.type == "cuda" else ("chunked",):
         for steps in ((16, 16), (16, 8)):
             yield {"backend": backend, "steps": list(steps)}, {"backend": backend, "solver_steps": steps}
@@ -84,9 +84,9 @@ def printed(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--heads", type=int, default=4, help="heads of each family")
-    parser.add_argument("--sequences", type=int, default=64, help="packed sequences of the second table")
-    parser.add_argument("--output", type=Path, help="result file, in place of one in benchmarks/results")
+    parser.add_argument("--heads", type=int, default=4, help="number of heads of each family")
+    parser.add_argument("--sequences", type=int, default=64, help="packed sequences for the second table")
+    parser.add_argument("--output", type=Path, help="JSON file; default: a new file in benchmarks/results/")
     options = parser.parse_args()
     command = f"python -m benchmarks.bench_accuracy --device {options.device.type}"
 

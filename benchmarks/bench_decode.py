@@ -1,17 +1,17 @@
-"""Time of one decode step of the op beside its floor and its peers.
+"""Time of one decode step of the op, compared with its floor and with other ops.
 
     python -m benchmarks.bench_decode --device cuda
-    python -m benchmarks.bench_decode --batches 1 2 --heads 2 --dim 16    # on a CPU, to see that it runs
+    python -m benchmarks.bench_decode --batches 1 2 --heads 2 --dim 16    # a quick run on a CPU
 
-floor:  a copy of both states: what a step must read and write.
+floor:  a copy of both states, because a step must read and write them.
 kernel: `gated_kalmanet_step`, in place (on a GPU the Triton kernel), called from Python.
-graph:  the same, replayed from a CUDA graph: without the time of launching.
+graph:  the same kernel replayed from a CUDA graph, without the time of the launch.
 PyTorch: the step in PyTorch, in place.
-gated delta rule: `fused_recurrent_gated_delta_rule` of flash-linear-attention, where installed, one token from
-        float32 states to new ones; it solves nothing and has one state.
+gated delta rule: `fused_recurrent_gated_delta_rule` of flash-linear-attention, if it is installed: one token, from
+        float32 states to new states. It has one state and no solve.
 
-Times are per step. Every call takes the next of several sets of states, so a small batch finds no more in the L2
-cache than a model of that many layers would.
+Times are per step. Successive calls use different sets of states, as the layers of a model do, so that a small
+batch does not find its states in the L2 cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_inputs(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device
 
 
 def make_states(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device, sets: int) -> list[State]:
-    """States of a past of 4 D tokens, the same for all sequences."""
+    """States after 4 D tokens, the same for all sequences."""
     torch.manual_seed(1)
     keys = torch.nn.functional.normalize(torch.randn(H, 4 * D, D, device=device), dim=-1)
     S_kk = (keys.transpose(1, 2) @ keys).to(dtype)
@@ -88,7 +88,7 @@ def in_turn(calls: list[Call]) -> Call:
 def calls_by_name(
     inputs: list[Tensor], states: list[State], solver_steps: tuple[int, ...]
 ) -> dict[str, list[Call]]:
-    """What is timed with these steps, a call for every set of states."""
+    """The functions to time with these steps, one call per set of states."""
     options: dict[str, Any] = dict(ridge_ratio=0.02, solver_steps=solver_steps, normalize_qk=True, inplace=True)
 
     def kernel(state: State) -> Call:
@@ -106,7 +106,7 @@ def calls_by_name(
 
 
 def peers_by_name(inputs: list[Tensor], states: list[State]) -> dict[str, list[Call]]:
-    """What does not depend on the steps."""
+    """The functions to time that do not depend on the steps."""
     targets = [State(*(torch.empty_like(x) for x in state)) for state in states]
 
     def copy(source: State, target: State) -> Call:
@@ -124,7 +124,7 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     H, D, device = options.heads, options.dim, options.device
     if device.type != "cuda" or importlib.util.find_spec("fla") is None:
-        print("no flash-linear-attention, or no GPU for it: its step is not measured")
+        print("flash-linear-attention or a GPU is missing; its step is not measured")
     for B in options.batches:
         inputs = make_inputs(B, H, D, torch.bfloat16, device)
         for dtype in (torch.float32, torch.bfloat16):
@@ -156,13 +156,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B", help="sequences")
-    parser.add_argument("--heads", type=int, default=16, help="H")
-    parser.add_argument("--dim", type=int, default=128, help="D = V")
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds, of which the median counts")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="device; default cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B", help="batches")
+    parser.add_argument("--heads", type=int, default=16, help="number of heads H")
+    parser.add_argument("--dim", type=int, default=128, help="head dims D = V")
+    parser.add_argument("--repeats", type=int, default=20, help="number of timed rounds; the median counts")
     parser.add_argument(
-        "--output", type=Path, help="JSON file; default benchmarks/results/decode_MACHINE_DATE.json"
+        "--output", type=Path, help="JSON file; default: benchmarks/results/decode_MACHINE_DATE.json"
     )
     options = parser.parse_args()
     command = " ".join(["python -m benchmarks.bench_decode", *sys.argv[1:]])

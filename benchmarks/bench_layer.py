@@ -1,16 +1,17 @@
-"""Time and memory of the layer beside its peers.
+"""Time and memory of the layer, compared with other layers.
 
-    python -m benchmarks.bench_layer --device cuda      # about 8 minutes on one H200, half of it autotuning
+    python -m benchmarks.bench_layer --device cuda      # about 8 minutes on one H200, half of them for autotuning
     python -m benchmarks.bench_layer --shapes 1,256 --hidden 64 --heads 2 --head-dim 32 --dtype float32
 
-Forward, and forward + backward with the gradients of the input and of all parameters, of
+It measures forward, and forward + backward with the gradients of the input and of all parameters, for
 
     gka (16, 16), gka (16, 8)   GatedKalmaNet
     Gated DeltaNet              the layer of flash-linear-attention, if it is installed and the device is a GPU
-    SDPA                        causal softmax attention between projections of the same size, for scale
+    SDPA                        causal softmax attention between projections of the same size
 
-First call (compilation and autotuning included), peak memory above parameters and input, and on a GPU how much of
-our time goes to the op, to matrix products, to convolution and norm, and to the rest, by the names of the kernels.
+The results also have the time of the first call (with compilation and autotuning) and the peak memory above
+parameters and input. On a GPU the time of GatedKalmaNet is divided into the op, matrix products, convolution, norm
+and the rest, by the names of the kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.common import medians, write_result
 
 Call = Callable[[], object]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# The first pattern found in the name of a kernel says which part it is.
+# The first pattern that occurs in the name of a kernel decides its part.
 PARTS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitk",
     "convolution": r"conv",
@@ -59,7 +60,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class DeltaNet(nn.Module):
-    """flash-linear-attention's Gated DeltaNet; its other outputs left out."""
+    """Gated DeltaNet of flash-linear-attention, with its first output only."""
 
     def __init__(self, hidden: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ def our_layer(options: argparse.Namespace, solver_steps: tuple[int, ...]) -> nn.
 
 
 def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """Layers by name, and what to write beside their times."""
+    """Layers by name, with the notes for their results."""
     torch.manual_seed(0)
     size = (options.hidden, options.heads, options.head_dim)
     found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
@@ -104,7 +105,7 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
 
 
 def call(layer: nn.Module, x: Tensor, cotangent: Tensor | None) -> Call:
-    """The layer on x; with a cotangent its gradients, too."""
+    """A call of the layer on x; with a cotangent also of its backward pass."""
     leaves = [x, *layer.parameters()]
 
     def run() -> object:
@@ -116,14 +117,14 @@ def call(layer: nn.Module, x: Tensor, cotangent: Tensor | None) -> Call:
 
 
 def part_of(kernel: str, ours: set[str]) -> str:
-    """The part of our layer that a kernel belongs to; `ours` are the names of the op's kernels."""
+    """The part of the GKA layer that a kernel belongs to; `ours` are the names of the kernels of the op."""
     if kernel in ours:
         return "op"
     return next((part for part, names in PARTS.items() if re.search(names, kernel, re.IGNORECASE)), "rest")
 
 
 def our_kernels() -> set[str]:
-    """Names of everything for the op in gka.ops.triton.kernels that can be launched, and of what it calls."""
+    """Names of all kernels of the op in gka.ops.triton.kernels, and of the functions that they call."""
     import triton
 
     import gka.ops.triton.kernels
@@ -137,7 +138,7 @@ def our_kernels() -> set[str]:
 
 
 def shares(function: Call) -> dict[str, float]:
-    """Seconds on the GPU of every part, by one profiled call."""
+    """Seconds on the GPU for every part, from one profiled call."""
     ours, found = our_kernels(), dict.fromkeys(("op", *PARTS, "rest"), 0.0)
     for name, time in gpu_seconds(function).items():
         found[part_of(name, ours)] += time
@@ -178,15 +179,15 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="B,T", default=[(1, 131072), (4, 8192)],
-        help="default 1,131072 4,8192",
+        help="batch size and tokens; default 1,131072 4,8192",
     )  # fmt: skip
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed calls; the median counts")
     parser.add_argument(
-        "--output", type=Path, help="JSON file; default benchmarks/results/layer_MACHINE_DATE.json"
+        "--output", type=Path, help="JSON file; default: benchmarks/results/layer_MACHINE_DATE.json"
     )
     options = parser.parse_args()
     command = " ".join(["python -m benchmarks.bench_layer", *sys.argv[1:]])

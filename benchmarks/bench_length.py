@@ -1,4 +1,4 @@
-"""The part `length` of bench_ops: time of the op against T, up to a million tokens, and its picture."""
+"""The part `length` of bench_ops: time of the op against T, up to a million tokens, with a picture."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from benchmarks.common import medians
 from experiments.evidence.timing import seconds
 
 HEADS, DIM, STEPS = 8, 128, (16, 16)
-SLOW, FEW = 1.0, 2  # a call of more than SLOW seconds is repeated FEW times
+SLOW, FEW = 1.0, 2  # a call that takes more than SLOW seconds is repeated FEW times
 WHATS = ("forward", "forward+backward")
 LINES = {f"gka {STEPS}": "#c8553d", "Gated DeltaNet": "#1d3557", "SDPA, causal": "#7aa6c2"}
 
 
 def bench_length(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of every length, pass and op; one that took longer than --limit is not run at greater lengths."""
+    """Rows for every length, pass and op. An op slower than --limit is not run at greater lengths."""
     peers, note = op_peers(options.device)
     ops = {f"gka {STEPS}": partial(forward, solver_steps=STEPS)} | {n: f for n, f in peers.items() if n in LINES}
     last: dict[tuple[str, str], float | None] = {}
     T, longest = options.least_tokens, options.most_tokens
-    if "Gated DeltaNet" in ops:  # it tunes itself at its first call: at a length that matters
+    if "Gated DeltaNet" in ops:  # its autotuning happens in the first call, so the first call has a typical length
         with suppress(torch.OutOfMemoryError):
             inputs = make_inputs(min(longest, 2**16), HEADS, DIM, torch.bfloat16, options.device)
             with_gradients(ops["Gated DeltaNet"], inputs)()
@@ -56,7 +56,7 @@ def _times(
     last: dict[tuple[str, str], float | None],
     options: argparse.Namespace,
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Times by op, and why the others were not run. `last` is brought up to date: None for an op out of memory."""
+    """Times by op, and the reasons why other ops were not run. Updates `last`; None means out of memory."""
     skipped: dict[str, str] = {}
     quick: dict[str, Callable[[], object]] = {}
     slow: dict[str, Callable[[], object]] = {}
@@ -86,7 +86,7 @@ def tokens(T: int) -> str:
 
 
 def plot(result: Path) -> Path:
-    """Two panels, forward and forward + backward, from a JSON file; the picture stands beside it."""
+    """Draw two panels, forward and forward + backward, from a JSON file; save the picture next to the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator

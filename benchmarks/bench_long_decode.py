@@ -1,22 +1,23 @@
-"""A million decode steps: do states drift away from what a fresh prefill gives?
+"""A million decode steps: do the states drift away from the states of a new prefill?
 
     python -m benchmarks.bench_long_decode
     python -m benchmarks.bench_long_decode --tokens 20000
 
-Part "op": `gated_kalmanet_step` in place, every head with a decay of its own, g = 0 (nothing is forgotten) to
-g = -10 (nearly all at once), and one whose decay changes from token to token; float32 and bfloat16 states. Part
-"layer": the layer and its cache, one token a call. At marks the states are looked at:
+Part "op": `gated_kalmanet_step` in place. Every head has its own decay, from g = 0 (it forgets nothing) to g = -10
+(it forgets almost everything at once); one head has a decay that changes from token to token. States are float32
+and bfloat16. Part "layer": the layer and its cache, one token per call. At some tokens, the marks, the states are
+checked:
 
     finite       no NaN, no infinity
     asymmetry    ||S_kk - S_kk^T|| / ||S_kk||
-    least        smallest eigenvalue of S_kk / ||S_kk||, below 0 by rounding at most
-    error        ||S - S*|| / ||S*||, S_kk and S_kv, S* in float64 from all tokens by the chunk-wise op
+    least        smallest eigenvalue of S_kk / ||S_kk||; rounding can make it slightly negative
+    error        ||S - S*|| / ||S*|| for S_kk and S_kv; S* comes from all tokens by the chunk-wise op in float64
 
-and at the end o, S_kk and S_kv are compared with a prefill, in float32, of the last window alone: so many tokens
-that what stood before them has faded to e^-16.
+At the end, o, S_kk and S_kv are compared with a prefill of the last window in float32. The window is so long that
+earlier tokens have decayed to e^-16.
 
-Legend: T tokens, H heads, one for each gate, D = V dims. Tokens are made in blocks from the block's number, so
-that every window can be made again. Keys share a direction, so that S_kk is far from a multiple of I.
+Legend: T tokens, H heads, one per gate, D = V dims. Tokens are made in blocks from the number of the block, so
+that every window can be made again. All keys share a direction, so that S_kk is far from a multiple of I.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from gka.ops import State, gated_kalmanet, gated_kalmanet_step
 
 BLOCK = 1000
 D = 16
-STEPS = (8,)  # the solve reads the states and changes nothing in them
+STEPS = (8,)  # the solve reads the states and does not change them
 GATES: tuple[float | str, ...] = (0.0, -1e-5, -1e-4, -1e-3, -1e-2, -1e-1, -1.0, -10.0, "varied")
 LAYER_GATES = (-1e-3, -1e-2, -1e-1, -1.0)
 FADED = 16.0
@@ -75,14 +76,14 @@ def no_state(dtype: torch.dtype) -> State:
 
 
 def marks_of(tokens: int) -> list[int]:
-    """Numbers of tokens after which the states are looked at: powers of ten, tenths, and the last."""
+    """Numbers of tokens after which the states are checked: powers of ten, tenths, and the last."""
     powers = [10**n for n in range(3, 10) if 10**n < tokens]
     tenths = [tokens * n // 10 // BLOCK * BLOCK for n in range(1, 10)]
     return sorted({*powers, *(t for t in tenths if t), tokens})
 
 
 def reference_states(tokens: int) -> dict[int, State]:
-    """States in float64 at the marks, from all tokens."""
+    """States in float64 at the marks, computed from all tokens."""
     found, state, marks = {}, no_state(torch.float64), set(marks_of(tokens))
     for number in range(tokens // BLOCK):
         wide = Tokens(*(x.double() for x in block_of_tokens(number)))
@@ -100,7 +101,7 @@ def relative(out: Tensor, ref: Tensor) -> float:
 
 
 def health(S_kk: Tensor) -> dict[str, Any]:
-    """Of one head's S_kk [D, D]."""
+    """Checks of S_kk [D, D] of one head."""
     wide = S_kk.double()
     if not bool(wide.isfinite().all()):
         return {"finite": False}
@@ -110,7 +111,7 @@ def health(S_kk: Tensor) -> dict[str, Any]:
 
 
 def decode(tokens: int, dtype: torch.dtype, at_mark: Callable[[int, State], None]) -> tuple[Tensor, State]:
-    """Step through the tokens with states of that dtype; the last o [1, H, D] and the states."""
+    """Decode all tokens with states of a dtype; returns the last o [1, H, D] and the states."""
     state, marks = no_state(dtype), set(marks_of(tokens))
     o = torch.empty(0)
     for number in range(tokens // BLOCK):
@@ -125,8 +126,8 @@ def decode(tokens: int, dtype: torch.dtype, at_mark: Callable[[int, State], None
 
 
 def window_of(gate: float | str, tokens: int) -> int:
-    """Tokens after which a head has forgotten, in whole blocks; all of them if it never does."""
-    rate = 6e-3 if gate == "varied" else -float(gate)  # varied: -1e-3 a token, and -5 at one of a thousand
+    """The number of tokens after which a head has forgotten, in whole blocks; all tokens if it never forgets."""
+    rate = 6e-3 if gate == "varied" else -float(gate)  # varied: -1e-3 per token, and -5 at one token in a thousand
     needed = math.ceil(FADED / rate / BLOCK) * BLOCK if rate else tokens
     return min(tokens, needed)
 
@@ -142,7 +143,7 @@ def prefill(head: int, window: int, tokens: int) -> tuple[Tensor, State]:
 
 @torch.inference_mode()
 def op_rows(tokens: int, dtype: torch.dtype, references: dict[int, State]) -> Iterator[dict[str, Any]]:
-    """A row per gate: what was seen at every mark, and beside a fresh prefill at the end."""
+    """One row per gate: the checks at every mark, and the comparison with a new prefill at the end."""
     seen: list[list[dict[str, Any]]] = [[] for _ in GATES]
 
     def look(token: int, state: State) -> None:
@@ -191,16 +192,16 @@ def layer_of_gates() -> tuple[Any, GKAConfig]:
 
 
 def hidden_states(number: int) -> Tensor:
-    """The block's [1, BLOCK, 32]."""
+    """The hidden states of a block, [1, BLOCK, 32]."""
     return torch.randn(1, BLOCK, 32, generator=torch.Generator().manual_seed(number))
 
 
 @torch.inference_mode()
 def layer_rows(tokens: int) -> Iterator[dict[str, Any]]:
-    """A row per head, and one of the outputs."""
+    """One row per head, and one row for the outputs."""
     layer, config = layer_of_gates()
     cache = DynamicCache(config=config)
-    layer(hidden_states(0)[:, :1], past_key_values=cache)  # the first token makes the cache's states
+    layer(hidden_states(0)[:, :1], past_key_values=cache)  # the first token creates the states of the cache
     begin, out = time.perf_counter(), torch.empty(0)
     for number in range(tokens // BLOCK):
         x = hidden_states(number)
@@ -247,8 +248,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=1_000_000, help=f"a multiple of {BLOCK}")
-    parser.add_argument("--output", type=Path, help="the JSON file; default: benchmarks/results/, by the date")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help=f"number of tokens, a multiple of {BLOCK}")
+    parser.add_argument("--output", type=Path, help="JSON file; default: a new file in benchmarks/results/")
     options = parser.parse_args()
     if options.tokens < BLOCK or options.tokens % BLOCK:
         parser.error(f"--tokens must be a multiple of {BLOCK}")

@@ -1,20 +1,21 @@
-"""Time of the layer's gated norm beside its peers.
+"""Time of the gated norm of the layer, compared with other implementations.
 
-    python -m benchmarks.bench_norm --device cuda             # under a minute
-    python -m benchmarks.bench_norm --device cuda --sweep     # with other sizes of its programs, too
-    python -m benchmarks.bench_norm --shapes 40,24 --dtype float32   # on a CPU, to see that it runs
+    python -m benchmarks.bench_norm --device cuda             # takes less than a minute
+    python -m benchmarks.bench_norm --device cuda --sweep     # also with other sizes of the programs
+    python -m benchmarks.bench_norm --shapes 40,24 --dtype float32   # a quick run on a CPU
 
-Forward, and forward + backward with the gradients of x, gate and weight, of
+It measures forward, and forward + backward with the gradients of x, gate and weight, for
 
-    gka                 `GatedRMSNorm` by our kernels, on a GPU
-    PyTorch             the same by PyTorch's functions
-    FusedRMSNormGated   flash-linear-attention's, if it is installed and the device is a GPU
-    sum                 forward alone: x + gate, which reads and writes as many bytes
+    gka                 `GatedRMSNorm` with the kernels of this library, on a GPU
+    PyTorch             the same in PyTorch
+    FusedRMSNormGated   the norm of flash-linear-attention, if it is installed and the device is a GPU
+    sum                 forward only: x + gate, which reads and writes as many bytes
 
-A time is that of many calls in a row, divided by their number: where the GPU is quicker than Python, it is
-Python's. Bytes are those that must be read and written: x, gate and y, and backwards x, gate and three gradients.
+A time is the time of many calls in a row, divided by their number. If the GPU is faster than Python, it is the
+time of Python. Bytes are the bytes that must be read and written: x, gate and y; in the backward pass also x, gate
+and three gradients.
 
-Legend: N rows, V numbers of each.
+Legend: N rows of V numbers.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ Way = tuple[Callable[..., Tensor], Callable[[], AbstractContextManager[Any]]]
 
 
 def peer(V: int, device: torch.device) -> tuple[nn.Module | None, str]:
-    """flash-linear-attention's norm, or why there is none."""
+    """The norm of flash-linear-attention, or the reason why it is missing."""
     missing = fla_is_missing(device)
     if missing:
         return None, missing
     try:
         from fla.modules import FusedRMSNormGated
-    except Exception as error:  # whatever an import of some version may raise
+    except Exception as error:  # the import of some versions may raise other errors
         return None, f"flash-linear-attention does not fit ({error!r})"
     return FusedRMSNormGated(V, eps=1e-6, activation="swish"), ""
 
@@ -61,7 +62,7 @@ def sizes(numbers: int, programs: int) -> Callable[[], AbstractContextManager[An
 
 
 def ways(V: int, options: argparse.Namespace) -> tuple[dict[str, Way], str]:
-    """Norms by name, and in what surroundings they are called; why the peer is missing, if it is."""
+    """Norms by name with the context for their calls; and the reason if the peer is missing."""
     ours = GatedRMSNorm(V, 1e-6).to(options.device, DTYPES[options.dtype])
     found: dict[str, Way] = {}
     if fused.enabled(ours.weight):
@@ -77,7 +78,7 @@ def ways(V: int, options: argparse.Namespace) -> tuple[dict[str, Way], str]:
 
 
 def timed(way: Way, x: Tensor, gate: Tensor, dy: Tensor | None, calls: int) -> Callable[[], None]:
-    """Call it `calls` times; with dy its gradients, too."""
+    """A function that calls a norm `calls` times; with dy it also runs the backward pass."""
     norm, surroundings = way
     leaves = [x, gate, *(norm.parameters() if isinstance(norm, nn.Module) else ())]
 
@@ -139,16 +140,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_norm", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="device; default cpu")
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="N,V",
         default=[(131072 * 16, 128), (8 * 2048 * 8, 128), (16, 128)],
-        help="default 2097152,128 131072,128 16,128: the last is one token of 16 heads",
+        help="rows and V; default 2097152,128 131072,128 16,128; the last is one token with 16 heads",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--sweep", action="store_true", help="our kernels with other sizes of programs, too")
-    parser.add_argument("--calls", type=int, default=20, help="in a row, for one time")
-    parser.add_argument("--repeats", type=int, default=20, help="times taken, of which the median counts")
+    parser.add_argument("--sweep", action="store_true", help="also measure other sizes of the programs")
+    parser.add_argument("--calls", type=int, default=20, help="number of calls per measured time")
+    parser.add_argument("--repeats", type=int, default=20, help="number of measured times; the median counts")
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/norm_MACHINE_DATE.json")
     options = parser.parse_args()
     command = " ".join(["python -m benchmarks.bench_norm", *sys.argv[1:]])

@@ -1,19 +1,19 @@
-"""Time and memory of the op beside its peers.
+"""Time and memory of the op, compared with other ops.
 
     python -m benchmarks.bench_ops                 # growth with T, peer, memory: about 6 minutes on 2 cores
     python -m benchmarks.bench_ops --only growth
     python -m benchmarks.bench_ops --only wide --device cuda   # the paper's width in bfloat16, on a GPU
     python -m benchmarks.bench_ops --only length --device cuda # from 2K to 1M tokens, with a picture
 
-growth: T doubles from 4096 to 65536; time must double with it.
-peer:   the PyTorch form of the gated delta rule that transformers uses for Qwen3-Next, at the same shape.
-memory: peak of forward + backward, each T in a process of its own, beside what must be held: inputs, output,
-        their gradients, and both states at every chunk.
-wide:   the paper's width, D = V = 128, in bfloat16, beside softmax attention and, where flash-linear-attention is
-        installed, its Gated DeltaNet and simple GLA: time, first call, peak memory above the inputs; on a GPU
-        the time of each of our kernels, with a picture.
-length: the same width, T from 2048 to a million, forward, and to 262144 forward + backward, beside softmax
-        attention and Gated DeltaNet; written to a file of its own, length_MACHINE_DATE.json, and a picture beside.
+growth: T doubles from 4096 to 65536; the time must double too.
+peer:   comparison with the PyTorch code of the gated delta rule in transformers' Qwen3-Next, at the same shape.
+memory: peak of forward + backward, each T in a new process, compared with the tensors that must be in memory:
+        inputs, output, their gradients, and both states at every chunk.
+wide:   the paper's width, D = V = 128, in bfloat16, compared with softmax attention and, if it is installed, with
+        Gated DeltaNet and simple GLA of flash-linear-attention. Results: time, first call, peak memory above the
+        inputs; on a GPU also the time of each kernel of this library, with a picture.
+length: the same width, compared with softmax attention and Gated DeltaNet: forward for T from 2048 to a million,
+        forward + backward up to 262144. It writes a separate file, length_MACHINE_DATE.json, and a picture.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from gka.ops.torch.chunked import default_chunk_size
 
 
 def delta_rule(inputs: Inputs) -> Tensor:
-    """The gated delta rule of transformers' Qwen3-Next in PyTorch."""
+    """The gated delta rule of Qwen3-Next in transformers, in PyTorch."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     q, k, v, g, _, beta = inputs.values()
@@ -99,7 +99,7 @@ def bench_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def held_bytes(inputs: Inputs, T: int, H: int, D: int, chunk_size: int) -> dict[str, int]:
-    """Bytes that forward + backward must hold: inputs, output, their gradients, states at every chunk."""
+    """Bytes that forward + backward must keep: inputs, output, their gradients, states at every chunk."""
     given = sum(tensor.nbytes for tensor in inputs.values())
     output = inputs["v"].nbytes
     states = -(-T // chunk_size) * H * D * 2 * D * 4
@@ -107,15 +107,15 @@ def held_bytes(inputs: Inputs, T: int, H: int, D: int, chunk_size: int) -> dict[
 
 
 def _peak_resident_bytes() -> int:
-    """Of this process (Linux); getrusage would count the process that started this one, up to its start."""
+    """Peak memory of this process (Linux). getrusage would include the parent process up to the start."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) * 1024
 
 
 def measure_memory(T: int, H: int, D: int, dtype_name: str) -> dict[str, Any]:
-    """In a fresh process: peak bytes above those before the inputs were made, and what must be held."""
+    """In a new process: peak bytes above the memory before the inputs exist, and the bytes that must be kept."""
     device, dtype = torch.device("cpu"), getattr(torch, dtype_name)
-    with_gradients(forward, make_inputs(256, H, D, dtype, device), None)()  # libraries set up
+    with_gradients(forward, make_inputs(256, H, D, dtype, device), None)()  # initialises libraries
     before = psutil.Process().memory_info().rss
     inputs = make_inputs(T, H, D, dtype, device)
     with_gradients(forward, inputs, None)()
@@ -185,33 +185,33 @@ def main() -> None:
     )
     parser.add_argument(
         "--only", choices=[*PARTS, "wide", "length"], action="append",
-        help="parts to run; all but wide and length if not given",
+        help="parts to run; default: all except wide and length",
     )  # fmt: skip
     parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cpu"), help="device of growth, peer, wide and length"
+        "--device", type=torch.device, default=torch.device("cpu"), help="device for growth, peer, wide and length"
     )
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="B,T,H", default=[(1, 131072, 16), (4, 8192, 8)],
-        help="wide: default 1,131072,16 4,8192,8",
+        help="wide: shapes; default 1,131072,16 4,8192,8",
     )  # fmt: skip
     parser.add_argument(
-        "--without", action="append", default=[], metavar="NAME", help="wide: an op that is not run"
+        "--without", action="append", default=[], metavar="NAME", help="wide: name of an op to leave out"
     )
-    parser.add_argument("--shortest", type=int, default=4096, help="growth: least T")
+    parser.add_argument("--shortest", type=int, default=4096, help="growth: smallest T")
     parser.add_argument("--longest", type=int, default=65536, help="growth: largest T")
     parser.add_argument("--heads", type=int, default=4, help="growth: H")
     parser.add_argument("--dim", type=int, default=64, help="growth: D = V")
-    parser.add_argument("--least-tokens", type=int, default=2**11, help="length: least T")
-    parser.add_argument("--most-tokens", type=int, default=2**20, help="length: largest T, forward")
-    parser.add_argument("--most-tokens-backward", type=int, default=2**18, help="length: and with gradients")
+    parser.add_argument("--least-tokens", type=int, default=2**11, help="length: smallest T")
+    parser.add_argument("--most-tokens", type=int, default=2**20, help="length: largest T of forward")
+    parser.add_argument("--most-tokens-backward", type=int, default=2**18, help="length: largest T with backward")
     parser.add_argument(
-        "--limit", type=float, default=10.0, help="length: seconds of a call after which an op is not run longer"
+        "--limit", type=float, default=10.0, help="length: seconds per call; a slower op is not run at greater T"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed calls; the median counts")
     parser.add_argument(
         "--output",
         type=Path,
-        help="JSON file; default benchmarks/results/ops_MACHINE_DATE.json, which one run a day overwrites",
+        help="JSON file; default: benchmarks/results/ops_MACHINE_DATE.json, overwritten by later runs of the day",
     )
     parser.add_argument("--measure-memory", nargs=4, metavar=("T", "H", "D", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -221,7 +221,7 @@ def main() -> None:
         return
     chosen = options.only or list(PARTS)
     if "length" in chosen and len(chosen) > 1:
-        parser.error("length has a file of its own: run it alone")
+        parser.error("--only length writes a separate file; run it without other parts")
     parts: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = {
         **PARTS, "wide": bench_wide, "length": bench_length,
     }  # fmt: skip

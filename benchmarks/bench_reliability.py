@@ -1,10 +1,10 @@
-"""What comes of killed saves and of corrupted configurations, counted.
+"""Count the outcomes of killed saves and of corrupted configurations.
 
     python -m benchmarks.bench_reliability
 
-The cases are those of tests/training/test_interrupted_saves.py and tests/hf/test_bad_checkpoints.py. Here are also
-the tables of docs/reliability.md, into which `python -m benchmarks.table` writes them; that of long decoding is
-made from the result of benchmarks/bench_long_decode.py.
+The cases come from tests/training/test_interrupted_saves.py and tests/hf/test_bad_checkpoints.py. This file also
+makes the tables of docs/reliability.md; `python -m benchmarks.table` writes them to the page. The table of long
+decoding uses the result of benchmarks/bench_long_decode.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 
 def corruptions() -> dict[str, int]:
-    """Of the 64 corrupted values: how many are refused, how many give a model that works."""
+    """Outcomes of the 64 corrupted values: how many are refused, how many give a working model."""
     from published_helpers import published_config, write_folder
     from test_bad_checkpoints import FULL, VOCAB, corruptions
 
@@ -55,7 +55,7 @@ def corruptions() -> dict[str, int]:
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """A row per kind of save, and one of the corruptions."""
+    """One row per kind of save, and one row for the corruptions."""
     from test_interrupted_saves import figures
 
     for save, outcomes in figures().items():
@@ -69,7 +69,7 @@ def made_by(result: dict[str, Any]) -> str:
 
 
 def saves_table(result: dict[str, Any]) -> str:
-    """Outcomes of killed saves, of a result of this benchmark."""
+    """A table of the outcomes of killed saves, from a result of this benchmark."""
     kinds = ("nothing", "old", "old, beside", "new", "whole", "error", "mixed", "silent")
     table = []
     for row in result["rows"]:
@@ -80,13 +80,13 @@ def saves_table(result: dict[str, Any]) -> str:
 
 
 def corruptions_table(result: dict[str, Any]) -> str:
-    """Outcomes of corrupted values, of a result of this benchmark."""
+    """A table of the outcomes of corrupted values, from a result of this benchmark."""
     outcomes = next(row["outcomes"] for row in result["rows"] if row["part"] == "corruptions")
     return markdown_table(["of 64 corrupted values", ""], [[kind, str(count)] for kind, count in outcomes.items()])
 
 
 def decode_table(result: dict[str, Any]) -> str:
-    """Long decoding, a line per gate, of a result of bench_long_decode."""
+    """Tables of long decoding, one row per gate, from a result of bench_long_decode."""
     by_states: dict[str, list[list[str]]] = {"float32": [], "bfloat16": []}
     layer = []
     for row in result["rows"]:
@@ -110,11 +110,10 @@ def decode_table(result: dict[str, Any]) -> str:
         )
     header = ["log-decay g", "asymmetry", "least eigenvalue", "error", "window", "o", "states"]
     tokens = result["rows"][0]["tokens"]
-    parts = [f"{tokens:,} tokens a head, D = V = {result['rows'][0]['D']}. {made_by(result)}"]
+    parts = [f"{tokens:,} tokens per head, D = V = {result['rows'][0]['D']}. {made_by(result)}"]
     parts += [f"{states} states\n\n{markdown_table(header, table)}" for states, table in by_states.items()]
-    parts.append(
-        f"The layer with its cache\n\n{markdown_table(['head', 'beside a prefill of the window'], layer)}"
-    )
+    header = ["head", "relative difference to a prefill of the window"]
+    parts.append(f"The layer with its cache\n\n{markdown_table(header, layer)}")
     return "\n\n".join(parts)
 
 

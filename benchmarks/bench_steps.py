@@ -1,14 +1,16 @@
-"""What fewer steps of the solve cost in accuracy and buy in time, on a model trained with the default.
+"""Accuracy and time with fewer solver steps, on a model trained with the default steps.
 
 gka train --config configs/demo.yaml
 python -m benchmarks.bench_steps runs/demo
 
-Rows of part "accuracy", of the trained model: bits per byte on the run's held-out text, and the error
-||o - o*|| / ||o*|| of the op's output, o* with the exact solve in float64. The op's inputs are those that the
-layers, run with the default, have on the first tokens of that text; in bfloat16 they are rounded first, for both.
+Rows of part "accuracy" use the trained model. They have the bits per byte on the held-out text of the run, and the
+error ||o - o*|| / ||o*|| of the output of the op, where o* uses the exact solve in float64. The inputs of the op
+are recorded from the layers, with default steps, on the first tokens of that text. For bfloat16 the inputs are
+rounded before both computations.
 
-Rows of part "time", of a model of random weights with heads of 128: processor seconds of one thread, which other
-programs disturb little, for one forward pass over a prompt and for one generated token after it.
+Rows of part "time" use a model with random weights and heads of 128 dims. They have the processor seconds of one
+thread, which depend little on other programs, for a forward pass over a prompt and for one generated token after
+it.
 """
 
 from __future__ import annotations
@@ -107,13 +109,13 @@ def accuracy(
 def processor_seconds(
     function: Callable[[list[int]], None], solver_steps: list[list[int]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median, least and largest processor seconds of a call with each of `solver_steps`, which take turns."""
+    """Median, smallest and largest processor seconds per call for each of `solver_steps`; calls take turns."""
     measured: dict[str, list[float]] = {str(stages): [] for stages in solver_steps}
     for turn in range(repeats + 1):
         for stages in solver_steps:
             begin = time.process_time()
             function(stages)
-            if turn > 0:  # the first warms up
+            if turn > 0:  # the first call is a warm-up
                 measured[str(stages)].append(time.process_time() - begin)
     return {
         name: {"median": statistics.median(values), "least": min(values), "largest": max(values)}
@@ -165,14 +167,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="folder of a run of gka train")
-    parser.add_argument("--tokens", type=int, default=1024, help="that the error of o is taken over")
-    parser.add_argument("--max-bytes", type=int, default=60000, help="of held-out text")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the timed prompt")
+    parser.add_argument("--tokens", type=int, default=1024, help="number of tokens for the error of o")
+    parser.add_argument("--max-bytes", type=int, default=60000, help="bytes of held-out text")
+    parser.add_argument("--prompt", type=int, default=1024, help="number of tokens of the timed prompt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--solver-steps", default="", help="such as 31;8;16,16; default: those of the page of results"
+        "--solver-steps", default="", help="choices of steps, e.g. 31;8;16,16; default: the choices in RESULTS.md"
     )
-    parser.add_argument("--output", type=Path, help="file; default: one under benchmarks/results/")
+    parser.add_argument("--output", type=Path, help="JSON file; default: a new file in benchmarks/results/")
     options = parser.parse_args()
     solver_steps = [list(map(int, part.split(","))) for part in options.solver_steps.split(";") if part] or list(
         STEPS

@@ -1,4 +1,4 @@
-"""The op and its peers as functions to time, with and without gradients.
+"""The op and the ops to compare with, as functions to time, with and without gradients.
 
 Legend: B batch, T time, H heads, D key dim, V value dim.
 """
@@ -19,7 +19,7 @@ Inputs = dict[str, Tensor]
 
 
 def make_inputs(T: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """q, k normalised, v, g, alpha, beta of the op at batch 1, asking for gradients."""
+    """Inputs of the op at batch 1 with requires_grad: q and k (normalised), v, g, alpha, beta."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, T, H, D, device=device) for _ in range(3))
     gates = [torch.randn(1, T, H, device=device) for _ in range(3)]
@@ -59,17 +59,17 @@ def simple_gla(inputs: Inputs) -> Tensor:
 
 
 def fla_is_missing(device: torch.device) -> str:
-    """Why peers of flash-linear-attention cannot be measured; "" if they can."""
+    """The reason why ops of flash-linear-attention cannot be measured; "" if they can."""
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed"
     return "" if device.type == "cuda" else "flash-linear-attention needs a GPU"
 
 
 def allow_fla_backward() -> str:
-    """Let flash-linear-attention run backwards whatever it thinks of Triton; a note to put beside the time, or "".
+    """Disable the check of the Triton version in flash-linear-attention; return a note for the results, or "".
 
-    On Hopper it refuses to run gated backward passes with Triton before 3.7.1, whose code for them gives wrong
-    numbers: only the time is wanted here.
+    On Hopper, flash-linear-attention refuses gated backward passes with Triton before 3.7.1, because the compiled
+    code gives wrong numbers. Here only the time matters.
     """
     from fla.ops.common import chunk_o
 
@@ -80,7 +80,7 @@ def allow_fla_backward() -> str:
 
 
 def op_peers(device: torch.device) -> tuple[dict[str, Callable[[Inputs], Tensor]], str]:
-    """Peers by name, and a note on those of flash-linear-attention."""
+    """The ops to compare with by name, and a note on those of flash-linear-attention."""
     peers: dict[str, Callable[[Inputs], Tensor]] = {"SDPA, causal": attention}
     missing = fla_is_missing(device)
     if missing:
@@ -106,7 +106,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: Inputs, *arguments: 
 
 
 def first_calls(functions: dict[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Of each function the seconds of its first call, compilation included, and peak bytes of its second."""
+    """For each function the seconds of the first call, with compilation, and the peak bytes of the second."""
     found: dict[str, dict[str, Any]] = {}
     for name, function in functions.items():
         found[name] = {"first call": seconds(function, device), "peak bytes": None}
@@ -120,7 +120,7 @@ def first_calls(functions: dict[str, Callable[[], object]], device: torch.device
 
 
 def gpu_seconds(function: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the GPU by name of kernel, of one profiled call."""
+    """Seconds on the GPU by name of the kernel, from one profiled call."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         function()

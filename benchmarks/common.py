@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing, peak memory, and result files with machine, versions and command."""
+"""Shared parts of the benchmarks: timing, peak memory, and result files with machine, versions and command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 def medians(
     functions: dict[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median, least and largest seconds of each function; they take turns, after one warm-up each."""
+    """Median, smallest and largest seconds of each function; they take turns, after one warm-up call each."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -35,11 +35,11 @@ def medians(
 
 
 def write_result(name: str, rows: Iterable[dict[str, Any]], command: str, output: Path | None = None) -> Path:
-    """Write rows to benchmarks/results/NAME_MACHINE_DATE.json as they come, and say where in the end.
+    """Write each row at once to benchmarks/results/NAME_MACHINE_DATE.json, and print the path at the end.
 
-    So a run that is cut off leaves what it measured. A run on the same day overwrites that file; `output` is for
-    those that shall stand beside each other. Where the code is no git checkout, GKA_COMMIT in the environment says
-    which commit it is.
+    An interrupted run leaves the rows that it has measured. A later run on the same day overwrites the file; use
+    `output` to keep both. If the code is not a git checkout, set the environment variable GKA_COMMIT to the
+    commit.
     """
     machine = describe_machine()
     label = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")

@@ -1,12 +1,12 @@
-"""Compile every kernel ahead of time for several GPUs, without one: registers, spills, shared memory.
+"""Compile every kernel for several GPUs, without a GPU, and list registers, spills and shared memory.
 
     python -m benchmarks.compile_kernels                 # all architectures, prints a table
-    python -m benchmarks.compile_kernels --arch 90       # Hopper alone
-    python -m benchmarks.compile_kernels --check         # exit code 1 where worse than benchmarks/kernels.json
-    python -m benchmarks.compile_kernels --write         # bring that file up to date
+    python -m benchmarks.compile_kernels --arch 90       # Hopper only
+    python -m benchmarks.compile_kernels --check         # exit code 1 if worse than benchmarks/kernels.json
+    python -m benchmarks.compile_kernels --write         # update that file
 
-The kernels are those of the op, of the short convolution and of the gated norm, forward and backward, and of a
-decode step: launches are taken down instead of run. ptxas and cuobjdump come with Triton.
+The kernels are those of the op, the short convolution and the gated norm, forward and backward, and of a decode
+step. Launches are recorded and not run. ptxas and cuobjdump come with Triton.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Launch = tuple[JITFunction, dict[str, Any], dict[str, int]]
 
 @contextmanager
 def taken_down() -> Iterator[list[Launch]]:
-    """Kernels that are launched inside are not run but listed, with their arguments and options."""
+    """Record kernel launches, with arguments and options, instead of running them."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -59,7 +59,7 @@ def taken_down() -> Iterator[list[Launch]]:
 
 
 def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
-    """What Triton's own launcher would compile for these arguments."""
+    """The source that the launcher of Triton would compile for these arguments."""
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(kernel.params):
         value = values[parameter.name]
@@ -78,7 +78,7 @@ def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack, of a kernel by cuobjdump."""
+    """Registers and bytes of stack of a kernel, from cuobjdump."""
     tool = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("cuobjdump*"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -89,7 +89,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architecture: int) -> list[Launch]:
-    """Kernels of the op's forward and backward pass, as for a layer with gates, states and normalised q and k."""
+    """Kernels of the forward and backward pass of the op, with gates, states and normalised q and k."""
     from gka.ops import State, gated_kalmanet
     from gka.ops.triton import config
 
@@ -110,7 +110,7 @@ def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architec
 
 
 def step_launches(state: torch.dtype, D: int) -> list[Launch]:
-    """The kernel of a decode step, as a layer with gates launches it."""
+    """The kernel of a decode step, for a layer with gates."""
     from gka.ops.triton import step as triton_step
     from gka.ops.types import Arguments
 
@@ -124,7 +124,7 @@ def step_launches(state: torch.dtype, D: int) -> list[Launch]:
 
 
 def conv_launches(packed: bool) -> list[Launch]:
-    """Kernels of the short convolution's forward and backward pass."""
+    """Kernels of the forward and backward pass of the short convolution."""
     from gka.ops.triton.conv import short_conv
 
     x = torch.zeros(1, 300, 2048, dtype=torch.bfloat16, requires_grad=True)
@@ -137,7 +137,7 @@ def conv_launches(packed: bool) -> list[Launch]:
 
 
 def norm_launches(dtype: torch.dtype, V: int) -> list[Launch]:
-    """Kernels of the gated norm's forward and backward pass."""
+    """Kernels of the forward and backward pass of the gated norm."""
     from gka.ops.triton.norm import gated_rms_norm
 
     x, gate, weight = (torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((9, V), (9, V), (V,)))
@@ -148,7 +148,7 @@ def norm_launches(dtype: torch.dtype, V: int) -> list[Launch]:
 
 
 def distinct(found: list[Launch]) -> list[Launch]:
-    """Launches of different code."""
+    """The launches with different code, each once."""
     unique: dict[tuple[Any, ...], Launch] = {}
     for kernel, values, options in found:
         constants = tuple(values[p.name] for p in kernel.params if p.is_constexpr)
@@ -208,11 +208,11 @@ def compile_case(name: str, architecture: int, only: str | None = None) -> list[
 def compile_all(
     architectures: list[int], cases: list[str], only: str | None = None, workers: int = 1
 ) -> list[dict[str, Any]]:
-    """Rows of all cases on all architectures, in this order, compiled by several processes."""
+    """Rows of all cases on all architectures, in this order; several processes compile."""
     wanted = [
         (name, architecture, only)
         for name, architecture in itertools.product(cases, architectures)
-        # tf32x3 is one code everywhere, and takes ptxas minutes
+        # tf32x3 gives the same code everywhere, and ptxas needs minutes for it
         if not (name in CASES and CASES[name][0] == torch.float32 and architecture != 90)
     ]
     rows = []
@@ -225,12 +225,15 @@ def compile_all(
 
 
 def worse(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
-    """What takes more registers, stack or shared memory than committed, has no committed row, or does not fit."""
+    """One message for each kernel that needs more registers, stack or shared memory than in the committed rows.
+
+    Also for kernels that have no committed row, and for kernels that need too much shared memory.
+    """
     found = []
     for row in rows:
         name = ", ".join(str(row[key]) for key in KEYS)
         if row["shared bytes"] > SHARED_LIMIT[row["architecture"]]:
-            found.append(f"{name}: {row['shared bytes']} bytes of shared memory do not fit")
+            found.append(f"{name}: {row['shared bytes']} bytes of shared memory are too many")
         before = next((old for old in committed if all(old[key] == row[key] for key in KEYS)), None)
         if before is None:
             found.append(f"{name}: not in {COMMITTED.name}")
@@ -247,10 +250,10 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="all if not given")
-    parser.add_argument("--case", action="append", choices=ALL_CASES, help="all if not given")
-    parser.add_argument("--only", help="kernels with this in their name")
-    parser.add_argument("--workers", type=int, default=1, help="number of processes that compile")
+    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all")
+    parser.add_argument("--case", action="append", choices=ALL_CASES, help="case; default: all")
+    parser.add_argument("--only", help="text that the name of a kernel must contain")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes")
     parser.add_argument("--check", action="store_true", help="compare with benchmarks/kernels.json")
     parser.add_argument("--write", action="store_true", help="write benchmarks/kernels.json")
     options = parser.parse_args()
@@ -260,7 +263,7 @@ def main() -> None:
     )
     if options.check:
         if triton.__version__ not in table:
-            sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; make them with --write")
+            sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; add them with --write")
         if found := worse(rows, table[triton.__version__]):
             sys.exit("\n".join(found))
     if options.write:

@@ -1,14 +1,14 @@
-"""The pictures of docs/how.md: the state, its spectrum, the convergence of the solve. And of docs/architecture.md.
+"""Draw the pictures of docs/how.md (state, spectrum, convergence of the solve) and of docs/architecture.md.
 
     python -m benchmarks.pictures                  # a few seconds on one core; writes docs/images/*.png
 
-state: S_kk after some tokens of a sequence whose keys change their subject half-way, without and with decay.
-spectrum: eigenvalues of S_hat = S_kk / ||S_kk||_F, alone and with the ridge a added, on the systems of
+state: S_kk after some tokens of a sequence, without and with decay. The keys change their subject half-way.
+spectrum: eigenvalues of S_hat = S_kk / ||S_kk||_F, without and with the ridge a, on the systems of
     `python -m experiments evidence numerics`.
-convergence: on the same systems, error of the iterate after each step, with the nodes in the order of
-    `node_steps` and in increasing order, in float32; and error of the solve against the number of products, in
-    one stage and in two, with products in bfloat16, beside the bound.
-layers: the packages, each above those that it imports.
+convergence: on the same systems, the error after each step in float32, with the nodes in the order of `node_steps`
+    and in increasing order; and the error of the solve against the number of products in bfloat16, with one stage
+    and with two stages, compared with the bound.
+layers: the packages; each is drawn above the packages that it imports.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def keys_of_two_subjects(T: int = 128, D: int = 16) -> Tensor:
 
 
 def states(k: Tensor, g: float, tokens: Sequence[int] = TOKENS) -> list[Tensor]:
-    """S_kk [D, D] after each of those numbers of tokens, all with log-decay g."""
+    """S_kk [D, D] after each number of tokens, with log-decay g at every token."""
     found = []
     for t in tokens:
         decays = torch.full((1, t, 1), g, dtype=torch.float64)
@@ -72,7 +72,7 @@ def errors_by_step(S_hat: Tensor, q: Tensor, taus: Sequence[float]) -> list[floa
 
     Args:
         S_hat: [n, D, D]; q: [n, D]; float64.
-        taus: step sizes, in the order in which they are taken.
+        taus: step sizes, in the order of the steps.
     """
     exact = Exact().solve(S_hat, q, RIDGE_RATIO)
     matrix, rhs = S_hat.float(), q.float()
@@ -85,7 +85,7 @@ def errors_by_step(S_hat: Tensor, q: Tensor, taus: Sequence[float]) -> list[floa
 
 
 def errors_by_products(S_hat: Tensor, q: Tensor, stages: int, products: Sequence[int]) -> list[float]:
-    """Error of Chebyshev iteration with products in bfloat16, all n + 1 nodes split evenly among the stages."""
+    """Error of Chebyshev iteration with bfloat16 products; the n + 1 nodes are split evenly among the stages."""
     exact = Exact().solve(S_hat, q, RIDGE_RATIO)
     errors = []
     for n in products:
@@ -210,6 +210,6 @@ def main(folder: Path = FOLDER) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the pictures")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the pictures")
     torch.set_num_threads(1)
     main(parser.parse_args().output)

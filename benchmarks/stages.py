@@ -1,7 +1,7 @@
-"""The op's kernels one by one: seconds of each in a call, its floor, and a picture of both.
+"""Time and floor of each kernel of the op in one call, with a picture.
 
-The floor of a kernel is the longer of its bytes at BANDWIDTH and its products at RATE, what a copy and a large
-bfloat16 matrix product reach on this GPU. Bytes are those that must pass memory once if nothing stays in a cache.
+The floor of a kernel is the longer of two times: its bytes at BANDWIDTH, the speed of a copy, and its products at
+RATE, the speed of a large bfloat16 matrix product on this GPU. Bytes are counted as if nothing stays in a cache.
 
 Legend: B batch, T time, H heads, D = V head dims, C tokens of a chunk; a token-head is one token of one head.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.calls import gpu_seconds
 
-BANDWIDTH = {"H200": 4.2e12, "H100": 3.0e12}  # bytes a second of a copy, read and written, by GPU
-RATE = 790e12  # flops a second, of both
+BANDWIDTH = {"H200": 4.2e12, "H100": 3.0e12}  # bytes per second of a copy, read and written, by GPU
+RATE = 790e12  # flops per second, on both GPUs
 C = 64
 # In the order in which they run. Of a token-head in bfloat16: rows of D numbers that are read and written (2 D
 # bytes each; float32 counts twice, a pair in three bytes 1.5 times), D x D matrices per chunk, counted alike, and
@@ -36,12 +36,12 @@ KERNELS: dict[str, tuple[float, float, float]] = {
 
 
 def bandwidth(gpu: str) -> float:
-    """Bytes a second of a GPU by its name; of those that are not known, the H200's, which makes its floors low."""
+    """Bytes per second of a GPU by its name; for unknown GPUs that of the H200, so that floors are low."""
     return next((rate for name, rate in BANDWIDTH.items() if name in gpu), max(BANDWIDTH.values()))
 
 
 def floor(kernel: str, B: int, T: int, H: int, D: int, gpu: str = "H200") -> float:
-    """Seconds that a kernel of forward + backward, steps (16, 16), bfloat16, cannot go below."""
+    """The floor of a kernel in seconds, for forward + backward with steps (16, 16) in bfloat16."""
     rows, matrices, products = KERNELS[kernel]
     of_a_token = rows * 2 * D + matrices * 2 * D * D / C
     flops = products * (2 * D * D + 4 * C * D)
@@ -49,7 +49,7 @@ def floor(kernel: str, B: int, T: int, H: int, D: int, gpu: str = "H200") -> flo
 
 
 def seconds_by_kernel(function: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the GPU of every kernel of KERNELS in one profiled call, and of all others as "rest"."""
+    """Seconds on the GPU for every kernel of KERNELS in one profiled call, and for all others as "rest"."""
     found = dict.fromkeys((*KERNELS, "rest"), 0.0)
     for name, time in gpu_seconds(function).items():
         found[name if name in KERNELS else "rest"] += time
@@ -57,7 +57,7 @@ def seconds_by_kernel(function: Callable[[], object]) -> dict[str, float]:
 
 
 def plot(result: Path) -> Path | None:
-    """A bar for every kernel of the first row that has them, from a JSON file; the picture stands beside it."""
+    """Draw a bar for every kernel of the first row with kernels in a JSON file; save the picture next to it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""Make benchmarks/RESULTS.md, and the tables in guides, from the JSON files under benchmarks/results/.
+"""Write benchmarks/RESULTS.md, and the tables in guides, from the JSON files under benchmarks/results/.
 
-python -m benchmarks.table            # write it
-python -m benchmarks.table --check    # exit code 1 if it is not what the JSON files say
+python -m benchmarks.table            # write the pages
+python -m benchmarks.table --check    # exit code 1 if a page does not match the JSON files
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def mebibytes(count: float) -> str:
 
 
 def ops(result: Result) -> str:
-    """Growth with T, peers, memory."""
+    """Tables of the op: growth with T, comparison with other ops, memory, and the paper's width."""
     rows: dict[str, list[Result]] = {}
     for row in result["rows"]:
         rows.setdefault(row["part"], []).append(row)
@@ -47,8 +47,8 @@ def ops(result: Result) -> str:
             for row in rows["peer"]
         ]
         shape = f"B 1, T {first['T']}, H {first['H']}, D = V = {first['D']}"
-        header = ["dtype", "what", "op", "median seconds", "ratio to the peer"]
-        parts.append(f"Beside the gated delta rule ({shape})\n\n{markdown_table(header, table)}")
+        header = ["dtype", "what", "op", "median seconds", "ratio to the gated delta rule"]
+        parts.append(f"Compared with the gated delta rule ({shape})\n\n{markdown_table(header, table)}")
     if "memory" in rows:
         table = [
             [
@@ -86,7 +86,7 @@ def ops(result: Result) -> str:
 
 
 def decode(result: Result) -> str:
-    """One decode step beside its floor, a line per batch and dtype of the states."""
+    """Time of one decode step compared with its floor, one row per batch size and dtype of the states."""
     rows = result["rows"]
     columns = list(dict.fromkeys((row["what"], tuple(row["steps"] or ())) for row in rows))
     first = rows[0]
@@ -102,7 +102,7 @@ def decode(result: Result) -> str:
     header = ["B", "states", *(f"{what} {steps}" if steps else what for what, steps in columns)]
     shape = f"H {first['H']}, D = V = {first['D']}, median ms"
     notes = "floor: a copy of both states; graph: the kernel replayed from a CUDA graph"
-    return f"One token of every sequence ({shape}; {notes})\n\n{markdown_table(header, table)}"
+    return f"One decode step for every sequence ({shape}; {notes})\n\n{markdown_table(header, table)}"
 
 
 def _ratio(value: float | None) -> str:
@@ -110,7 +110,7 @@ def _ratio(value: float | None) -> str:
 
 
 def layer(result: Result) -> str:
-    """The layer beside its peers, and where its time goes."""
+    """The layer compared with other layers, and its time by part."""
     rows, table, where, notes = result["rows"], [], [], {}
     first = rows[0]
     for row in rows:
@@ -127,7 +127,8 @@ def layer(result: Result) -> str:
     size = f"hidden {first['hidden']}, {first['H']} heads of {first['D']}, {first['dtype']}"
     header = ["shape", "what", "layer", "median ms", "ratio to Gated DeltaNet", "peak GB", "first call, s"]
     parts = [
-        f"The layer beside its peers ({size}); peak above parameters and input\n\n{markdown_table(header, table)}"
+        f"The layer compared with others ({size}); peak memory above parameters and input\n\n"
+        f"{markdown_table(header, table)}"
     ]
     if where:
         header = ["shape", "what", "layer", *next(row["shares"] for row in rows if "shares" in row)]
@@ -136,7 +137,7 @@ def layer(result: Result) -> str:
 
 
 def norm(result: Result) -> str:
-    """The gated norm beside its peers."""
+    """The gated norm compared with other implementations."""
     table = []
     for row in result["rows"]:
         cells = ["not run", "", ""]
@@ -157,7 +158,7 @@ def _thousandths(value: float) -> str:
 
 
 def family_errors(result: Result) -> str:
-    """Errors by family of inputs, a loss through o alone, then one through the final states alone."""
+    """Errors by family of inputs, for a loss through o only and for a loss through the final states only."""
     table = []
     for row in result["rows"]:
         if row["table"] == "families" and row["steps"] == [16, 16]:
@@ -173,11 +174,12 @@ def family_errors(result: Result) -> str:
         *GRADIENTS,
         *(f"states: {n}" for n in ("dk", "dv", "dg", "dbeta")),
     ]
-    return f"||out - ref|| / ||ref||, units of 1e-3, steps (16, 16):\n\n{markdown_table(header, table)}"
+    text = markdown_table(header, table)
+    return f"Relative errors ||out - ref|| / ||ref|| in units of 1e-3, steps (16, 16):\n\n{text}"
 
 
 def place_errors(result: Result) -> str:
-    """Errors of the low-rank start by the token's place; the first token's gate has no past: dg is zero there."""
+    """Errors of the low-rank start by the position of the token; dg of the first token is zero and left out."""
     table, places = [], [key for key in result["rows"][-1] if " to " in key]
     for row in result["rows"]:
         if row["table"] == "first tokens" and row["steps"] == [16, 16] and row["family"] == "low-rank start":
@@ -187,7 +189,7 @@ def place_errors(result: Result) -> str:
             table.append([row["backend"], row["of"], *errors])
     header = ["backend", "of", *(f"tokens {place}" for place in places)]
     text = markdown_table(header, table)
-    return f"The same on the low-rank start by the token's place, a loss through o:\n\n{text}"
+    return f"The same errors on the low-rank start by the position of the token, for a loss through o:\n\n{text}"
 
 
 def accuracy(result: Result) -> str:
@@ -196,7 +198,7 @@ def accuracy(result: Result) -> str:
 
 
 def length(result: Result) -> str:
-    """Time against T."""
+    """Tables of time against T."""
     rows, notes, parts = result["rows"], {}, []
     first = rows[0]
     for what in dict.fromkeys(row["what"] for row in rows):
@@ -218,7 +220,7 @@ def length(result: Result) -> str:
 
 
 def steps(result: Result) -> str:
-    """What fewer steps cost and buy, a line per choice of steps."""
+    """Accuracy and time with fewer solver steps, one row per choice of steps."""
     costs = [row for row in result["rows"] if row["part"] == "accuracy"]
     times = {tuple(row["steps"]): row for row in result["rows"] if row["part"] == "time"}
     most, first = times[tuple(costs[0]["steps"])], costs[0]
@@ -237,18 +239,17 @@ def steps(result: Result) -> str:
                 *cells,
             ]
         )
-    header = ["steps", "error of o, float32", "the same, bfloat16 inputs", "bits per byte"]
+    header = ["steps", "error of o, float32", "error of o, bfloat16 inputs", "bits per byte"]
     header += [f"prompt of {most['T']} tokens, ms", "token, ms"]
     trained = "the default" if first["trained with"] is None else str(first["trained with"])
     return (
         f"{markdown_table(header, table)}\n\n"
-        f"Error: ||o - o\\*|| / ||o\\*||, o\\* with the exact solve in float64, on {first['tokens of o']:,} "
-        f"tokens of held-out text. Error and bits per byte ({first['bytes']:,} bytes): a model of "
-        f"{first['layers']} GKA layers, {first['heads']} heads of {first['D']}, trained with {trained}. "
-        "Times: processor milliseconds "
-        f"of one thread in {most['dtype']}, median, and their ratio to the first line's: random weights, "
-        f"{most['num_hidden_layers']} layers, hidden size {most['hidden_size']}, "
-        f"{most['num_attention_heads']} heads of {most['D']}."
+        f"Error: ||o - o\\*|| / ||o\\*|| on {first['tokens of o']:,} tokens of held-out text; o\\* uses the exact "
+        f"solve in float64. Error and bits per byte ({first['bytes']:,} bytes) are measured with a model of "
+        f"{first['layers']} GKA layers, {first['heads']} heads of {first['D']} dims, trained with {trained}. "
+        f"Times are median processor milliseconds of one thread in {most['dtype']}, with the ratio to the first "
+        f"row in brackets. They are measured with random weights, {most['num_hidden_layers']} layers, hidden size "
+        f"{most['hidden_size']}, {most['num_attention_heads']} heads of {most['D']} dims."
     )
 
 
@@ -262,7 +263,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "steps": ("Steps of the solve", steps),
 }
 DOCS = RESULTS.parent.parent / "docs"
-# Tables in guides, each between two comments: the page, and the benchmark whose newest result it is made of.
+# Tables in guides, each between two comments: the page, the benchmark with the newest result, the writer.
 GUIDES: dict[str, tuple[Path, str, Callable[[Result], str]]] = {
     "errors": (DOCS / "kernels.md", "accuracy", lambda result: f"{accuracy(result)}\n\n{_source(result)}"),
     "steps": (DOCS / "tools.md", "steps", lambda result: f"{steps(result)} {_source(result)}"),
@@ -281,7 +282,7 @@ def found() -> list[Result]:
 
 
 def newest() -> dict[Key, Result]:
-    """Of each benchmark the newest result per machine and what was run; at the paper's width, shapes and ops."""
+    """The newest result of each benchmark per machine and parts (for the part "wide" also shapes and ops)."""
     results: dict[Key, Result] = {}
     for result in found():
         if result.get("benchmark") not in SECTIONS:
@@ -300,9 +301,12 @@ def _what_was_run(result: Result) -> frozenset[tuple[str, ...]]:
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of RESULTS.md."""
     results = newest()
-    text = ["# Results\n\nMade by `python -m benchmarks.table` from the files under `benchmarks/results/`."]
+    text = [
+        "# Results\n\nThis page has the measured speed, memory and accuracy of the op and the layer. "
+        "`python -m benchmarks.table` writes it from the files under `benchmarks/results/`."
+    ]
     for name, (title, write) in SECTIONS.items():
         for (benchmark, machine, _), result in results.items():
             if benchmark != name:
@@ -324,7 +328,7 @@ def _source(result: Result) -> str:
 
 
 def guides() -> dict[Path, str]:
-    """The pages of GUIDES with their tables made anew."""
+    """The pages of GUIDES with new tables."""
     newest_of = {result.get("benchmark"): result for result in found()}
     pages: dict[Path, str] = {}
     for name, (path, benchmark, make) in GUIDES.items():
@@ -346,7 +350,7 @@ def main() -> None:
             path.write_text(text, encoding="utf-8")
             print(f"written: {path}")
         elif path.read_text(encoding="utf-8") != text:
-            sys.exit(f"{path} is not what the JSON files say; run python -m benchmarks.table")
+            sys.exit(f"{path} does not match the JSON files; run python -m benchmarks.table")
 
 
 if __name__ == "__main__":

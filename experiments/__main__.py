@@ -1,4 +1,4 @@
-"""`python -m experiments COMMAND`: the experiments, by the machinery of the `gka` command."""
+"""`python -m experiments COMMAND`: run experiments, with the command-line code of `gka`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ PROGRAM = "python -m experiments"
 COMMANDS = {
     "mqar": Command(
         "Train two-layer models on multi-query associative recall and compare mixers.",
-        f"  {PROGRAM} mqar\n  {PROGRAM} mqar --help              the settings of the task",
+        f"  {PROGRAM} mqar\n  {PROGRAM} mqar --help              settings of the task",
         "experiments.tasks.mqar_options:MQAROptions",
         "experiments.tasks.mqar_run:main",
     ),
     "evidence": Command(
-        "Compare the layer with others, one experiment at a time.",
-        f"  {PROGRAM} evidence numerics                a small form, in a minute\n"
-        f"  {PROGRAM} evidence numerics --size full    as on the page docs/evidence.md\n"
-        f"  {PROGRAM} evidence page                    the page of all results so far",
+        "Run one experiment that compares the layer with other layers.",
+        f"  {PROGRAM} evidence numerics                small size, takes a minute\n"
+        f"  {PROGRAM} evidence numerics --size full    full size, as in docs/evidence.md\n"
+        f"  {PROGRAM} evidence page                    page of all results so far",
         "experiments.evidence.command:EvidenceOptions",
         "experiments.evidence.command:main",
     ),

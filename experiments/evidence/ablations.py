@@ -1,15 +1,16 @@
-"""What each part of the layer is worth: small language models that differ in one thing, trained alike.
+"""The effect of each part of the layer: small language models that differ in one thing, trained in the same way.
 
-Four blocks of 256, four heads of 64, 8192 tokens with tied embeddings; ten million tokens in windows of 1024, one
-learning rate and three seeds for all. A seed decides the first weights and the order of the text. What is an
-option of the layer runs as the layer does; a constant ridge, a sketch and conjugate gradient are no options and
-run by `variants.py`, in PyTorch: their speed is not that of kernels.
+The models have four blocks of hidden size 256, four heads of 64 dims, and a vocabulary of 8192 tokens with tied
+embeddings. They train on ten million tokens in windows of 1024, with one learning rate and three seeds. The seed
+decides the initial weights and the order of the text. Variants that are options of the layer run in the layer. A
+constant ridge, a sketch and conjugate gradient are not options; `variants.py` computes them in PyTorch, so their
+speed is not the speed of kernels.
 
-In bfloat16 the layer's kernels have bfloat16 products, which steps of two stages refine: "steps (31,)" is the
-plain solve, as the paper's. Where there are no kernels, on a CPU, a solve of one stage has float32 products.
+In bfloat16 the kernels of the layer use bfloat16 products. A solve of two stages refines the result; "steps (31,)"
+is the plain solve of the paper. On a CPU there are no kernels, and a solve of one stage has float32 products.
 
-Gradient norms are those of every step before clipping to 1. A spike is a step whose norm is more than three times
-the median of the steps before it, up to 32 of them, from the ninth step on.
+Gradient norms are measured at every step before clipping to 1. A spike is a step with a norm of more than three
+times the median of the up to 32 steps before it; steps count from the ninth on.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from .table import markdown_table, span, spread
 from .training import steps_of, train_on_text
 from .variants import Variant, with_variant
 
-SUMMARY = "what each part of the layer is worth in training"
+SUMMARY = "effect of each part of the layer on training"
 BY_MACHINE = False
 Entries = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing that is changed: fields of GKAConfig, the dtype of training, or what `variants.py` changes."""
+    """One change: fields of GKAConfig, the dtype of training, or a variant of `variants.py`."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     dtype: str = "bfloat16"
@@ -50,7 +51,7 @@ class Trial:
 
 
 BASE, _FLOAT32, _CONSTANT = "base", "float32, steps (31,)", "lambda = 0.25"
-# The order of the table, and of the trainings: those with kernels first.
+# In the order of the table and of the trainings: variants with kernels come first.
 TRIALS = {
     BASE: Trial(),
     "no forget gate": Trial({"use_forget_gate": False}),
@@ -81,18 +82,18 @@ _SIZES: dict[str, dict[str, Any]] = {
         batch_size=16, tokens=10_000_000, eval_bytes=1_000_000, learning_rate=3e-3,
     ),
 }  # fmt: skip
-# What solves the same system as the base, to a percent or better: how their losses differ tells what is chance.
+# These solve the same system as the base with an error of at most a percent, so their differences show chance.
 _ALIKE = ("steps (31,)", "steps (16, 8)", _FLOAT32, "conjugate gradient", "conjugate gradient, float32 products")
 _MODEL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _HELD_OUT = ("loss", "bits_per_byte", "tokens", "recall_loss", "recall_tokens", "other_loss")
-_LOSS_STEPS = 10  # of which an entry of the loss is the mean
+_LOSS_STEPS = 10  # an entry of the loss is the mean over so many steps
 _WINDOW, _FIRST, _SPIKE = 32, 8, 3.0
 
 prepare = text.prepare
 
 
 def cells(size: str) -> list[Cell]:
-    """All trials of a seed before those of the next; small: one seed, three steps."""
+    """All trials, one seed after the other. Small: one seed and three steps."""
     names, seeds = (TRIALS, (0, 1, 2)) if size == "full" else (_SMALL, (0,))
     return [
         {"variant": name, "dtype": TRIALS[name].dtype, "seed": seed, **_SIZES[size]}
@@ -102,7 +103,7 @@ def cells(size: str) -> list[Cell]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """Train a model and read the held-out text with it."""
+    """Train a model and measure its loss on held-out text."""
     data = text.Corpus.load(folder.parents[1], cell["size"])
     model = build(cell, len(data.tokenizer), data.tokenizer.eos_token_id)
     trained, held_out = train_on_text(
@@ -128,7 +129,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
 
 
 def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
-    """The model of a cell with its first weights."""
+    """The model of a cell with initial weights."""
     trial = TRIALS[cell["variant"]]
     set_seed(cell["seed"])
     model = GKAForCausalLM(
@@ -149,7 +150,7 @@ def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
 
 
 def spikes(norms: Sequence[float | None]) -> list[int]:
-    """Steps, from 1 on, whose norm is a spike, or not finite (None); see the module."""
+    """The steps, counted from 1, with a spike of the norm or a norm that is not finite (None); see the module."""
     found = []
     for number, norm in enumerate(norms):
         before = [x for x in norms[max(0, number - _WINDOW) : number] if x is not None]
@@ -163,7 +164,7 @@ def _rounded(norm: float) -> float | None:
 
 
 def _means(loss: list[list[float]]) -> list[list[float]]:
-    """[step, mean of the steps up to it] of every _LOSS_STEPS."""
+    """[step, mean of the losses up to it] for every _LOSS_STEPS steps."""
     groups = [loss[i : i + _LOSS_STEPS] for i in range(0, len(loss), _LOSS_STEPS)]
     return [[group[-1][0], round(statistics.fmean(x for _, x in group), 5)] for group in groups]
 
@@ -172,7 +173,7 @@ def _means(loss: list[list[float]]) -> list[list[float]]:
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """A table with a row per variant; the picture has the losses beside the base, and gradient norms."""
+    """A table with one row per variant; the picture has the differences from the base and the gradient norms."""
     by_name = {name: _by_seed(entries, name) for name in TRIALS}
     by_name = {name: results for name, results in by_name.items() if results}
     _draw(by_name, picture)
@@ -192,26 +193,26 @@ def section(entries: Entries, picture: Path) -> str:
             "in "
             f"{steps_of(cell)} steps, in windows of {cell['seq_len']}, with learning rate "
             f"{cell['learning_rate']:g}; seeds: {span(seeds)}.{read}",
-            "Losses are in nats per token: the median of the seeds, with least and largest in brackets. The "
-            "difference to the base is taken seed by seed. The training loss is the mean over the last tenth of "
-            "the training. A spike is a step whose gradient norm, before clipping, is more than "
-            f"{_SPIKE:g} times the median of the {_WINDOW} steps before; the table counts the spikes of all "
-            "seeds.",
+            "Losses are in nats per token: the median over the seeds, with the smallest and largest in "
+            "brackets. The difference from the base is computed seed by seed. The training loss is the mean "
+            "over the last tenth of the training. A spike is a step whose gradient norm, before clipping, is "
+            f"more than {_SPIKE:g} times the median of the {_WINDOW} steps before; the table counts the spikes "
+            "of all seeds.",
             markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
             "The layer has no option for a constant lambda, a sketch or conjugate gradient. The experiment "
-            "computes them in PyTorch with the products of the chunk-wise form. A test compares this code, with "
-            "nothing changed, with the layer's op: outputs and gradients agree. With lambda = 0.25 the Chebyshev "
-            "nodes of a token cover its own interval, from lambda to ||S|| + lambda. The sketch is a learned map "
-            "of each head to d dims, which starts orthonormal. Conjugate gradient makes as many products as the "
-            "base, without refinement. Its gradient is implicit: conjugate gradient solves the adjoint system "
-            "too.",
+            "computes them in PyTorch with the products of the chunk-wise form. A test runs this code without a "
+            "change to the layer and compares it with the op: outputs and gradients agree. With lambda = 0.25, "
+            "the Chebyshev nodes of a token cover the interval of this token, from lambda to ||S|| + lambda. "
+            "The sketch is a learned map of each head to d dims; it starts orthonormal. Conjugate gradient uses "
+            "as many products as the base, without refinement. Its gradient is implicit: conjugate gradient "
+            "also solves the adjoint system.",
             _findings(by_name),
         )
     ).rstrip()
 
 
 _HEAD = [
-    "variant", "held-out loss", "difference to the base", "recall tokens", "training loss",
+    "variant", "held-out loss", "difference from the base", "recall tokens", "training loss",
     "gradient norm, median", "largest", "spikes",
 ]  # fmt: skip
 Results = dict[int, dict[str, Any]]  # by seed
@@ -253,7 +254,7 @@ def _finite(result: dict[str, Any]) -> list[float]:
 
 
 def _beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
-    """By seed the held-out loss less the base's; None where one of both diverged."""
+    """The held-out loss minus that of the base, by seed; None if one of the two diverged."""
     base = by_name.get(BASE, {})
     found = {}
     for seed, result in by_name[name].items():
@@ -264,7 +265,7 @@ def _beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
 
 
 def _findings(by_name: dict[str, Results]) -> str:
-    """What lies farther from the base than by chance, once there are several seeds; what was expected."""
+    """The variants that differ from the base by more than chance, if there are several seeds; expectations."""
     apart: dict[str, list[float]] = {}
     for name in by_name:
         found = [math.inf if x is None else x for x in _beside(name, by_name).values()]
@@ -279,8 +280,8 @@ def _findings(by_name: dict[str, Results]) -> str:
     median = max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0)
     others = {name: middle[name] for name in middle if name not in alike}
     sides = {
-        "worse than the base by more than any of these": [n for n, x in others.items() if x > single],
-        "better than the base by more than any of these": [n for n, x in others.items() if -x > single],
+        "worse than the base by more than any of these seeds": [n for n, x in others.items() if x > single],
+        "better than the base by more than any of these seeds": [n for n, x in others.items() if -x > single],
         "worse by more than these medians": [n for n, x in others.items() if single >= x > median],
         "better by more than these medians": [n for n, x in others.items() if single >= -x > median],
         "no difference beyond these medians": [n for n, x in others.items() if abs(x) <= median],
@@ -292,40 +293,38 @@ def _findings(by_name: dict[str, Results]) -> str:
         if any(r["spikes"] for r in results.values())
     ]
     return (
-        f"How much is chance? {_listed(alike)} solve the same system as the base, so their differences are "
-        "chance. "
-        f"Single seeds differ from the base by up to {single:.3f}, medians by up to {median:.3f}. The medians of "
-        f"the other variants are: {said}. Spikes of the gradient norm: {', '.join(spiky) or 'none'}. "
-        f"{_verdicts(by_name, median)}. The paper's models have 440 million parameters and more. The paper "
-        "reports "
-        "loss spikes with a constant lambda, and weaker long context without alpha; windows of this length cannot "
-        "show the latter."
+        f"How large are random differences? {_listed(alike)} solve the same system as the base, so their "
+        f"differences from it are random. Single seeds differ from the base by up to {single:.3f}, medians by up "
+        f"to {median:.3f}. Medians of the other variants: {said}. Spikes of the gradient norm: "
+        f"{', '.join(spiky) or 'none'}. {_verdicts(by_name, median)}. The models of the paper have at least 440 "
+        "million parameters. The paper reports loss spikes with a constant lambda, and worse long-context "
+        "results without alpha. Windows of this length cannot show the second effect."
     )
 
 
 def _verdicts(by_name: dict[str, Results], chance: float) -> str:
-    """What was expected, and what came."""
+    """The expectations, and the results."""
 
     def spiked(name: str) -> bool:
         return any(result["spikes"] for result in by_name[name].values())
 
     verdict = "refuted" if spiked(BASE) else "confirmed"
-    said = f"The expectation was no spikes with the base, whose ridge is adaptive: {verdict}"
+    said = f"Expected: no spikes with the base, whose ridge is adaptive. Result: {verdict}"
     if _CONSTANT in by_name:
-        said += f". A constant lambda has {'some' if spiked(_CONSTANT) else 'none here either'}"
+        said += f". A constant lambda has {'spikes' if spiked(_CONSTANT) else 'no spikes here either'}"
     wide = [-x for x in _beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
     if wide:
         more = statistics.median(wide)
-        verdict = "within chance" if abs(more) <= chance else "refuted" if more > 0 else "confirmed"
+        verdict = "no difference beyond chance" if abs(more) <= chance else "refuted" if more > 0 else "confirmed"
         said += (
-            ". A second expectation was a base, refined in bfloat16, that is no worse than float32: "
+            ". Expected: the base (bfloat16 with refinement) is not worse than float32. Result: "
             f"{verdict}, {spread(wide, '+.4f')}"
         )
     return said
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names that may have commas of their own."""
+    """A list of quoted names; the names may contain commas."""
     return ", ".join(f'"{name}"' for name in names)
 
 

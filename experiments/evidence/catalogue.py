@@ -1,4 +1,4 @@
-"""The experiments: the module of each by its name, in the order of the page."""
+"""The experiments: module by name, in the order of the page."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""The text that the language models of the experiments read: files, a tokenizer learnt from them, tokens.
+"""The text for the language models of the experiments: files, a tokenizer trained on them, and tokens.
 
     OUTPUT/corpus-SIZE/
-        tokenizer/      byte-level BPE, learnt from the training files (experiments/tasks/bpe.py)
-        data/           tokens and the held-out text (gka/training/data.py); of equal files the first alone
-        common.npy      bigrams that stand in the training tokens more often than a model need look up
-        corpus.json     which files were asked for, and the fingerprint; written last
+        tokenizer/      byte-level BPE, trained on the training files (experiments/tasks/bpe.py)
+        data/           tokens and the held-out text (gka/training/data.py); only one of several equal files
+        common.npy      bigrams that are frequent in the training tokens, so that a model need not recall them
+        corpus.json     the requested files and the fingerprint; written last
 
-The fingerprint, of tokens and tokenizer, is part of what a cell is: results of other text are other results. Files
-are held out by name; a file that is nearly another, as packages carry copies of packages, may stand in both parts.
+The fingerprint of tokens and tokenizer is a field of each cell, so that results of different texts stay apart.
+Files are held out by name. Two files that are almost equal may be in different parts, e.g. if a package contains a
+copy of another package.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from gka.training.errors import UserError
 from ..tasks.bpe import write_bpe
 from ..tasks.recall_loss import RecallLoss, common_bigrams, context_windows, recall_loss
 
-MORE_THAN = 1250  # times in training, Zoology's bound (arXiv 2312.04927)
-FRACTION = {"small": 0.2, "full": 0.02}  # of the files, held out
+MORE_THAN = 1250  # occurrences in training, the bound of Zoology (arXiv 2312.04927)
+FRACTION = {"small": 0.2, "full": 0.02}  # fraction of the files to hold out
 _VOCABULARY = {"small": 512, "full": 8192}
 _STANDARD = "(standard library)"
 
@@ -49,11 +50,11 @@ class Corpus:
     """A prepared corpus.
 
     Attributes:
-        folder: where it lies.
-        tokenizer: its <|endoftext|> stands behind every document.
+        folder: the folder of the corpus.
+        tokenizer: the tokenizer; its <|endoftext|> follows every document.
         manifest: files, bytes and tokens of both parts.
         fingerprint: 12 hexadecimal digits.
-        arguments: files and folders it was made of.
+        arguments: the files and folders of the corpus.
     """
 
     folder: Path
@@ -64,7 +65,7 @@ class Corpus:
 
     @classmethod
     def load(cls, output: Path, size: str) -> Corpus:
-        """That of an output folder, made by `prepare`."""
+        """Load the corpus of an output folder, written by `prepare`."""
         folder = _folder(output, size)
         known = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         return cls(
@@ -77,12 +78,12 @@ class Corpus:
 
     @property
     def data(self) -> list[str] | None:
-        """The files and folders as gka.training.data.find_files takes them."""
+        """The files and folders, as arguments for gka.training.data.find_files."""
         return None if self.arguments == [_STANDARD] else self.arguments
 
     @property
     def common(self) -> np.ndarray:
-        """Bigrams that make no recall tokens: uint64 [n], as `recall_loss.common_bigrams` gives them."""
+        """Frequent bigrams, which make no recall tokens: uint64 [n], from `recall_loss.common_bigrams`."""
         found: np.ndarray = np.load(self.folder / "common.npy")
         return found
 
@@ -91,25 +92,25 @@ class Corpus:
         return {name: dataclasses.asdict(getattr(self.manifest, name)) for name in ("train", "validation")}
 
     def train_blocks(self, seq_len: int, tokens: int) -> TokenBlocks:
-        """The first blocks of seq_len training tokens, `tokens` in all or as many as there are."""
+        """The first blocks of seq_len training tokens, `tokens` in total or fewer if there are not enough."""
         path = self.folder / "data" / "train.bin"
         return TokenBlocks(path, self.manifest.dtype, seq_len, max_blocks=max(1, tokens // seq_len))
 
 
 def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, str]:
-    """Make the corpus if it is not there, and say which it is.
+    """Make the corpus if it does not exist, and return its fingerprint.
 
     Args:
         output: folder of all results.
         size: "small" or "full".
-        data: files and folders, as `gka train --data` takes them. None means those of the corpus that is there, or
-            this Python's standard library, of which the small form takes three packages.
+        data: files and folders, as for `gka train --data`. None means the files of the existing corpus, or
+            Python's standard library if there is none (three of its packages for "small").
 
     Returns:
         {"corpus": fingerprint}.
 
     Raises:
-        UserError: the corpus that is there was made of other files, or one cannot be made of these.
+        UserError: the existing corpus was made from other files, or no corpus can be made from these files.
     """
     folder = _folder(output, size)
     file = folder / "corpus.json"
@@ -118,7 +119,7 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
         known = json.loads(file.read_text(encoding="utf-8"))
         if asked is not None and asked != known["arguments"]:
             raise UserError(
-                f"--data: {folder} was made of {' '.join(known['arguments'])}; "
+                f"--data: {folder} was made from {' '.join(known['arguments'])}; "
                 "choose another --output for other text"
             )
         return {"corpus": known["fingerprint"]}
@@ -142,19 +143,19 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
 def evaluate(
     model: Any, corpus: Corpus, *, context: int, max_bytes: int, batch_size: int, autocast: bool
 ) -> RecallLoss:
-    """Loss on held-out text, the first max_bytes of it, in windows of `context` tokens.
+    """Loss on the first max_bytes of the held-out text, in windows of `context` tokens.
 
     Args:
-        model: a causal language model; it is put into eval mode.
-        corpus: whose held-out files are read.
-        context: tokens predicted in a window at most.
-        max_bytes: of text; 0 takes all.
-        batch_size: windows side by side.
-        autocast: whether to compute in bfloat16 with weights as they are.
+        model: a causal language model; it is set to eval mode.
+        corpus: the corpus with the held-out files.
+        context: maximum number of predicted tokens in a window.
+        max_bytes: bytes of text; 0 means all.
+        batch_size: windows per batch.
+        autocast: whether to compute in bfloat16; the dtype of the weights stays.
     """
     texts = [text for _, text in validation_texts(corpus.folder / "data", max_bytes)]
     start = document_token(corpus.tokenizer)
-    assert start is not None  # load_tokenizer refuses a tokenizer without one
+    assert start is not None  # load_tokenizer rejects a tokenizer without one
     windows = context_windows([encode(corpus.tokenizer, text) for text in texts], start, context)
     return recall_loss(
         model.eval(),

@@ -1,12 +1,13 @@
 """Time and memory against length for every mixer: forward, forward and backward, and a step of decoding.
 
-One block of the model (mixing and feed-forward) of the language models' width, one sequence, random input. Forward
-and backward give the gradients of the input and of all parameters. A step is that of one token behind T others,
-whose cache is made before and not timed. On a GPU everything is bfloat16, and memory is the peak above parameters
-and input; on a CPU float32, and memory is not measured.
+The experiment measures one block (mixer and feed-forward) with the width of the language models, on one sequence
+of random input. Forward + backward computes the gradients of the input and of all parameters. A decode step
+processes one token after T others; the cache of those T tokens is made before and not timed. On a GPU all tensors
+are bfloat16, and memory is the peak above parameters and input. On a CPU all tensors are float32, and memory is
+not measured.
 
-Mixers run by what is installed: Gated DeltaNet by flash-linear-attention's kernels, Mamba-2 by those of mamba_ssm,
-and without these packages by transformers' PyTorch code, which says little about what they could cost.
+Gated DeltaNet uses the kernels of flash-linear-attention and Mamba-2 those of mamba_ssm, if these packages are
+installed. Otherwise they run in the PyTorch code of transformers, which says little about their possible speed.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ WHAT = ("forward", "forward+backward", "decode step")
 Entries = list[dict[str, Any]]
 _WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
 _NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-_LIMIT = 60.0  # seconds of one call; a length that takes longer is measured once
-_QUICK = 0.02  # seconds of one call; what takes less is measured more often
+_LIMIT = 60.0  # seconds per call; slower calls are measured once
+_QUICK = 0.02  # seconds per call; faster calls are measured more often
 _CALLS, _MORE_CALLS = 5, 50
 
 
 def cells(size: str) -> list[Cell]:
-    """1K to 1M tokens; small: 256 and 512 tokens of a narrow block."""
+    """Full: 1K to 1M tokens. Small: 256 and 512 tokens of a narrow block."""
     lengths, sizes = ([256, 512], _NARROW) if size == "small" else ([1 << n for n in range(10, 21)], _WIDE)
     return [
         {"mixer": mixer, "what": what, "tokens": T, **sizes}
@@ -55,9 +56,9 @@ def cells(size: str) -> list[Cell]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """Median, least and largest seconds, peak bytes, bytes of the cache, and by what the mixer ran.
+    """Median, smallest and largest seconds, peak bytes, bytes of the cache, and the implementation of the mixer.
 
-    Where the memory does not suffice, seconds and bytes are None.
+    Seconds and bytes are None if the memory is too small.
     """
     fields = {name: cell[name] for name in _WIDE}
     config = skeleton(
@@ -76,7 +77,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
 
 
 def _measure(model: GKAModel, x: Tensor, what: str) -> dict[str, Any]:
-    model.train(what == "forward+backward")  # where a layer has other kernels for it
+    model.train(what == "forward+backward")  # some layers have separate kernels for decoding
     if what == "decode step":
         call, held = _step(model, x)
     else:
@@ -84,16 +85,16 @@ def _measure(model: GKAModel, x: Tensor, what: str) -> dict[str, Any]:
     before = _reset_peak(x)
     times = [seconds(call, x.device)]
     if times[0] <= _LIMIT:
-        before = _reset_peak(x)  # kernels that choose among forms of themselves take more in the first call
+        before = _reset_peak(x)  # kernels with autotuning need more memory in the first call
         times = [seconds(call, x.device) for _ in range(_CALLS)]
-        if statistics.median(times) < _QUICK:  # the first ones may have been slow
+        if statistics.median(times) < _QUICK:  # the first calls may have been slow
             times = [seconds(call, x.device) for _ in range(_MORE_CALLS)]
     peak = torch.cuda.max_memory_allocated() - before if x.is_cuda and not held else None
     return {"seconds": [statistics.median(times), min(times), max(times)], "peak bytes": peak, **held}
 
 
 def _reset_peak(x: Tensor) -> int:
-    """Bytes held now, from which on the peak counts; 0 on a CPU."""
+    """Reset the peak and return the bytes in use now; 0 on a CPU."""
     if not x.is_cuda:
         return 0
     torch.cuda.synchronize()
@@ -114,7 +115,7 @@ def _whole(model: GKAModel, x: Tensor, backward: bool) -> Callable[[], object]:
 
 
 def _step(model: GKAModel, x: Tensor) -> tuple[Callable[[], object], dict[str, Any]]:
-    """One token more behind those of x, every time; and what the cache holds before the first."""
+    """A function that decodes one more token after x at every call, and the size of the cache before the first."""
     cache = DynamicCache(config=model.config)
     token = x[:, :1].clone()
     with torch.no_grad():
@@ -128,7 +129,7 @@ def _step(model: GKAModel, x: Tensor) -> tuple[Callable[[], object], dict[str, A
 
 
 def _bytes(cache: DynamicCache) -> int:
-    """What the cache holds."""
+    """The size of the cache."""
     held: list[Any] = []
     for layer in cache.layers:
         for name in ("conv_states", "recurrent_states"):
@@ -146,7 +147,7 @@ def _implementation(mixer: str, device: torch.device) -> str:
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """A table of milliseconds and one of memory; the picture has a panel for each thing measured."""
+    """A table of milliseconds and a table of memory; the picture has one panel per quantity."""
     mixers = [mixer for mixer in MIXERS if any(e["cell"]["mixer"] == mixer for e in entries)]
     _draw(entries, mixers, picture)
     head = ["what", "tokens", *(STYLE[mixer][0] for mixer in mixers)]
@@ -169,12 +170,12 @@ def section(entries: Entries, picture: Path) -> str:
             "How do time and memory grow with the length? The experiment measures one block with hidden size "
             f"{sizes['hidden_size']} and {sizes['num_attention_heads']} heads, on one sequence. Implementations: "
             f"{'; '.join(f'{mixer}, {by}' for mixer, by in ways.items())}.",
-            f"Milliseconds: median of {_CALLS} calls, or of {_MORE_CALLS} calls below {1e3 * _QUICK:g} ms. Times "
-            "of "
-            "a few milliseconds are mostly Python and kernel launches, and vary with them. A decode step of "
-            "softmax attention uses transformers' DynamicCache, which copies all keys and values to append one. "
-            "It does not use cuDNN's kernels, PyTorch's first choice on a Hopper GPU, because these plan again at "
-            "every new length.",
+            f"Milliseconds: median of {_CALLS} calls, or of {_MORE_CALLS} calls if one call takes less than "
+            f"{1e3 * _QUICK:g} ms. Times of "
+            "a few milliseconds are mostly Python and kernel launches, and they vary. A decode step of "
+            "softmax attention uses the DynamicCache of transformers, which copies all keys and values to append "
+            "one. It does not use cuDNN, the default of PyTorch on a Hopper GPU, because cuDNN makes a new plan "
+            "for every new length.",
             markdown_table(head, times),
             "Megabytes: peak memory above parameters and input; for a decode step, the size of the cache.",
             markdown_table(head, memory),
@@ -195,13 +196,13 @@ def _memory(result: dict[str, Any] | None) -> str:
 
 
 def _bytes_of(result: dict[str, Any]) -> int | None:
-    """Of the cache where there is one, else the peak."""
+    """The size of the cache if there is one, otherwise the peak."""
     value: int | None = result.get("cache bytes", result["peak bytes"])
     return value
 
 
 def _findings(entries: Entries) -> str:
-    """How time of GKA and of attention grows to the last length, and whether GKA's cache grows; as expected?"""
+    """The growth of the times of GKA and attention up to the last length, and of GKA's cache."""
     parts = []
     for what, mixer in itertools.product(WHAT[:2], ("gka", "attention")):
         points = _points(entries, mixer, what)[-2:]
@@ -222,13 +223,13 @@ def _findings(entries: Entries) -> str:
     if not parts:
         return ""
     return (
-        f"The expectation for GKA was linear time and constant decoding memory. Measured: {'; '.join(parts)}. The "
-        "paper shows the throughput of whole models on other hardware; this is one block."
+        f"Expected for GKA: linear time and constant decoding memory. Measured: {'; '.join(parts)}. The "
+        "paper shows the throughput of whole models on other hardware; this experiment measures one block."
     )
 
 
 def _points(entries: Entries, mixer: str, what: str, memory: bool = False) -> list[tuple[int, float]]:
-    """Tokens and median seconds, or bytes, where the memory sufficed and they were measured."""
+    """Tokens and median seconds (or bytes), without cells that ran out of memory or were not measured."""
     found = []
     for entry in entries:
         if (entry["cell"]["mixer"], entry["cell"]["what"]) == (mixer, what):
@@ -240,7 +241,7 @@ def _points(entries: Entries, mixer: str, what: str, memory: bool = False) -> li
 
 
 def _draw(entries: Entries, mixers: list[str], path: Path) -> None:
-    """Milliseconds above, megabytes below, where they were measured."""
+    """Milliseconds in the upper row, megabytes in the lower row if they were measured."""
     kinds = [("milliseconds", False, 1e3)]
     if any(e["result"]["peak bytes"] for e in entries):
         kinds.append(("megabytes", True, 1e-6))
@@ -256,7 +257,7 @@ def _draw(entries: Entries, mixers: list[str], path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             low, high = axes.get_ylim()
-            middle = math.sqrt(low * high)  # what differs by chance alone shall not fill the panel
+            middle = math.sqrt(low * high)  # random differences shall not fill the panel
             axes.set_ylim(min(low, middle / 10), max(high, middle * 10))
             axes.set_xlabel("tokens" if what != "decode step" else "tokens before it")
             axes.set_title(what, loc="left", fontsize=11)

@@ -1,18 +1,18 @@
-"""Language models of one skeleton with all mixers, trained on the same text.
+"""Language models with one skeleton and different mixers, trained on the same text.
 
-Eight blocks of 384, six heads of 64, 8192 tokens with tied embeddings, about 18 million parameters, equal within
-2% (skeleton.py); "hybrid" is GKA with softmax attention in every sixth block. All see the same tokens in the same
-order, in bfloat16. Every mixer is tried with the same four learning rates on an eighth of the tokens; the one with
-the lowest held-out loss trains the models that are compared, from the start, on all of them, with three seeds. A
-seed decides the first weights and the order of the text. The first seed's model is kept in
-OUTPUT/lm-models/SIZE/MIXER for what follows, as the experiment `long`.
+Each model has eight blocks of hidden size 384, six heads of 64 dims, a vocabulary of 8192 tokens with tied
+embeddings, and about 18 million parameters, equal within 2% (skeleton.py). "hybrid" is GKA with softmax attention
+in every sixth block. All models read the same tokens in the same order, in bfloat16. Every mixer is first trained
+with the same four learning rates on an eighth of the tokens. The rate with the lowest held-out loss is then used
+for new trainings on all tokens, with three seeds. The seed decides the initial weights and the order of the text.
+The model of the first seed is kept in OUTPUT/lm-models/SIZE/MIXER for other experiments, e.g. `long`.
 
-Speed and memory are those of short trainings of their own, "part=speed", which on a GPU that nothing else uses
-can be measured after the others: `--only part=speed`. The mixers take turns, three times over, so that a
-drift of the machine does not fall on one of them alone.
+Separate short trainings, "part=speed", measure speed and memory. They can run later on an otherwise idle GPU, with
+`--only part=speed`. The mixers take turns, three times each, so that a drift of the machine affects all of them.
 
-Held-out files are read in windows of the training's length: loss and bits per byte, by position, and of recall
-tokens, whose bigram stands in the window before (experiments/tasks/recall_loss.py).
+Held-out files are read in windows with the length of the training windows. The results are the loss and bits per
+byte, the loss by position, and the loss of recall tokens, whose bigram occurs earlier in the window
+(experiments/tasks/recall_loss.py).
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ prepare = text.prepare
 
 
 def cells(size: str) -> list[Cell]:
-    """Of every mixer the rates and its model, all speeds, then the other seeds; small: two rates, one seed."""
+    """Learning rates and first model of every mixer, then all speeds, then the other seeds.
+
+    Small: two rates and one seed.
+    """
     training = dict(_TRAINING[size])
     tokens, search_tokens, speed_tokens = (
         training.pop(name) for name in ("tokens", "search_tokens", "speed_tokens")
@@ -93,7 +96,7 @@ def cells(size: str) -> list[Cell]:
 
 
 def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
-    """The configuration of a mixer's model, or of "hybrid", for a vocabulary with that end token."""
+    """The configuration of the model with a mixer or of "hybrid"; `end` is the end-of-text token."""
     fields: dict[str, Any] = dict(
         **_SIZES[size],
         vocab_size=vocab_size,
@@ -111,12 +114,12 @@ def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfi
 
 
 def model_folder(output: Path, size: str, mixer: str) -> Path:
-    """Where the trained model of a mixer is kept."""
+    """The folder of the trained model with a mixer."""
     return output / "lm-models" / size / mixer
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """Train a model and read the held-out text with it."""
+    """Train a model and measure its loss on held-out text."""
     output, size = folder.parents[1], cell["size"]
     data = text.Corpus.load(output, size)
     rate = _rate(output, cell)
@@ -151,7 +154,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
 
 
 def _rate(output: Path, cell: Cell) -> float:
-    """The learning rate of a cell: for a model that whose short training has the lowest held-out loss."""
+    """The learning rate of a cell; for a full training, the rate of the best short training."""
     if cell["part"] != "model":
         return cell.get("learning_rate", RATES[0])  # type: ignore[no-any-return]
     same = {"part": "rate", "seed": SEEDS[0], **{name: cell[name] for name in ("mixer", "size", "corpus")}}
@@ -167,7 +170,7 @@ def _loss(entry: dict[str, Any]) -> float:
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """A table of the models, one of the rates, one of recall by distance; pictures of training and of recall."""
+    """Tables of the models, of recall by distance and of the learning rates; pictures of training and recall."""
     by_seed = {mixer: found for mixer in ALL if (found := _by_seed(entries, mixer))}
     speeds: dict[str, Entries] = defaultdict(list)
     for entry in entries:
@@ -178,7 +181,7 @@ def section(entries: Entries, picture: Path) -> str:
     if by_seed:
         some = next(iter(next(iter(by_seed.values())).values()))
         counts = span(sorted({len(found) for found in by_seed.values()}))
-        middle = "" if counts == "1" else ", median of the seeds"
+        middle = "" if counts == "1" else ", median over the seeds"
         parts = [
             _described(some["cell"], some["result"].get("corpus"), counts, bool(speeds)),
             markdown_table(
@@ -187,7 +190,7 @@ def section(entries: Entries, picture: Path) -> str:
             ),
             _findings(by_seed, entries),
             "Held-out loss of recall tokens in nats per token. A recall token is one whose bigram occurs earlier "
-            f"in the window; rows are the distance in tokens to its last occurrence{middle}:",
+            f"in the window. The rows are distances in tokens to the last occurrence{middle}:",
             markdown_table(*_bins(by_seed, "distance")),
             f"Held-out loss by position in the window{middle}:",
             markdown_table(*_bins(by_seed, "position")),
@@ -197,7 +200,7 @@ def section(entries: Entries, picture: Path) -> str:
 
 
 def _by_seed(entries: Entries, mixer: str) -> dict[int, dict[str, Any]]:
-    """The models of a mixer."""
+    """The models with a mixer, by seed."""
     found = [e for e in entries if e["cell"]["part"] == "model" and e["cell"]["mixer"] == mixer]
     return {entry["cell"]["seed"]: entry for entry in found}
 
@@ -207,8 +210,8 @@ _HEAD = [
     "other tokens", "largest gradient norm",
 ]  # fmt: skip
 _OF_SEEDS = (
-    ": the median of the seeds, with least and largest in brackets. The picture shows the training of the first "
-    "seed, and the recall of all seeds"
+    ": the median over the seeds, with the smallest and largest in brackets. The picture shows the training of "
+    "the first seed and the recall of all seeds"
 )
 _SPEED_HEAD = ["tokens/s", "peak GB"]
 
@@ -218,12 +221,11 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
     if with_speed:
         speed = (
             " Tokens per second and peak memory are from short trainings, in which the mixers take turns; the "
-            "speed is the median, with least and largest in brackets. Models this small do not use a large GPU "
-            "fully: they wait for Python and for kernel launches, whose time varies with the load of the machine. "
-            "Mixers whose ranges overlap cannot be told apart. The implementation matters too: Gated DeltaNet "
-            "runs "
-            "by flash-linear-attention's kernels and Mamba-2 by those of mamba_ssm where these packages are "
-            "installed, else by transformers' PyTorch code."
+            "speed is the median, with the smallest and largest in brackets. Models this small do not keep a "
+            "large GPU busy: they wait for Python and for kernel launches, whose time varies with the load of "
+            "the machine. If the ranges of two mixers overlap, their speeds cannot be distinguished. The "
+            "implementation matters too: Gated DeltaNet uses the kernels of flash-linear-attention and Mamba-2 "
+            "those of mamba_ssm if these packages are installed, otherwise the PyTorch code of transformers."
         )
     if counts:
         train, held = counts["train"], counts["validation"]
@@ -233,7 +235,7 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
             f"measured on {cell['eval_bytes'] / 1e6:g} MB of them."
         )
     return (
-        "Which mixer makes the best small language model? All models are equal except for the mixer: "
+        "Which mixer gives the best small language model? All models are equal except for the mixer: "
         f"{cell['num_hidden_layers']} blocks, hidden size {cell['hidden_size']}, {cell['num_attention_heads']} "
         f"heads. They train on {cell['tokens'] / 1e6:g} million tokens in windows of {cell['seq_len']}, in "
         f"{cell['dtype']}; seeds: {seeds}.{read} Losses are in nats per "
@@ -242,13 +244,13 @@ def _described(cell: Cell, counts: dict[str, Any] | None, seeds: str, with_speed
 
 
 def _speeds(rounds: list[dict[str, Any]]) -> list[str]:
-    """Tokens per second and peak memory, where they were measured."""
+    """Tokens per second and peak memory, if they were measured."""
     speeds, peaks = ([found[name] for found in rounds if found[name] is not None] for name in _SPEED)
     return [spread(speeds, ",.0f"), f"{max(peaks) / 1e9:.1f}" if peaks else ""]
 
 
 def _row(models: dict[int, dict[str, Any]]) -> list[str]:
-    """A mixer's, by seed."""
+    """The table row of a mixer, from its models by seed."""
     some, held_out = models[min(models)], [entry["result"]["held out"] for entry in models.values()]
     head = [
         STYLE[some["cell"]["mixer"]][0],
@@ -274,7 +276,7 @@ def _row(models: dict[int, dict[str, Any]]) -> list[str]:
 
 
 def _rates(entries: Entries) -> str:
-    """The held-out loss of the short trainings."""
+    """A table of the held-out loss of the short trainings."""
     short = {
         (e["cell"]["mixer"], e["cell"]["learning_rate"]): _loss(e) for e in entries if e["cell"]["part"] == "rate"
     }
@@ -288,8 +290,8 @@ def _rates(entries: Entries) -> str:
     ]
     table = markdown_table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
     return (
-        "Held-out loss of the short trainings that chose the learning rate. They are an eighth as long, so they "
-        f"show only roughly which rate is best for the full training:\n\n{table}"
+        "Held-out loss of the short trainings that chose the learning rate. They are eight times shorter than the "
+        f"full training, so they show only roughly which rate is best for it:\n\n{table}"
     )
 
 
@@ -309,7 +311,10 @@ def _bins(by_seed: BySeed, kind: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _losses_by(models: dict[int, dict[str, Any]], kind: str) -> dict[tuple[int, int], list[float]]:
-    """The losses of a mixer's seeds, by the first and last distance or position of a bin; none if one diverged."""
+    """The losses of all seeds of a mixer, by the first and last distance or position of a bin.
+
+    Empty if a training diverged.
+    """
     found: dict[tuple[int, int], list[float]] = {}
     read = [entry["result"]["held out"] for entry in models.values()]
     for held_out in read if all(read) else []:
@@ -324,7 +329,7 @@ def _middle(losses: list[float]) -> str:
 
 
 def _findings(by_seed: BySeed, entries: Entries) -> str:
-    """GKA's held-out loss beside each other's, seed by seed, and whose model is not there yet."""
+    """GKA's held-out loss compared with each other mixer, seed by seed; and the mixers without a model."""
     losses = {mixer: {seed: _loss(entry) for seed, entry in found.items()} for mixer, found in by_seed.items()}
     ours = {seed: loss for seed, loss in losses.get("gka", {}).items() if math.isfinite(loss)}
     if not ours:
@@ -337,18 +342,18 @@ def _findings(by_seed: BySeed, entries: Entries) -> str:
     beside = ", ".join(f"{spread(found, '+.4f')} for {STYLE[mixer][0]}" for mixer, found in apart.items() if found)
     tried = {entry["cell"]["mixer"] for entry in entries}
     missing = ", ".join(STYLE[mixer][0] for mixer in ALL if mixer in tried and mixer not in by_seed)
-    said = [f"Difference to GKA's loss, in nats per token (positive: worse than GKA): {beside}." if beside else ""]
+    said = [f"Difference from the loss of GKA, in nats per token (positive: worse): {beside}." if beside else ""]
     if gdn := apart.get("gdn"):
         holds = sum(x >= 0 for x in gdn)
         said.append(
-            "The expectation was a loss of GKA at or below Gated DeltaNet's. "
-            f"It holds for {holds} of {len(gdn)} seeds."
+            "Expected: the loss of GKA is at most that of Gated DeltaNet. "
+            f"This holds for {holds} of {len(gdn)} seeds."
         )
     said.append(f"Not trained on all tokens yet: {missing}." if missing else "")
     if max(map(len, by_seed.values())) == 1:
         said.append(
-            "There is one training of each mixer. The spread between seeds was not measured, so small differences "
-            "decide nothing."
+            "Each mixer was trained once. The spread between seeds was not measured, so small differences "
+            "mean nothing."
         )
     said.append(
         "The paper trains models of 2.8 billion parameters on 100 billion tokens. These models are less than a "
@@ -358,7 +363,7 @@ def _findings(by_seed: BySeed, entries: Entries) -> str:
 
 
 def _draw(by_seed: BySeed, path: Path) -> None:
-    """Curves of the first seed; of recall the median of the seeds, in a band from the least to the largest."""
+    """Training curves of the first seed; the median recall of the seeds, with a band from smallest to largest."""
     figure, panels = new_panels(1, 3, (14, 4.2), 120)
     curve, norms, recall = panels
     for mixer, found in by_seed.items():
@@ -385,7 +390,7 @@ def _draw(by_seed: BySeed, path: Path) -> None:
 
 
 def _smooth(points: list[list[float]], per_step: float) -> tuple[list[float], list[float]]:
-    """Means of up to five neighbours, over millions of tokens, without the first steps, far above the rest."""
+    """Means of up to five neighbours, against millions of tokens, without the large losses of the first steps."""
     points = points[len(points) // 20 :]
     chunks = [points[i : i + 5] for i in range(0, len(points), 5)]
     return (

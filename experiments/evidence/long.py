@@ -1,20 +1,21 @@
 """Questions about long contexts: needles, LongQA and RAG, 4K to 128K tokens, for all mixers.
 
-The models of the experiment `lm`, which have read windows of 2048 tokens of text, are trained on at 32768 tokens,
-on text and on examples of the tasks (questions.py), all on the same rows in the same order and with the same
-learning rate. Then they are asked, up to four times the length that they were trained at, about other names and
-held-out files. Answers are generated greedily, from the prompt to the end of the line, in bfloat16 on a GPU.
+The models come from the experiment `lm`, which trained them on windows of 2048 tokens. Here they are trained
+further on rows of 32768 tokens, with text and with examples of the tasks (questions.py). All models read the same
+rows in the same order, with the same learning rate. Then they answer questions at up to four times this length,
+about new names and held-out files. Answers are generated greedily, from the prompt to the end of the line, in
+bfloat16 on a GPU.
 
-    needles         11 tasks of RULER (experiments/tasks/needles.py)    share of the references found in the answer
+    needles         11 tasks of RULER (experiments/tasks/needles.py)    fraction of the references in the answer
     long_qa, rag    facts of files (experiments/tasks/long_qa.py)       F1 of words, and exact match
 
-Rotary embeddings of attention get the base ROPE_THETA for this training and from then on, in "attention" and
-"hybrid" alike (arXiv 2309.16039 raises it for longer contexts). With the base of 10,000 that they were first
-trained with, the slowest pair of 64 dims turns by 0.27 radians in 2048 tokens and by 17 in 128K; with this one by
-0.2 in 128K. Beyond the length of this training, attention meets distances that it has not seen. The other mixers
-have no positions.
+From this training on, the rotary embeddings of attention use the base ROPE_THETA, in "attention" and in "hybrid"
+(arXiv 2309.16039 raises the base for longer contexts). With the base of 10,000 of the first training, the slowest
+pair of 64 dims turns by 0.27 radians in 2048 tokens and by 17 radians in 128K; with ROPE_THETA it turns by 0.2
+radians in 128K. Beyond the length of this training, attention gets distances that it has not seen. The other
+mixers have no positions.
 
-The model is kept in OUTPUT/long-models/SIZE/MIXER, for the cells that ask it.
+The model is kept in OUTPUT/long-models/SIZE/MIXER for the cells with questions.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ _TRAINING: dict[str, dict[str, Any]] = {
     "full": dict(batch_size=2, learning_rate=1e-3, dtype="bfloat16"),
 }
 _MIXERS = {"small": ("gka", "attention"), "full": ALL}
-_MORE = 8  # tokens that an answer may be longer than the longest right one
-_AT_ONCE = 1 << 18  # tokens of the windows that are read side by side
+_MORE = 8  # extra tokens of an answer beyond the longest correct one
+_AT_ONCE = 1 << 18  # tokens of the windows in one batch
 _RECIPE = "continued.json"
 
 prepare = questions.prepare
 
 
 def cells(size: str) -> list[Cell]:
-    """For each mixer the training, then what it is asked, short contexts first; small: two mixers, two tasks."""
+    """For each mixer the training, then the questions, short contexts first. Small: two mixers, two tasks."""
     plan = PLANS[size]
     rest = {**_TRAINING[size], "seq_len": plan.row, "rows": plan.rows, "rope_theta": ROPE_THETA, "seed": 0}
     found: list[Cell] = []
@@ -80,7 +81,7 @@ def cells(size: str) -> list[Cell]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """Train a model on, or ask one."""
+    """Train a model further, or ask it questions."""
     output = folder.parents[1]
     asked = Questions.load(output, cell["size"])
     target = output / "long-models" / cell["size"] / cell["mixer"]
@@ -97,10 +98,10 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
 def _continue(
     cell: Cell, asked: Questions, source: Path, target: Path, folder: Path, device: torch.device
 ) -> dict[str, Any]:
-    """Train the model of the experiment lm on, and keep it."""
+    """Train the model of the experiment `lm` further, and save it."""
     if not (source / "config.json").is_file():
         raise UserError(
-            f"{source}: there is no model; `python -m experiments evidence lm --size {cell['size']}` trains it"
+            f"{source}: there is no model; train it with `python -m experiments evidence lm --size {cell['size']}`"
         )
     longest = max(length for length, _ in PLANS[cell["size"]].tested)
     model = longer(load_model(str(source), "cpu"), max(longest, cell["seq_len"]) + 256, cell["rope_theta"])
@@ -127,7 +128,7 @@ def _continue(
 
 
 def longer(model: GKAForCausalLM, positions: int, rope_theta: float) -> GKAForCausalLM:
-    """The same weights in a model for so many positions, whose attention, if any, has another rotary base."""
+    """A model with the same weights, another number of positions, and another rotary base for attention."""
     config = copy.deepcopy(model.config)
     config.max_position_embeddings = positions
     if config.has_attention:
@@ -138,21 +139,21 @@ def longer(model: GKAForCausalLM, positions: int, rope_theta: float) -> GKAForCa
 
 
 def _recipe(cell: Cell) -> Cell:
-    """What decides the weights of a model."""
+    """The fields of a cell that decide the weights of a model."""
     return {key: cell[key] for key in cell if key not in ("part", "task", "length", "examples")}
 
 
 def _trained(folder: Path, cell: Cell, device: torch.device) -> tuple[Any, Any, list[int]]:
-    """The trained model, its tokenizer and the tokens that end an answer. UserError if it is not there."""
+    """The trained model, its tokenizer and the tokens that end an answer. UserError if there is no model."""
     file = folder / _RECIPE
     if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != _recipe(cell):
-        raise UserError(f"{folder}: there is no model trained so; --only part=continue mixer={cell['mixer']}")
+        raise UserError(f"{folder}: no trained model; train it with --only part=continue mixer={cell['mixer']}")
     return _loaded(str(folder), file.stat().st_mtime_ns, "cpu" if device.type == "cpu" else "auto")
 
 
 @lru_cache(maxsize=1)
 def _loaded(folder: str, written: int, device: str) -> tuple[Any, Any, list[int]]:
-    """Loaded once for all that it is asked; `written` tells a model from the one before in the same folder."""
+    """Load a model once for all questions; `written` distinguishes it from an earlier one in the same folder."""
     model, tokenizer = load_checkpoint(folder, device)
     ends = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
     return model, tokenizer, [*ends, tokenizer.eos_token_id]
@@ -162,15 +163,15 @@ def _loaded(folder: str, written: int, device: str) -> tuple[Any, Any, list[int]
 def answer(
     model: Any, tokenizer: Any, windows: Tensor, most: int, ends: Sequence[int], *, autocast: bool
 ) -> list[str]:
-    """The line that a model goes on with, greedily.
+    """Generate the next line after each prompt, greedily.
 
     Args:
         model: a causal language model in eval mode.
         tokenizer: its tokenizer.
         windows: [N, T] int64, prompts of equal length.
-        most: tokens of an answer at most.
-        ends: tokens that end it.
-        autocast: whether to compute in bfloat16 with weights as they are.
+        most: maximum number of tokens of an answer.
+        ends: tokens that end an answer.
+        autocast: whether to compute in bfloat16; the dtype of the weights stays.
     """
     texts: list[str] = []
     for batch in windows.split(max(1, _AT_ONCE // windows.shape[1])):
@@ -183,12 +184,12 @@ def answer(
 
 
 def _greedy(model: Any, windows: Tensor, most: int, ends: Tensor) -> Tensor:
-    """[N, T] prompts -> [N, up to `most`] tokens: until every row had one of `ends`, behind which is anything."""
+    """[N, T] prompts -> [N, up to `most`] tokens. Stops when every row has one of `ends`; ignore later tokens."""
     made: list[Tensor] = []
     cache, tokens = None, windows
     done = torch.zeros(len(windows), dtype=torch.bool, device=windows.device)
     while len(made) < most and not done.all():
-        with ready_attention() if made else nullcontext():  # all prompts of a task and length have the same
+        with ready_attention() if made else nullcontext():  # the same for all prompts of a task and length
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, tokens = getattr(output, CACHE), output.logits.argmax(-1)
         made.append(tokens)
@@ -201,10 +202,11 @@ def scored(task: str, texts: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
     Args:
         task: a name of TASKS, "long_qa" or "rag".
-        texts: what was generated. answers: the references of each.
+        texts: the generated answers.
+        answers: the reference answers for each text.
 
     Returns:
-        `score`, the mean of `each`; for questions also the mean `exact match`; the first texts and references.
+        `each` score and the mean `score`; for questions also the mean `exact match`; first texts and references.
     """
     score = TASKS[task].score if task in TASKS else f1
     each = [score(text, wanted) for text, wanted in zip(texts, answers, strict=True)]
@@ -220,7 +222,7 @@ def scored(task: str, texts: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """Tables of the training, the needles' mean, LongQA, RAG, and of each needle task at the last length."""
+    """Tables of the training, the mean of the needles, LongQA, RAG, and each needle task at the last length."""
     mixers = [mixer for mixer in ALL if any(entry["cell"]["mixer"] == mixer for entry in entries)]
     continued = {e["cell"]["mixer"]: e for e in entries if e["cell"]["part"] == "continue"}
     scores = {
@@ -247,7 +249,7 @@ def section(entries: Entries, picture: Path) -> str:
         for task, title in _ASKED.items():
             if any(known == task for _, known, _ in scores):
                 rows = [[str(T), *(_both(scores.get((mixer, task, T))) for mixer in mixers)] for T in lengths]
-                parts += [f"{title}, F1 of the words and, in brackets, exact match:"]
+                parts += [f"{title}, F1 of the words, with exact match in brackets:"]
                 parts += [markdown_table(["tokens", *names], rows)]
         if needles:
             rows = [[task, *(_score(scores, mixer, task, lengths[-1]) for mixer in mixers)] for task in needles]
@@ -261,7 +263,7 @@ _Scores = dict[tuple[str, str, int], dict[str, Any]]
 
 
 def _described(continued: dict[str, Any]) -> str:
-    """What was trained on, and how it went."""
+    """A paragraph and a table about the training."""
     some = next(iter(continued.values()))
     cell, counted = some["cell"], some["result"]["counted tokens"]
     examples = sum(some["result"]["examples"].values())
@@ -279,45 +281,45 @@ def _described(continued: dict[str, Any]) -> str:
             ]
         )
     return (
-        "Can small models use a long context? The models of `lm`, first seed, are trained further on "
+        "Can small models use a long context? The `lm` models of the first seed are trained further on "
         f"{cell['rows'] * cell['seq_len'] / 1e6:.3g} million tokens in rows of {cell['seq_len']} tokens, with "
-        f"learning rate {cell['learning_rate']:g}, in {cell['dtype']}. Half of the rows have {examples:,} "
-        "examples "
-        f"of all tasks, the other half has text. The loss counts {counted['answers']:,} tokens of answers and "
-        f"{counted['text']:,} tokens of text. The rotary base of softmax attention is {cell['rope_theta']:,}."
+        f"learning rate {cell['learning_rate']:g}, in {cell['dtype']}. Half of the rows contain {examples:,} "
+        f"examples of all tasks, the other half contains text. The loss counts {counted['answers']:,} tokens of "
+        f"answers and {counted['text']:,} tokens of text. The rotary base of softmax attention is "
+        f"{cell['rope_theta']:,}."
         "\n\n" + markdown_table(["mixer", "last training loss, nats", "peak GB"], rows)
     )
 
 
 def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
-    """GKA's needles beside each other mixer's, at the length of the training and behind it; the questions."""
+    """GKA's needle scores compared with each other mixer at and above the training length; the questions."""
     found = []
     for T in (T for T in _lengths(scores) if T >= trained):
         apart = {mixer: _apart(scores, mixer, T) for mixer in mixers if mixer != "gka"}
-        said = [f"{each} to {STYLE[mixer][0]}" for mixer, each in apart.items() if each]
+        said = [f"{each} compared with {STYLE[mixer][0]}" for mixer, each in apart.items() if each]
         if said:
             found.append(f"at {T} tokens {', '.join(said)}")
     parts = []
     if found:
         parts.append(
-            "Difference of GKA's needle score to each other mixer's, in percentage points (positive: GKA is "
+            "Needle score of GKA minus the score of each other mixer, in percentage points (positive: GKA is "
             f"better), with the standard error over the examples: {'; '.join(found)}. Lengths above {trained} are "
-            "longer than the training rows; softmax attention has not seen these positions in training."
+            "longer than the training rows. Softmax attention has not seen these positions in training."
         )
     exact = {round(100 * result["exact match"]) for (_, task, _), result in scores.items() if task in _ASKED}
     if exact:
         share = span(sorted(exact))
-        parts.append(f"Questions are answered exactly in {share} percent of the examples of a length.")
+        parts.append(f"At each length, {share} percent of the questions get an exact answer.")
     if parts:
         parts.append(
-            "There is one training of each small model, so the scores say nothing about a mixer at scale. The "
-            "paper's models have 2.8 billion parameters, and RULER words its tasks differently."
+            "Each small model was trained once, so the scores say nothing about large models. The models of the "
+            "paper have 2.8 billion parameters. The tasks here use other words than those of RULER."
         )
     return " ".join(parts)
 
 
 def _apart(scores: _Scores, mixer: str, length: int) -> str:
-    """GKA's mean over the needle tasks less a mixer's, example by example; "" if something is missing."""
+    """GKA's mean over the needle tasks minus another mixer's, paired by example; "" if a result is missing."""
     means, variance = [], 0.0
     for task in _needles(scores):
         ours, theirs = (scores.get((name, task, length)) for name in ("gka", mixer))
@@ -336,12 +338,12 @@ def _lengths(scores: _Scores) -> list[int]:
 
 
 def _needles(scores: _Scores) -> list[str]:
-    """The needle tasks that were asked, in the order of TASKS."""
+    """The needle tasks with results, in the order of TASKS."""
     return [task for task in TASKS if any(known == task for _, known, _ in scores)]
 
 
 def _needle_mean(scores: _Scores, mixer: str, length: int) -> float | None:
-    """Over all tasks; None if one is missing."""
+    """The mean over all needle tasks; None if one is missing."""
     found = [scores.get((mixer, task, length)) for task in _needles(scores)]
     known = [result["score"] for result in found if result is not None]
     return statistics.mean(known) if known and len(known) == len(found) else None

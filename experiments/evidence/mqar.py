@@ -1,16 +1,17 @@
 """Accuracy on multi-query associative recall against model dim, for all mixers.
 
-The grid is that of figure 3a of arXiv 2511.21016, whose layer has neither gates nor the alpha connection; here
-both are on. It has 128 to 1024 tokens with up to a quarter as many pairs of key and value, and model dims 32 to
-256; so at dims up to 128 there are more pairs than dims in the longer sequences. One training serves all places of
-a column: its batches, of the same number of tokens each, have sequences of 64 to 1024 tokens with 4 pairs to a
-quarter as many, as Based mixes lengths (arXiv 2402.18668), for the shortest teach what the longest ask; the model
-is then tested at every place by itself.
+The grid is the grid of figure 3a of arXiv 2511.21016. The layer of that figure has no gates and no alpha
+connection; here both are on. The grid has 128 to 1024 tokens, up to a quarter as many key-value pairs, and model
+dims 32 to 256. Up to dim 128, the longer sequences have more pairs than dims. One training is used for all
+settings of a dim. Its batches have the same number of tokens and contain sequences of 64 to 1024 tokens, with
+pairs from 4 up to a quarter of the tokens. Mixed lengths follow Based (arXiv 2402.18668): a model learns from
+short sequences what long ones require. The model is then tested at every setting separately.
 
-Two layers of two heads, at dim 256 of four, for no head has more than 64 dims; equal parameters (`skeleton.py`),
-the same batches in the same order. Every mixer is tried with the same four learning rates and the first seed; the
-rate with the best mean accuracy trains the other seeds. First weights have a standard deviation of 0.02, as
-Zoology's, and not that of the other models of `skeleton.py`: with those softmax attention did not learn the task.
+Models have two layers of two heads, and of four heads at dim 256, because no head has more than 64 dims. They have
+equal parameters (`skeleton.py`) and read the same batches in the same order. Every mixer is first trained with the
+same four learning rates and the first seed. The rate with the best mean accuracy is used for the other seeds.
+Initial weights have a standard deviation of 0.02, as in Zoology. With the usual weights of `skeleton.py`, softmax
+attention did not learn the task.
 
 Legend: T tokens of a sequence, P pairs.
 """
@@ -43,10 +44,10 @@ from .table import markdown_table
 SUMMARY = "accuracy on multi-query associative recall against model dim"
 BY_MACHINE = False
 HEADS, WIDEST_HEAD = 2, 64
-FIRST_WEIGHTS = 0.02  # standard deviation, as Zoology's; softmax attention learns this task from small ones alone
+FIRST_WEIGHTS = 0.02  # standard deviation, as in Zoology; softmax attention needs small ones for this task
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-_APART = 0.005  # accuracies less apart are level
-_LEARNT = 0.2  # accuracy of what has begun to recall
+_APART = 0.005  # smaller differences count as equal
+_LEARNT = 0.2  # accuracy of a model that has begun to learn the task
 SEEDS = (0, 1, 2)
 Entries = list[dict[str, Any]]
 Task = tuple[int, int]  # T, P
@@ -69,7 +70,7 @@ def tested_tasks(longest: int) -> list[Task]:
 
 
 def cells(size: str) -> list[Cell]:
-    """Of every dim and mixer first the rates, then the other seeds; small: one dim, two rates, two seeds."""
+    """For every dim and mixer, first the rates, then the other seeds. Small: one dim, two rates, two seeds."""
     small = size == "small"
     dims, rates, seeds = ((32,), RATES[1:3], SEEDS[:2]) if small else ((32, 64, 128, 256), RATES, SEEDS)
     rest = _SMALL if small else _FULL
@@ -82,7 +83,7 @@ def cells(size: str) -> list[Cell]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """Train a model and test it on sequences it has not seen."""
+    """Train a model and test it on new sequences."""
     rate = cell["learning_rate"] if "learning_rate" in cell else _best_rate(folder.parents[1], cell)
     set_seed(cell["seed"])
     config = skeleton(
@@ -124,12 +125,12 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
 
 
 class Batches(Dataset[dict[str, Tensor]]):
-    """The batches of a training, an item each; the same for every mixer.
+    """The batches of a training, one per item; the same for every mixer.
 
-    Of each task there are `pool` batches, of which a step takes one; tasks and batches are drawn uniformly.
+    There are `pool` batches of each task. Each step draws a task and one of its batches uniformly.
 
     Args:
-        cell: of the experiment.
+        cell: a cell of the experiment.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -182,7 +183,7 @@ def _arguments(cell: Cell, rate: float, folder: Path, device: torch.device) -> T
 
 @torch.no_grad()
 def _accuracy(model: GKAForCausalLM, cell: Cell, T: int, P: int) -> float:
-    """Share of the queries of a task's test sequences whose value is right."""
+    """The fraction of correct answers to the queries in the test sequences of a task."""
     model.eval()
     device = model.device
     rows = max(1, cell["batch_tokens"] // T)
@@ -198,7 +199,7 @@ def _accuracy(model: GKAForCausalLM, cell: Cell, T: int, P: int) -> float:
 
 
 def _best_rate(output: Path, cell: Cell) -> float:
-    """The rate whose training with the first seed has the best mean accuracy. UserError if one is missing."""
+    """The learning rate with the best mean accuracy for the first seed. UserError if a training is missing."""
     same = {name: value for name, value in cell.items() if name not in ("seed", "rates")}
     return Record(output / "mqar.json", "mqar").best_rate(same, cell["rates"], lambda entry: -_mean(entry))
 
@@ -211,7 +212,7 @@ def _mean(entry: dict[str, Any]) -> float:
 
 
 def best(entries: Entries) -> list[dict[str, Any]]:
-    """Of each mixer and dim the mean accuracy by rate, the best rate, and by task the accuracies with it."""
+    """For each mixer and dim: the mean accuracy by rate, the best rate, and the accuracies with it by task."""
     groups: dict[tuple[int, str], Entries] = defaultdict(list)
     for entry in entries:
         groups[entry["cell"]["dim"], entry["cell"]["mixer"]].append(entry)
@@ -234,7 +235,7 @@ def best(entries: Entries) -> list[dict[str, Any]]:
 
 
 def section(entries: Entries, picture: Path) -> str:
-    """Tables of means, of all places and of the rates; the picture has a panel per task."""
+    """Tables of means, of all settings and of the rates; the picture has one panel per task."""
     found = best(entries)
     mixers = [mixer for mixer in ALL_MIXERS if any(row["mixer"] == mixer for row in found)]
     tasks = sorted({task for row in found for task in row["accuracies"]})
@@ -264,26 +265,25 @@ def section(entries: Entries, picture: Path) -> str:
             "head "
             f"has more than {WIDEST_HEAD} dims. The vocabulary has {cell['vocab_size']} tokens. One training has "
             f"{cell['steps']} steps of {cell['batch_tokens']:,} tokens, in float32, with sequences of "
-            f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens. GKA has its gates and its "
-            "alpha "
-            "connection on.",
-            "The tables have the accuracy in percent on new sequences: "
-            f"mean over the seeds ({_counts(found)}), least and largest in brackets. A difference between two "
-            "mixers that is smaller than the spread of one mixer's seeds decides nothing. The learning rate was "
-            "chosen by these accuracies, with the first seed. A place is a number of tokens with a number of "
-            f"pairs. Mean of the {len(tasks)} places:",
+            f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens. The gates and the alpha "
+            "connection of GKA are on.",
+            "The tables have the accuracy in percent on new sequences: the mean over the seeds "
+            f"({_counts(found)}), with the smallest and largest in brackets. A difference between two mixers "
+            "means nothing if it is smaller than the spread between the seeds of one mixer. The learning rate "
+            "was chosen by these accuracies, with the first seed. A setting is a number of tokens with a number "
+            f"of pairs. Mean over the {len(tasks)} settings:",
             markdown_table(["dim", *names], means),
             _findings(found),
-            "Every place:",
+            "Every setting:",
             markdown_table(["tokens", "pairs", "dim", *names], rows),
-            "Mean accuracy with each learning rate, first seed. The best rate was taken:",
+            "Mean accuracy with each learning rate, first seed. The best rate was used:",
             markdown_table(["dim", "mixer", *(f"{rate:g}" for rate in rates)], tried),
         )
     )
 
 
 def _counts(found: list[dict[str, Any]]) -> str:
-    """How many seeds there are: the most, then where there are fewer."""
+    """The number of seeds, and the mixers and dims that have fewer."""
     seeds = {(row["mixer"], row["dim"]): min(map(len, row["accuracies"].values())) for row in found}
     most = max(seeds.values())
     fewer: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -296,26 +296,25 @@ def _counts(found: list[dict[str, Any]]) -> str:
 
 
 def _is_lost(row: dict[str, Any]) -> bool:
-    """Whether the best training does not even solve the easiest place."""
+    """Whether the best training fails even at the easiest setting."""
     return statistics.mean(row["accuracies"][min(row["accuracies"])]) < _LEARNT
 
 
 def _lost(found: list[dict[str, Any]]) -> str:
-    """Who did not learn the task, at which dims."""
+    """A sentence about the mixers that did not learn the task, with the dims; "" if there are none."""
     dims: dict[str, list[str]] = defaultdict(list)
     for row in filter(_is_lost, found):
         dims[row["mixer"]].append(str(row["dim"]))
     said = "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
     return said and (
-        f" A training that did not work: {said}. Even with the best learning rate its accuracy is below "
-        f"{100 * _LEARNT:g} percent at the easiest place. Its numbers show a failed training, with these steps "
-        "and "
-        "these initial weights. They say nothing about the mixer."
+        f" Failed training: {said}. Even with the best learning rate, the accuracy is below {100 * _LEARNT:g} "
+        "percent at the easiest setting. These numbers show that the training failed with these steps and "
+        "initial weights. They say nothing about the mixer."
     )
 
 
 def _findings(found: list[dict[str, Any]]) -> str:
-    """In how many places of the grid GKA is above and below each other mixer, what was expected, who failed."""
+    """The number of settings where GKA is better or worse than each other mixer; failed trainings."""
     learnt = [row for row in found if not _is_lost(row)]
     seeds = {(row["mixer"], row["dim"], task): a for row in learnt for task, a in row["accuracies"].items()}
     parts, holds, fails = [], [], []
@@ -333,31 +332,31 @@ def _findings(found: list[dict[str, Any]]) -> str:
         parts.append(f"{name}: better in {above}, equal in {len(apart) - above - below}, worse in {below}")
         clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
         if other != "attention":
-            fails.append(f"{name} ({clear} of {len(pairs)} places)") if clear else holds.append(name)
+            fails.append(f"{name} ({clear} of {len(pairs)} settings)") if clear else holds.append(name)
     said = []
     if parts:
         said.append(
-            "GKA compared with each other mixer, by number of places, where differences of up to half a percent "
-            f"count as equal: {'; '.join(parts)}."
+            "GKA compared with each other mixer, as numbers of settings (a difference of up to half a percent "
+            f"counts as equal): {'; '.join(parts)}."
         )
     if fails:
         said.append(
-            "GKA is clearly worse, that is, each of its seeds is more than half a percent below each seed of the "
-            f"other mixer: {'; '.join(fails)}."
+            "GKA is clearly worse than another mixer if each seed of GKA is more than half a percent below each "
+            f"seed of the other mixer. It is clearly worse than {'; '.join(fails)}."
         )
     if holds:
-        said.append(f"GKA is nowhere clearly worse than {', '.join(holds)}.")
+        said.append(f"At no setting is GKA clearly worse than {', '.join(holds)}.")
     if fails or holds:
         said.append(
-            "These results do not test the paper's figure 3a. That figure is of the layer without gates and "
-            "without the alpha connection; here both are on, and models, schedule and number of examples differ "
-            "too. The experiment has not been repeated in the paper's setting yet."
+            "These results do not test figure 3a of the paper. That figure shows the layer without gates and "
+            "without the alpha connection; here both are on. Models, schedule and number of examples differ too. "
+            "The experiment has not been repeated in the paper's setting yet."
         )
     return " ".join(said) + _lost(found)
 
 
 def _over_tasks(row: dict[str, Any] | None) -> list[float]:
-    """The mean over all tasks by seed, of the seeds that have all."""
+    """The mean over all tasks, for each seed that has all tasks."""
     return (
         [] if row is None else [statistics.mean(seed) for seed in zip(*row["accuracies"].values(), strict=False)]
     )

@@ -1,19 +1,19 @@
-"""How exactly the solvers solve, and what that does to gradients (figures 1 and 8 of arXiv 2511.21016, remade).
+"""Errors of the solvers, and of gradients through them (compare figures 1 and 8 of arXiv 2511.21016).
 
 iterations  ||A x - q|| / ||q|| and ||x - x*|| / ||x*|| after n products with S, for gradient descent, the same
             with momentum, conjugate gradient and Chebyshev iteration (three-term, nodes, nodes with refinement),
-            with products in float32 and in bfloat16; on the systems that the tokens of a sequence meet
-strengths   the same for Chebyshev nodes and other ridges a
+            with products in float32 and in bfloat16; on the systems of the tokens of a sequence
+strengths   the same for Chebyshev nodes, with other ridge ratios a
 gradients   ||g - g*|| / ||g*|| of all parameters, for one layer and for five, after n products
-recursion   error of the readout along a sequence, of the classical Kalman recursion in bfloat16 and float32 and of
-            the layer's own solve, each against its own exact answer
-retention   the cosine between what the key of an earlier token reads and that token's value, by how long ago it
-            was, for other ridges, without a solve, and for other gates
+recursion   error of the readout along a sequence, for the classical Kalman recursion in bfloat16 and float32 and
+            for the solve of the layer; each is compared with its own exact answer
+retention   cosine between the value of an earlier token and the readout with the key of that token, by distance,
+            for several ridges and gates and without a solve
 
-The input is the family "correlated keys": unit keys and queries around a common direction each, rounded to
-bfloat16; that of `retention` is normal. Vectors and sums are float64 throughout, so that only what is named is
-rounded: the dtype of a cell rounds both factors of every product with S, the residuals of refinement excepted. The
-Kalman recursion runs in its dtype as a whole.
+The input is the family "correlated keys": unit keys around one common direction, unit queries around another,
+rounded to bfloat16. The input of `retention` is normal. Vectors and sums are float64, so that only one thing is
+rounded: the dtype of a cell rounds both factors of every product with S, except in the residuals of the
+refinement. The Kalman recursion runs entirely in its dtype.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ GRADIENT_PRODUCTS = (5, 10, 15, 20, 30)
 STRENGTHS = (0.01, 0.02, 0.05, 0.1)
 GATES = (0.0, -0.001, -0.01, -0.1)
 LAGS = (0, 4, 16, 64, 256)
-WINDOW = 16  # tokens of which the recursion's error is the mean
+WINDOW = 16  # the error of the recursion is the mean over so many tokens
 
 
 def _halves(nodes: int) -> tuple[int, ...]:
     return (nodes - nodes // 2, nodes // 2) if nodes > 1 else (nodes,)
 
 
-# From the number of products with S to a solver. The first step from zero needs no product; the residual of
-# the refinement is one more, and the second stage's first step needs none: n products make n + 1 nodes.
+# From the number of products with S to a solver. The first step from zero needs no product, the residual of the
+# refinement needs one, and the first step of the second stage needs none: n products make n + 1 nodes.
 SOLVERS: dict[str, Callable[[int, torch.dtype], Solver]] = {
     "gradient descent": lambda n, dtype: GradientDescent(n + 1, product_dtype=dtype),
     "gradient descent, momentum": lambda n, dtype: GradientDescent(n + 1, momentum=True, product_dtype=dtype),
@@ -69,7 +69,7 @@ METHODS: dict[str, Solver | torch.dtype] = {
 
 
 def cells(size: str) -> list[Cell]:
-    """512 tokens and 3 seeds; small: 64 tokens, one seed."""
+    """Full: 512 tokens and 3 seeds. Small: 64 tokens and one seed."""
     tokens, seeds = (512, (0, 1, 2)) if size == "full" else (64, (0,))
     made: list[Cell] = []
     for seed in seeds:
@@ -90,7 +90,7 @@ def cells(size: str) -> list[Cell]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """Measure a cell; always on the CPU, in float64 where nothing else is named."""
+    """Measure a cell, always on the CPU, in float64 unless the cell says otherwise."""
     measure = {
         "iterations": _iterations,
         "strengths": _strengths,
@@ -107,7 +107,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
 
 
 def section(entries: list[dict[str, Any]], picture: Path) -> str:
-    """Tables and text; the picture has a panel for each part."""
+    """Tables and text; the picture has one panel per part."""
     picture_of(entries, list(SOLVERS), list(METHODS), picture)
     return text_of(entries, list(SOLVERS), list(METHODS))
 
@@ -128,7 +128,7 @@ def token_inputs(T: int, D: int, m: float = 4.0, seed: int = 0) -> tuple[Tensor,
 
 
 def systems(q: Tensor, k: Tensor, g: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """S_hat [n, D, D] of norm 1 and q [n, D] of every `every`-th token."""
+    """S_hat [n, D, D] with norm 1 and q [n, D], for every `every`-th token."""
     S = torch.zeros(q.shape[-1], q.shape[-1], dtype=torch.float64)
     kept: list[Tensor] = []
     for t in range(q.shape[1]):
@@ -145,7 +145,7 @@ def _problem(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _errors(cell: Cell, ridge_ratio: float, solvers: Iterable[Solver]) -> dict[str, list[float | None]]:
-    """Residuals and errors of solvers, one after the other; None where they are not finite."""
+    """Residuals and errors of the solvers in their order; None if not finite."""
     S, q = _problem(cell["tokens"], cell["seed"])
     exact = Exact().solve(S, q, ridge_ratio)
     found: dict[str, list[float | None]] = {"residual": [], "error": []}
@@ -169,7 +169,7 @@ def _strengths(cell: Cell) -> dict[str, Any]:
 
 
 def _recursion(cell: Cell) -> dict[str, Any]:
-    """Mean errors of windows of tokens; None where they are not finite."""
+    """Mean errors over windows of tokens; None if not finite."""
     q, k, v, g = token_inputs(cell["tokens"], 64, seed=cell["seed"])
     g, ridge, method = torch.zeros_like(g), 0.25, METHODS[cell["method"]]
     if isinstance(method, torch.dtype):
@@ -222,7 +222,7 @@ def _exact_gradient(seed: int, tokens: int, layers: int) -> Tensor:
 
 
 def _gradient(seed: int, tokens: int, layers: int, solver: Solver) -> Tensor:
-    """Of all parameters of the first `layers` blocks, in one vector."""
+    """The gradient of all parameters of the first `layers` blocks, as one vector."""
     blocks, hidden, cotangent, g = _network(seed, tokens)
     for block in blocks[:layers]:
         hidden = block(hidden, g, solver)
@@ -239,7 +239,7 @@ def _gradients(cell: Cell) -> dict[str, Any]:
 
 
 def _retention(cell: Cell) -> dict[str, Any]:
-    """Mean over heads; lags that the sequence is too short for are left out. No ridge: no solve."""
+    """Mean over heads. Lags longer than the sequence are left out. Without a ridge there is no solve."""
     T, heads, D = cell["tokens"], 16, 64
     generator = torch.Generator().manual_seed(cell["seed"])
     k, v = torch.randn(2, 1, T, heads, D, generator=generator, dtype=torch.float64).unbind(0)

@@ -1,4 +1,4 @@
-"""What the page says and shows of the experiment `numerics`."""
+"""The section of the experiment `numerics` on the page: tables, text and picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STYLES = {"float32": "-", "bfloat16": "--"}
 
 
 def values(entries: Entries, at: int | None, of: str = "error", **wanted: Any) -> list[float | None]:
-    """What every seed measured in the cells with these values: after `at` products or tokens, or the last."""
+    """The results of all seeds in the matching cells, after `at` products or tokens (None: the last)."""
     found = []
     for entry in entries:
         if wanted.items() <= entry["cell"].items():
@@ -28,7 +28,7 @@ def values(entries: Entries, at: int | None, of: str = "error", **wanted: Any) -
 
 
 def text_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str]) -> str:
-    """Tables, and what they say."""
+    """The tables and the text about them."""
 
     def line(solver: str, dtype: str) -> list[str]:
         wanted = {"solver": solver, "dtype": dtype}
@@ -78,7 +78,7 @@ def text_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str]) ->
 
 
 def _retention(entries: Entries) -> list[str]:
-    """How much of a value comes back, by ridge, gate and lag."""
+    """The retention of a value, by ridge, gate and lag."""
     kept = [entry for entry in entries if entry["cell"]["part"] == "retention"]
     if not kept:
         return []
@@ -95,8 +95,8 @@ def _retention(entries: Entries) -> list[str]:
         for (g, a), found in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1] or math.inf))
     ]
     return [
-        "Retention: how well is a value remembered? The table has the cosine between a token's value and the "
-        "readout with its key a number of tokens later. Keys and values are random (normal), D is 64, alpha is 1, "
+        "Retention: how well does the layer remember a value? The table has the cosine between the value of a "
+        "token and a later readout with its key. Keys and values are random (normal), D is 64, alpha is 1, "
         f"the sequence has {kept[0]['cell']['tokens']} tokens. Median of the seeds:",
         markdown_table(["log-gate", "a", *(f"{lag} later" for lag in lags)], rows),
     ]
@@ -108,7 +108,7 @@ _WINDOW = 16
 
 
 def _findings(entries: Entries) -> str:
-    """A paragraph beside the paper's figures, once all of it is measured."""
+    """A paragraph that compares with the figures of the paper, once all cells are measured."""
     if not {"iterations", "gradients", "recursion"} <= {entry["cell"]["part"] for entry in entries}:
         return ""
 
@@ -134,7 +134,7 @@ def _findings(entries: Entries) -> str:
         f"float32: conjugate gradient {gradients(cg, 'float32')}, nodes {gradients(plain, 'float32')}, refined "
         f"nodes {gradients(refined, 'float32')}. bfloat16, in the same order: {gradients(cg, 'bfloat16')}, "
         f"{gradients(plain, 'bfloat16')}, {gradients(refined, 'bfloat16')}. In the paper's figure the gradients "
-        "of conjugate gradient are wrong. Here they are right, because the same solver also solves the adjoint "
+        "of conjugate gradient are wrong. Here they are correct: the same solver also solves the adjoint "
         f"system. These blocks are small and untrained, with {_gradient_tokens(entries)} tokens. The classical "
         f"Kalman recursion in bfloat16 has an error of {spread(kalman)} at the end. This experiment does not "
         "measure the effect of the ridge on a language model's loss, which is the paper's figure 8."
@@ -146,7 +146,7 @@ def _gradient_tokens(entries: Entries) -> int:
 
 
 def picture_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str], path: Path) -> None:
-    """Six panels: residual, error, strengths, the recursion, gradients of one layer and of five."""
+    """Six panels: residual, error, ridge ratios, recursion, gradients of one layer and of five layers."""
     figure, panels = new_panels(2, 3, (15, 8.5), 110)
     by_solver = {name: {"solver": name} for name in solvers}
     ridges = sorted({e["cell"]["ridge_ratio"] for e in entries if e["cell"]["part"] == "strengths"})
@@ -180,7 +180,7 @@ def picture_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str],
 def _band(
     axes: Any, entries: Entries, of: str, wanted: dict[str, Any], style: str, colour: str, name: str
 ) -> None:
-    """The median of the seeds, and a band from the least to the largest."""
+    """The median of the seeds, and a band from the smallest to the largest value."""
     found = [entry["result"] for entry in entries if wanted.items() <= entry["cell"].items()]
     if not found:
         return

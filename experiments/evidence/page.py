@@ -1,6 +1,7 @@
-"""The page of all experiments, made from their results: FOLDER.md beside the folder, pictures in it.
+"""The page of all experiments: write FOLDER.md next to the folder of results, and pictures into the folder.
 
-Every section says which command made it, where and when; the text of an experiment stands in its own module.
+Every section ends with its command, machine and date. The text of a section comes from the module of the
+experiment.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from .record import Record
 _HEAD = """# Evidence
 
 This page compares Gated KalmaNet (GKA) with other linear layers and with softmax attention. Each section is one
-experiment that anyone can repeat: its end names the command, the date, the commit and the machine. Results that go
-against GKA are shown in the same way as the others.
+experiment that anyone can repeat. Each section ends with its command, date, commit and machine. Results against
+GKA are shown in the same way as results in its favour.
 
-GLA is the same layer without the solve (gated linear attention). "Seeds" are random seeds. a is the ridge ratio of
-the solve.
+GLA (gated linear attention) is the GKA layer without the solve. "Seeds" are random seeds. The number a is the
+ridge ratio: the ridge is a times the norm of the key state.
 
-`python -m experiments evidence page --output {folder}` makes this page from the JSON files in `{folder}/`.
+`python -m experiments evidence page --output {folder}` writes this page from the JSON files in `{folder}/`.
 """
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page; its pictures stand in the folder, under the experiments' names.
+    """Write the page, and one picture per experiment into the folder.
 
     Raises:
-        UserError: the folder holds no results.
+        UserError: the folder contains no results.
     """
     sections = []
     for name, module in EXPERIMENTS.items():
@@ -43,10 +44,10 @@ def write_page(folder: Path) -> Path:
             )
     if not sections:
         raise UserError(
-            f"--output {folder}: holds no results; "
-            f"`python -m experiments evidence NAME --output {folder}` makes some"
+            f"--output {folder}: contains no results; "
+            f"run `python -m experiments evidence NAME --output {folder}` first"
         )
-    named = folder if folder.name else folder.resolve()  # "." has no name of its own
+    named = folder if folder.name else folder.resolve()  # "." has no name
     page = named.with_name(named.name + ".md")
     page.write_text(
         "\n\n".join([_HEAD.format(folder=folder.as_posix()).strip(), *sections]) + "\n", encoding="utf-8"
@@ -55,7 +56,7 @@ def write_page(folder: Path) -> Path:
 
 
 def shown(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that may stand in one table: of the full form if there are any, of the machine measured on last."""
+    """The entries for one table: full size only if there are any, and the latest machine only."""
     wanted = "full" if any(entry["cell"]["size"] == "full" for entry in entries) else "small"
     entries = [entry for entry in entries if entry["cell"]["size"] == wanted]
     last = entries[-1]["cell"].get("machine") if entries else None
@@ -69,12 +70,12 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
     return (
         f"## {record.experiment}: {experiment.SUMMARY}\n\n{experiment.section(entries, picture)}\n\n"
         f"![{experiment.SUMMARY}]({picture.parent.name}/{picture.name})\n\n"
-        f"Made by ([JSON]({picture.parent.name}/{record.path.name})):\n\n{sources}"
+        f"Commands ([JSON]({picture.parent.name}/{record.path.name})):\n\n{sources}"
     )
 
 
 def sources_of(runs: list[dict[str, Any]]) -> list[str]:
-    """What made results, a text for all processes of the same command but for `--only`, machine and versions."""
+    """One line per command, machine and versions; processes that differ only in `--only` share a line."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
         command, _ = _split(run["command"])
@@ -86,13 +87,13 @@ def sources_of(runs: list[dict[str, Any]]) -> list[str]:
     for (command, where, versions), group in groups.items():
         parts = ""
         if any(_split(run["command"])[1] for run in group):
-            parts = f" in {len(group)} process{'es' * (len(group) > 1)} with parts of it (`--only`)"
+            parts = f" in {len(group)} process{'es' * (len(group) > 1)}, each for a part (`--only`)"
         found.append(f"`{command}`{parts}, {where}, {sum(run['seconds'] for run in group):,.0f} s, {versions}")
     return found
 
 
 def _split(command: str) -> tuple[str, list[str]]:
-    """A command without `--only` and its values, and these."""
+    """Split a command into the part without `--only`, and `--only` with its values."""
     kept: list[str] = []
     only: list[str] = []
     at = kept

@@ -1,4 +1,4 @@
-"""Pictures of the page: a figure without a window, its axes and bands in one style, saved as PNG."""
+"""Pictures for the page: figures without a window, in one style, saved as PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def new_panels(
     rows: int, columns: int, size: tuple[float, float], dpi: int, **options: Any
 ) -> tuple[Any, list[Any]]:
-    """A figure of `size` inches, and its axes row by row; options are those of matplotlib's `subplots`."""
+    """A figure of `size` inches, and its axes row by row; `options` go to matplotlib's `subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,16 +32,18 @@ def draw_band(
     middle: Callable[[Sequence[float]], float] = statistics.median,
     **line: Any,
 ) -> None:
-    """The middle of the values at each x as a line, in a band from the least to the largest.
+    """Draw the middle of the values at each x as a line, and a band from the smallest to the largest value.
 
     Args:
-        columns: the values at each x. middle: of a column. line: options of matplotlib's `plot`.
+        columns: the values at each x.
+        middle: function that gives the middle of a column, e.g. the median.
+        line: options of matplotlib's `plot`.
     """
     axes.plot(x, [middle(column) for column in columns], color=colour, **line)
     axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the PNG, and the folder if need be."""
+    """Write the PNG; create the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -1,24 +1,26 @@
-"""What the experiment `long` trains on and asks: made once for a corpus and a size, kept as tokens.
+"""Training rows and test questions of the experiment `long`; made once per corpus and size, stored as tokens.
 
     OUTPUT/questions-SIZE/
         rows.npy        [rows, row] token ids: training rows
         counted.npy     [rows, row] bool: tokens that the loss counts
         tests.npy       the test windows, one after the other
-        index.json      the plan, of what corpus, where in tests.npy the windows of a task and length stand
+        index.json      the plan, the corpus, and the position in tests.npy of the windows of a task and length
 
-An example is a prompt, " " + answer and a line end. It follows the end token, as a document does, and what stands
-before that is text of the corpus's training files:
+An example is a prompt, " " + answer and a line end. It follows the end token, as a document does. Before that
+token there is text from the training files of the corpus:
 
     training row    text, then <end> example <end> example ..  of one or more tasks, in random order
-    test window     text, then <end> prompt, so much text that all windows of a task and length are equally long
+    test window     text, then <end> prompt; all windows of a task and length have the same length
 
-so windows can be read side by side without a mask. Half of the rows are nothing but text. Counted are the tokens
-of answers with their line ends, and one in TEXT_EVERY of the text, drawn at random: prompts, of noise for the most
-part, teach nothing, and text would drown the answers. Lengths are tokens of prompt and answer by the corpus's
-tokenizer, for LongQA and RAG as make_long_qa counts them; short examples get more of the rows, as they are many.
+so that windows can be read in one batch without a mask. Half of the rows contain text only. The loss counts the
+tokens of answers with their line ends, and one in TEXT_EVERY tokens of text, drawn at random. Prompts are not
+counted, because they are mostly noise; most of the text is not counted, because it would outweigh the answers.
+Lengths are tokens of prompt and answer by the tokenizer of the corpus; make_long_qa counts them for LongQA and
+RAG. Short examples fill more rows than long ones.
 
-Test questions of LongQA and RAG are about files that the corpus holds out: no training, of the language models or
-here, has read these files (maybe copies of parts of them, see corpus.py). Needles of the splits share no names.
+Test questions of LongQA and RAG are about held-out files of the corpus. No training, of the language models or
+here, reads these files (copies of parts of them may occur, see corpus.py). Needles of the two splits share no
+names.
 """
 
 from __future__ import annotations
@@ -55,24 +57,24 @@ from . import corpus as text
 
 IGNORE = -100
 TEXT_EVERY = 32
-# Tokens of a training example beside prompt and answer: line end, end token, and what their borders add.
+# Tokens of a training example besides prompt and answer: line end, end token, and extra tokens at the joints.
 _SPARE = 4
-_PART_BYTES = 12_000_000  # of each part's files that LongQA and RAG ask about
+_PART_BYTES = 12_000_000  # fraction of the files of each part that LongQA and RAG ask about
 _MOST_PROCESSES = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is made.
+    """The amount of data to make.
 
     Attributes:
-        row: tokens of a training row.
-        rows: training rows.
-        trained: (length, rows filled with examples of it), half of the rows in all.
+        row: tokens per training row.
+        rows: number of training rows.
+        trained: (length, rows filled with examples of this length), half of the rows in total.
         tested: (length, examples of each task).
         tasks: names of TASKS, "long_qa", "rag".
-        passage_chars: of the collection.
-        in_parallel: whether other processes help; starting them takes seconds.
+        passage_chars: characters per passage of the collection.
+        in_parallel: whether to use several processes; their start takes seconds.
     """
 
     row: int
@@ -110,9 +112,9 @@ class Tests(NamedTuple):
     """The test examples of a task and a length.
 
     Attributes:
-        windows: [N, T] int64, each ends where the answer begins.
-        answers: references of each.
-        longest: tokens of the longest right answer, its line end included.
+        windows: [N, T] int64; each ends at the start of the answer.
+        answers: the reference answers for each window.
+        longest: tokens of the longest correct answer, including its line end.
     """
 
     windows: Tensor
@@ -122,11 +124,11 @@ class Tests(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """What `prepare` made.
+    """The data written by `prepare`.
 
     Attributes:
-        folder: where it lies.
-        index: what index.json holds.
+        folder: the folder of the data.
+        index: the content of index.json.
     """
 
     folder: Path
@@ -134,7 +136,7 @@ class Questions:
 
     @classmethod
     def load(cls, output: Path, size: str) -> Questions:
-        """Those of an output folder."""
+        """Load the questions of an output folder."""
         folder = _folder(output, size)
         return cls(folder, json.loads((folder / "index.json").read_text(encoding="utf-8")))
 
@@ -154,10 +156,11 @@ class Questions:
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Training rows as {"input_ids": [row] int64, "labels": the same, IGNORE where nothing is counted}.
+    """Training rows as {"input_ids": [row] int64, "labels": the same, with IGNORE for tokens that do not count}.
 
     Args:
-        tokens: [rows, row]. counted: [rows, row] bool.
+        tokens: [rows, row].
+        counted: [rows, row] bool.
     """
 
     def __init__(self, tokens: np.ndarray, counted: np.ndarray) -> None:
@@ -173,13 +176,13 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, str]:
-    """Make the corpus and the questions that are not there yet.
+    """Make the corpus and the questions if they do not exist. The arguments are those of `corpus.prepare`.
 
     Returns:
-        {"corpus": fingerprint}, as the corpus's own `prepare`, whose arguments are these.
+        {"corpus": fingerprint}, as `corpus.prepare`.
 
     Raises:
-        UserError: as the corpus's; or its files have too little text, or too few facts in Python sources.
+        UserError: as `corpus.prepare`; or the files have too little text, or too few facts in Python sources.
     """
     known = text.prepare(output, size, data)
     folder, plan = _folder(output, size), PLANS[size]
@@ -192,7 +195,7 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
     index = _write(partial, text.Corpus.load(output, size), plan, text.FRACTION[size])
     (partial / "index.json").write_text(json.dumps({**wanted, **index}, indent=1) + "\n", encoding="utf-8")
     end_folder(partial, folder)
-    print(f"{folder}: made in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(f"{folder}: written in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return known
 
 
@@ -220,19 +223,19 @@ class _Question(NamedTuple):
 
 
 def _jobs(plan: Plan) -> list[_Job]:
-    """What is to be made, the largest first; examples of a training length are shared out among the tasks."""
+    """The jobs, the largest first; the tasks share the examples of a training length."""
     jobs = [_Job(task, "test", length, count) for length, count in plan.tested for task in plan.tasks]
     for length, rows in plan.trained:
         share, more = divmod(rows * plan.row // length, len(plan.tasks))
         counts = [share + (number < more) for number in range(len(plan.tasks))]
-        first = len(jobs) % len(plan.tasks)  # not always the same tasks have one more
+        first = len(jobs) % len(plan.tasks)  # the tasks with one more example change
         tasks = [*plan.tasks[first:], *plan.tasks[:first]]
         jobs += [_Job(task, "train", length, n) for task, n in zip(tasks, counts, strict=True) if n]
     return sorted(jobs, key=lambda job: -job.length * job.count)
 
 
 def _all_questions(corpus: text.Corpus, plan: Plan, fraction: float) -> dict[_Job, list[_Question]]:
-    """Needles by other processes, where they help; what asks about the collection by this one."""
+    """The questions of all jobs: needles in parallel processes, questions about the collection in this process."""
     jobs, tokenizer = _jobs(plan), str(corpus.folder / "tokenizer")
     needles = [job for job in jobs if job.task in TASKS]
 
@@ -255,7 +258,7 @@ def _all_questions(corpus: text.Corpus, plan: Plan, fraction: float) -> dict[_Jo
 
 
 def _questions(tokenizer_folder: str, job: _Job, collection: Collection | None = None) -> list[_Question]:
-    """The examples of a job; tests of all lengths have the same names, training examples of each length others."""
+    """The examples of a job. Tests of all lengths share names; training examples do not, from length to length."""
     tokenizer = _tokenizer(tokenizer_folder)
     training = job.split == "train"
     common: dict[str, Any] = {
@@ -281,9 +284,9 @@ def _tokenizer(folder: str) -> Any:
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:
-    """Tokens of a text as gka.training.data.encode gives them, two to three times as fast."""
+    """A function that counts the tokens of gka.training.data.encode; it is two to three times faster."""
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # text that spells the end token is text
+    backend.encode_special_tokens = True  # text that spells the end token counts as text
 
     def count(some: str) -> int:
         return len(backend.encode_batch_fast([some], add_special_tokens=False)[0])
@@ -295,17 +298,17 @@ def _counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def _write(folder: Path, corpus: text.Corpus, plan: Plan, fraction: float) -> dict[str, Any]:
-    """Write the arrays; what the index says of them."""
+    """Write the arrays and return their entries for the index."""
     numbers = np.random.default_rng(0)
     source = np.memmap(corpus.folder / "data" / "train.bin", corpus.manifest.dtype, mode="r")
     if len(source) <= plan.row:
         raise UserError(
-            f"too little text: {len(source):,} training tokens, a row has {plan.row:,}; give --data more files"
+            f"too little text: {len(source):,} training tokens, one row needs {plan.row:,}; give --data more files"
         )
     end = corpus.tokenizer.eos_token_id
 
     def read(count: int) -> np.ndarray:
-        """Consecutive tokens of the training text from a random place."""
+        """Consecutive tokens of the training text from a random position."""
         first = numbers.integers(len(source) - count)
         return np.asarray(source[first : first + count])
 
@@ -351,9 +354,9 @@ def _write(folder: Path, corpus: text.Corpus, plan: Plan, fraction: float) -> di
 
 
 def _shared_out(sizes: Sequence[int], plan: Plan) -> list[list[int]]:
-    """Which examples each row takes: the longest first, each into the row with the most room.
+    """The examples of each row: the longest example first, each into the row with the most room.
 
-    They fit: lengths and row are powers of two, and no example is longer than its length.
+    All examples fit, because lengths and rows are powers of two and no example is longer than its length.
     """
     rows: list[list[int]] = [[] for _ in range(sum(count for _, count in plan.trained))]
     room = np.full(len(rows), plan.row)

@@ -1,12 +1,12 @@
-"""What an experiment measured: one JSON file, whole at every moment, in which nothing is measured twice.
+"""Results of an experiment: one JSON file that is complete at every moment and has each cell once.
 
     {"experiment": "numerics",
      "runs":    [{"command", "commit", "date", "started", "process", "machine", "versions", "seconds"}, ...],
      "cells":   [{"cell": {...}, "run": 0, "seconds": 1.5, "result": ...}, ...]}
 
-A cell is one measurement or training, described by a dict of numbers, strings and lists: two cells are the same if
-their dicts are. Several processes may measure into one file. `run` is the place in `runs` of the process that
-measured it.
+A cell is one measurement or training, described by a dict of numbers, strings and lists. Two cells are the same if
+their dicts are equal. Several processes may write to one file. `run` is the index in `runs` of the process that
+measured the cell.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Record:
     """The results file of an experiment.
 
     Args:
-        path: the file, made with the first result.
-        experiment: its name.
+        path: the file, created with the first result.
+        experiment: name of the experiment.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or contains something else.
     """
 
     def __init__(self, path: Path, experiment: str) -> None:
@@ -46,29 +46,30 @@ class Record:
         if path.exists():
             self.content = self._read()
         self._start, self._started = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
-        self._process = uuid.uuid4().hex  # tells the runs of a file apart
+        self._process = uuid.uuid4().hex  # distinguishes the runs in a file
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """All that was measured: cell, result, seconds, run."""
+        """All measurements: cell, result, seconds, run."""
         entries: list[dict[str, Any]] = self.content["cells"]
         return entries
 
     def missing(self, cells: list[Cell]) -> list[Cell]:
-        """Those of the cells that have no result, each once, in their order."""
+        """The cells without a result, each once, in the given order."""
         done = {_key(entry["cell"]) for entry in self.entries}
         wanted = {_key(cell): cell for cell in cells}
         return [cell for key, cell in wanted.items() if key not in done]
 
     def best_rate(self, same: Cell, rates: list[float], loss: Callable[[dict[str, Any]], float]) -> float:
-        """The learning rate whose training lost least.
+        """The learning rate of the training with the lowest loss.
 
         Args:
-            same: what the cells of the trainings share; "mixer" among it.
-            rates: that must have been tried. loss: of an entry.
+            same: the fields that the cells of the trainings share, with "mixer".
+            rates: learning rates that must have been tried.
+            loss: function that gives the loss of an entry.
 
         Raises:
-            UserError: one has not been tried.
+            UserError: a learning rate has not been tried.
         """
         found = {
             entry["cell"]["learning_rate"]: loss(entry)
@@ -83,7 +84,7 @@ class Record:
         """Write a result.
 
         Raises:
-            ValueError: the cell has one already, or the result holds NaN or infinity, which JSON has no word for.
+            ValueError: the cell already has a result, or the result contains NaN or infinity (not valid JSON).
         """
         json.dumps(result, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +92,11 @@ class Record:
             self._add(cell, result, seconds)
 
     def _add(self, cell: Cell, result: Any, seconds: float) -> None:
-        """With what another process has written since."""
+        """Add a result to the file as it is now; another process may have written to it."""
         if self.path.exists():
             self.content = self._read()
         if not self.missing([cell]):
-            raise ValueError(f"{cell} is measured already")
+            raise ValueError(f"{cell} already has a result")
         runs = self.content["runs"]
         number = next((n for n, run in enumerate(runs) if run["process"] == self._process), len(runs))
         if number == len(runs):
@@ -109,14 +110,14 @@ class Record:
             "command": describe_command(),
             "commit": describe_commit(),
             "date": datetime.date.today().isoformat(),
-            "started": self._started.isoformat(timespec="seconds"),  # with seconds: what ran at the same time
+            "started": self._started.isoformat(timespec="seconds"),  # with seconds, this shows which runs overlap
             "process": self._process,
             "machine": describe_machine(),
             "versions": describe_versions(),
         }
 
     def _text(self) -> str:
-        """A line per run and per cell, so that a difference of two files can be read."""
+        """One line per run and per cell, for readable diffs."""
         parts = [f' "experiment": {json.dumps(self.experiment)}']
         for name in ("runs", "cells"):
             lines = ",\n  ".join(json.dumps(item, allow_nan=False) for item in self.content[name])
@@ -133,16 +134,16 @@ class Record:
             raise UserError(f"{self.path}: {reason(error)}") from None
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(
-                f"{self.path} holds no results of evidence; move it, or choose another folder"
+                f"{self.path} contains no results of an experiment; move it, or choose another folder"
             ) from None
         if held != self.experiment:
-            raise UserError(f"{self.path} holds results of {held!r}, not of {self.experiment!r}")
+            raise UserError(f"{self.path} contains results of {held!r}, not of {self.experiment!r}")
         return content
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time for a file, where the system can lock files."""
+    """Lock a file for one process, if the system can lock files."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows

@@ -1,13 +1,14 @@
 """One model skeleton for all mixers, with the same number of parameters.
 
-Embedding, norms, residual blocks and output projection are the same. What the mixers differ by in parameters
-(softmax attention has no output gate, Mamba-2 an expansion of 2) is made up by the width of the feed-forward
-blocks, which is the only size that differs.
+Embedding, norms, residual blocks and output projection are the same. Mixers have different numbers of parameters:
+softmax attention has no output gate, Mamba-2 has an expansion of 2. The width of the feed-forward blocks makes up
+for this; it is the only size that differs.
 
-First weights, unless initializer_range is given, are the library's own: normal with variance 1 / hidden_size,
-which transformers' 0.02 is at a hidden size of 2500 only; projections back into the residual stream are smaller
-by sqrt(2 blocks), as GPT-2's. With 0.02 at a hidden size of 384, what blocks add to the stream hides the
-embedding, and all mixers but Mamba-2 take hundreds of steps to begin.
+Unless initializer_range is given, initial weights are those of the library: normal with variance 1 / hidden_size.
+The standard deviation 0.02 of transformers equals this only at a hidden size of 2500. Projections into the
+residual stream are smaller by sqrt(2 blocks), as in GPT-2. With 0.02 at a hidden size of 384, the outputs of the
+blocks are large compared with the embedding, and all mixers except Mamba-2 need hundreds of steps before the loss
+falls.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from gka.hf import GKAConfig, GKAForCausalLM
 
 from ..peers import MIXERS, mixer_config
 
-TOLERANCE = 0.02  # of the parameters
-_STEP = 8  # feed-forward widths are multiples of it, as matrix products on a GPU like them
+TOLERANCE = 0.02  # relative difference of the numbers of parameters
+_STEP = 8  # feed-forward widths are multiples of it, which is fast on a GPU
 
 
 def count_parameters(config: GKAConfig) -> int:
-    """Parameters of the language model, without making any."""
+    """The number of parameters of the language model, without allocating them."""
     with torch.device("meta"):
         return int(GKAForCausalLM(config).num_parameters())
 
@@ -35,13 +36,13 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
 
     Args:
         mixer: one of MIXERS.
-        **fields: of GKAConfig for the mixer "gka"; its intermediate_size decides how many parameters all have.
+        **fields: arguments of GKAConfig for the mixer "gka"; they decide the number of parameters of all models.
 
     Returns:
-        The configuration, with another intermediate_size where the mixer has more or fewer parameters than "gka".
+        The configuration, with another intermediate_size if the mixer has more or fewer parameters than "gka".
 
     Raises:
-        ValueError: an unknown mixer, or sizes so small that no width brings the parameters within TOLERANCE.
+        ValueError: the mixer is unknown, or the sizes are so small that no width meets TOLERANCE.
     """
     if mixer not in MIXERS:
         raise ValueError(f"mixer is {mixer!r}; expected one of {MIXERS}")
@@ -61,6 +62,6 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
 
 
 def _nearest(width: float, missing: float) -> int:
-    """A multiple of _STEP, at least one, where half of one or more is missing or too much."""
+    """The nearest multiple of _STEP, at least one _STEP; unchanged if less than half a _STEP is missing."""
     given = round(width - missing)
     return given if abs(missing) < _STEP / 2 else max(_STEP, _STEP * round(width / _STEP))

@@ -1,4 +1,4 @@
-"""Tables of the page, and numbers with their spread."""
+"""Tables in markdown, and numbers with their spread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float | None], form: str = ".1e") -> str:
-    """The median, and for several values the least and the largest; None and NaN are not finite."""
+    """The median, and with several values the smallest and the largest. None and NaN count as not finite."""
     if not values:
         return ""
     finite = [value for value in values if value is not None and math.isfinite(value)]
@@ -26,5 +26,5 @@ def spread(values: Sequence[float | None], form: str = ".1e") -> str:
 
 
 def span(counts: list[int]) -> str:
-    """The only one of sorted counts, or the first and the last."""
+    """The first and the last of sorted counts, or one number if there is only one."""
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

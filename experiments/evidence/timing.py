@@ -1,4 +1,4 @@
-"""Seconds of a call, on whatever device."""
+"""The time of a call on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, on a GPU by CUDA events."""
+    """Seconds of one call; on a GPU measured with CUDA events."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

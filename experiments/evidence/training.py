@@ -1,4 +1,4 @@
-"""A training of an experiment: transformers' Trainer as in `gka train`, with what a results file wants of it."""
+"""Training for experiments: the Trainer of `gka train`, with the measurements for a results file."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ..tasks.recall_loss import RecallLoss
 from .corpus import Corpus, evaluate
 from .record import Cell
 
-SPEED = "tokens per second"  # in a result; only what has the GPU for itself has one worth comparing
+SPEED = "tokens per second"  # in a result; comparable only if nothing else used the GPU
 _WARMUP = 0.05  # of the steps
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training.
+    """The result of a training.
 
     Attributes:
         loss: [step, mean nats per token since the step before it in the list].
-        grad_norms: [step, norm of all gradients of that step, before it is clipped to 1].
-        seconds: of wall clock, over all processes that worked at it.
-        tokens_per_second: by the median time of a step in this process; None if it made none.
-        peak_bytes: greatest memory held on the GPU; None on a CPU.
-        diverged: the step whose loss was not finite, at which the training ended; None if none was.
+        grad_norms: [step, norm of all gradients of that step, before clipping to 1].
+        seconds: wall-clock time, summed over all processes that resumed the training.
+        tokens_per_second: from the median time of a step in this process; None if there was no step.
+        peak_bytes: peak memory on the GPU; None on a CPU.
+        diverged: the step at which the loss was not finite and the training ended; None if there was none.
     """
 
     loss: list[list[float]]
@@ -50,7 +50,7 @@ class Trained:
     diverged: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result."""
+        """The fields as a dict for the results file."""
         return {
             "train loss": self.loss,
             "gradient norms": self.grad_norms,
@@ -74,22 +74,22 @@ def train(
     dtype: str = "bfloat16",
     log_every: int = 10,
 ) -> Trained:
-    """Train a model in place, from the newest checkpoint in the folder if there is one.
+    """Train a model in place; resume from the newest checkpoint in the folder if there is one.
 
-    AdamW with betas 0.9 and 0.95 and weight decay 0.1, gradients clipped to norm 1, cosine schedule to 0 behind a
-    warm-up; a checkpoint at every third of the steps.
+    AdamW with betas 0.9 and 0.95 and weight decay 0.1, gradients clipped to norm 1, a warm-up and then a cosine
+    schedule to 0. A checkpoint is written after each third of the steps.
 
     Args:
-        model: with its initial weights, float32.
-        dataset: items {"input_ids": [T], "labels": [T]}, all of one length; read again where they do not suffice.
-        folder: for checkpoints.
-        learning_rate: the peak.
-        steps: of the optimiser.
-        batch_size: sequences of a step.
-        seed: of the order of the data.
-        device: where to train.
+        model: a model with initial weights, float32.
+        dataset: items {"input_ids": [T], "labels": [T]}, all of one length; read repeatedly if it is too short.
+        folder: folder for checkpoints.
+        learning_rate: peak learning rate.
+        steps: optimiser steps.
+        batch_size: sequences per step.
+        seed: random seed of the data order.
+        device: device for the training.
         dtype: "bfloat16" for autocast, or "float32".
-        log_every: steps of one entry of the loss.
+        log_every: steps per logged loss.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
@@ -117,7 +117,7 @@ def train(
     clock = _Clock()
     trainer = GKATrainer(
         schedule=schedule,
-        tokens_per_byte=1.0,  # nothing is evaluated in between
+        tokens_per_byte=1.0,  # no evaluation during training
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -156,15 +156,16 @@ def train_on_text(
     device: torch.device,
     log_every: int,
 ) -> tuple[Trained, RecallLoss | None]:
-    """Train a model on the text of a corpus, then read what is held out of it with windows of the same length.
+    """Train a model on the text of a corpus, then measure the held-out loss with windows of the same length.
 
     Args:
-        cell: its seq_len, tokens, batch_size, seed and dtype are those of the training.
-        eval_bytes: of held-out text; None reads none.
+        cell: the cell; its seq_len, tokens, batch_size, seed and dtype set up the training.
+        eval_bytes: bytes of held-out text; None skips the evaluation.
         model, folder, learning_rate, device, log_every: as for `train`.
 
     Returns:
-        what came of the training, and the held-out loss; None if it diverged or nothing was to be read.
+        The result of the training, and the held-out loss; the loss is None if the training diverged or
+        eval_bytes is None.
     """
     trained = train(
         model,
@@ -192,13 +193,13 @@ def train_on_text(
 
 
 def steps_of(cell: Cell) -> int:
-    """Optimiser steps in which a cell's tokens are read."""
+    """The number of optimiser steps for the tokens of a cell."""
     steps: int = cell["tokens"] // (cell["seq_len"] * cell["batch_size"])
     return steps
 
 
 class _Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next, which holds all that a step costs."""
+    """Seconds from the end of a step to the end of the next: the full cost of a step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

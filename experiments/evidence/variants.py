@@ -1,18 +1,19 @@
-"""The layer with one thing changed that is no option of it: another ridge, a sketch, another solver.
+"""The layer with one change that is not an option of the layer: another ridge, a sketch, or another solver.
 
     ridge     lambda_t = one number, in place of a ||S_kk_t||_F
-    sketch    the system in d <= D dims of its own: S_kk = sum of P k (P k)^T, x = P^T (S_kk + lambda I)^{-1} P q;
+    sketch    a system of d <= D dims: S_kk = sum of P k (P k)^T, x = P^T (S_kk + lambda I)^{-1} P q;
               P [Hk, d, D] is learned and starts with orthonormal rows, so that d = D starts as the layer itself
-    solver    conjugate gradient in place of Chebyshev iteration, as many products with S_kk in one stage
+    solver    conjugate gradient in place of Chebyshev iteration, with as many products with S_kk, in one stage
 
-All else is the layer's: normalised q and k, beta, g, alpha (y = q + alpha (x - q)), the readout. Chunk-wise with
-the equations of `gka.ops.torch.chunk_math`, in PyTorch on any device, differentiated by autograd around the solve
-and implicitly through it (paper, lemma 2 and section 4.3): with z = A^{-1} dx by the same solver, dq = z, and what
-A is made of gets the gradient of -z^T A x with z and x held fixed. For conjugate gradient, too: cut short, its
-adjoint solve is not the adjoint of its solve, which is what the paper warns of.
+Everything else is as in the layer: normalised q and k, beta, g, alpha (y = q + alpha (x - q)), the readout. The
+code is chunk-wise with the equations of `gka.ops.torch.chunk_math`, in PyTorch on any device. Autograd
+differentiates everything except the solve. The gradient of the solve is implicit (paper, lemma 2 and section 4.3):
+with z = A^{-1} dx by the same solver, dq = z, and the inputs of A get the gradient of -z^T A x with z and x held
+fixed. Conjugate gradient uses this gradient too. If it stops early, its adjoint solve is not the adjoint of its
+solve; the paper warns of this.
 
-The states of all chunks are in memory at once, [b, R, D, D], and what one chunk leaves to another is computed for
-every pair of a row's: this is for trainings of a few thousand tokens a row, not for long ones.
+The states of all chunks are in memory at once, [b, R, D, D], and the decay between chunks is computed for every
+pair of chunks in a row. So this code is for training with a few thousand tokens per row, not for long rows.
 
 Legend: B batch, T time, H query heads, Hk key/value heads, R = H / Hk, D dim of q, k and v, d dim of the system,
 C tokens per chunk, n chunks of a row, b = B n Hk.
@@ -38,17 +39,17 @@ from gka.ops.types import state_dtype
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed; the defaults change nothing.
+    """The change; the defaults change nothing.
 
     Attributes:
         ridge: lambda of every token, greater than 0; None means a ||S_kk_t||_F.
         sketch: d, 1 to D; None means no sketch.
-        solver: "conjugate gradient" takes the adaptive ridge alone.
-        wide: whether 16-bit inputs, too, are solved with float32 products; else they have bfloat16 ones, and the
-            residuals between stages alone are formed in float32.
+        solver: "Chebyshev" or "conjugate gradient"; the latter needs the adaptive ridge.
+        wide: whether 16-bit inputs are solved with float32 products too. If False, their products are bfloat16,
+            and only the residuals between stages are float32.
 
     Raises:
-        ValueError: a value that is not among these.
+        ValueError: a value is not one of these.
     """
 
     ridge: float | None = None
@@ -68,10 +69,10 @@ class Variant:
 
 
 def with_variant(model: nn.Module, variant: Variant) -> nn.Module:
-    """Change every GKA layer of a model, in place; weights stay, a sketch adds P, from the global generator.
+    """Change every GKA layer of a model in place. The weights stay; a sketch adds random P (global generator).
 
     Returns:
-        the model.
+        The model.
 
     Raises:
         ValueError: the model has no GKA layer, or the sketch has more dims than a head.
@@ -86,10 +87,10 @@ def with_variant(model: nn.Module, variant: Variant) -> nn.Module:
 
 
 class _Changed(GatedKalmaNet):
-    """A layer that `with_variant` changed, for whole sequences without a cache."""
+    """A layer changed by `with_variant`, for whole sequences without a cache."""
 
     def change(self, variant: Variant) -> None:
-        """Take a variant, and P where it has a sketch."""
+        """Set the variant, and create P if it has a sketch."""
         d, D, weight = variant.sketch, self.head_dim, self.k_proj.weight
         if d is not None and d > D:
             raise ValueError(f"sketch is {d}; expected at most the head dim, {D}")
@@ -135,17 +136,18 @@ def changed_kalmanet(
     solver_steps: tuple[int, ...] | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """`gka.ops.gated_kalmanet` with normalize_qk=True and a variant; with `Variant()` it is the same.
+    """`gka.ops.gated_kalmanet` with normalize_qk=True and a variant; with `Variant()` the results are equal.
 
     Args:
-        q, k, v, g, alpha, beta, ridge_ratio, solver_steps, chunk_size: as there. A constant ridge takes the place
-            of ridge_ratio; conjugate gradient makes sum(n - 1) products with S_kk, as many as Chebyshev's stages.
-        sketch: P [Hk, d, D], any float dtype, where the variant has one.
+        q, k, v, g, alpha, beta, ridge_ratio, solver_steps, chunk_size: as in `gated_kalmanet`. A constant ridge
+            replaces ridge_ratio. Conjugate gradient uses sum(n - 1) products with S_kk, as many as the stages of
+            Chebyshev iteration.
+        sketch: P [Hk, d, D], any float dtype, if the variant has a sketch.
 
     Returns:
-        o [B, T, H, V] in q's dtype. All tensors have gradients. Apart from the products of the solve everything
-        is computed in float32, for float64 inputs in float64. Where S_kk is zero, x = 0 without a gradient, and
-        with a constant ridge x = q / lambda.
+        o [B, T, H, V] in the dtype of q. All tensors have gradients. Except for the products of the solve, the
+        computation is in float32, and in float64 for float64 inputs. If S_kk is zero, x = 0 without a gradient;
+        with a constant ridge, x = q / lambda.
     """
     dtype, (B, T, _, D), Hk = state_dtype(q.dtype), q.shape, k.shape[2]
     method = _Method(
@@ -159,7 +161,7 @@ def changed_kalmanet(
     weight = torch.ones_like(g, dtype=dtype) if beta is None else beta.to(dtype).square()
     rows = _Rows(B, T, Hk, C)
     Q, K, Vv = rows.cut(queries), rows.cut(keys).squeeze(1), rows.cut(v.to(dtype)).squeeze(1)
-    decay, weight = rows.cut(g.to(dtype)), rows.cut(weight)  # past the end both are 0: the state stays
+    decay, weight = rows.cut(g.to(dtype)), rows.cut(weight)  # after the end both are 0, so the state stays
     chunks = Chunks.build(K, Vv, decay, weight)
     if sketch is None:
         K_s, Q_s = K, Q
@@ -179,7 +181,7 @@ def changed_kalmanet(
 
 @dataclass(frozen=True)
 class _Rows:
-    """How rows of tokens are cut into chunks."""
+    """The division of rows of tokens into chunks."""
 
     B: int
     T: int
@@ -187,21 +189,23 @@ class _Rows:
     C: int
 
     def cut(self, x: Tensor) -> Tensor:
-        """[B, T, h, ...] -> [b, h / Hk, C, ...], zeros past the end."""
+        """[B, T, h, ...] -> [b, h / Hk, C, ...], with zeros after the end."""
         pad = -self.T % self.C
         x = torch.cat([x, x.new_zeros(self.B, pad, *x.shape[2:])], 1) if pad else x
         x = x.unflatten(2, (self.Hk, -1)).unflatten(1, (-1, self.C))  # [B, n, C, Hk, R, ...]
         return x.movedim(2, 4).flatten(0, 2)
 
     def joined(self, x: Tensor) -> Tensor:
-        """The inverse: [b, R, C, ...] -> [B, T, H, ...]."""
+        """The inverse of `cut`: [b, R, C, ...] -> [B, T, H, ...]."""
         x = x.unflatten(0, (self.B, -1, self.Hk)).movedim(4, 2)
         return x.flatten(3, 4).flatten(1, 2)[:, : self.T]
 
     def met(self, added: Tensor, total: Tensor) -> Tensor:
-        """The state that each chunk meets, [b, R, i, j], from what each adds and its sums of g, [b, R].
+        """The state at the start of each chunk, [b, R, i, j].
 
-        All at once, as the tokens of a chunk are: chunk m reaches chunk n > m with the decay of those between.
+        added: the sum that each chunk adds; total: the sum of g of each chunk, [b, R].
+
+        All chunks are computed at once: chunk m reaches chunk n > m with the decay of the chunks between them.
         """
         by_row = total.unflatten(0, (self.B, -1, self.Hk)).flatten(2).transpose(1, 2)  # [B, H, n]
         M, _ = decay_mask(by_row)
@@ -212,7 +216,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Method:
-    """How the systems of a call are solved."""
+    """The method that solves the systems of a call."""
 
     variant: Variant
     ridge_ratio: float
@@ -233,13 +237,13 @@ class _Method:
         return conjugate_gradient(systems.matvec(self.product_dtype), rhs, self.ridge_ratio, products)
 
     def _with_constant_ridge(self, systems: Systems, rhs: Tensor, ridge: float) -> Tensor:
-        """Chebyshev nodes of [lambda, ||S_c||_F + lambda], which are other ones for every token."""
+        """Chebyshev nodes of [lambda, ||S_c||_F + lambda]; every token has its own."""
         norm = systems.norm.unsqueeze(-1)
         unscaled = replace(systems, inverse_norm=torch.ones_like(systems.norm))
         rough, exact = unscaled.matvec(self.product_dtype), unscaled.matvec(rhs.dtype)
 
         def stage(rhs: Tensor, nodes: int) -> Tensor:
-            # 1 / tau - a is the node's place within [0, 1], whatever a is
+            # 1 / tau - a is the position of the node in [0, 1], for every a
             places = [1.0 / tau - RIDGE_RATIO for tau in node_steps(nodes, RIDGE_RATIO)]
             x = rhs / (ridge + norm * places[0])
             for place in places[1:]:
@@ -264,7 +268,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Through <z, A x> with z and x held fixed: <z, S x> + lambda <z, x>, lambda = a ||S||_F."""
+        """The gradient of <z, A x> with z and x held fixed: <z, S x> + lambda <z, x>, lambda = a ||S||_F."""
         (dX,), method = gradients, ctx.method
         *inputs, X = ctx.saved_tensors
         with torch.autocast(dX.device.type, enabled=False):
@@ -272,14 +276,14 @@ class _Solve(torch.autograd.Function):
             with torch.enable_grad():
                 K, g, weight, S_0 = leaves
                 chunks = Chunks.build(K, K, g, weight)
-                products = readout(chunks, S_0, X)  # X S: keys in the place of values
+                products = readout(chunks, S_0, X)  # X S: keys take the role of values
             fixed = Chunks(*(x.detach() for x in vars(chunks).values()))
             systems = method.systems(fixed, S_0.detach())
             Z = method.solve(systems, dX)
             with torch.enable_grad():
                 energy = (Z * products).sum()
                 if method.variant.ridge is None:
-                    # d||S|| = d(||S||^2) / (2 ||S||), and none where S = 0
+                    # d||S|| = d(||S||^2) / (2 ||S||); zero if S = 0
                     w = method.ridge_ratio * (Z * X).sum(-1) * systems.inverse_norm
                     KS = torch.matmul(K.unsqueeze(1), S_0)
                     energy = energy + (0.5 * w * squared_norm(chunks, S_0, KS)).sum()

@@ -124,4 +124,4 @@ def _training_texts(sources: Sequence[Source], skipped: Skipped, fraction: float
             yield text.decode("utf-8")
     if not found:
         left_out = f" (left out: {skipped})" if str(skipped) else ""
-        raise UserError(f"there is too little text in the data, none is left for training{left_out}")
+        raise UserError(f"too little text in the data, nothing is left for training{left_out}")

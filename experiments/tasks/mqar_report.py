@@ -1,6 +1,6 @@
 """The table and the picture of `python -m experiments mqar`.
 
-A row is a mixer at a dim: of the learning rates tried the one with the best mean accuracy over the seeds.
+A row of the table is a mixer at a model dim, with the learning rate of the best mean accuracy over the seeds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_table(results: dict[str, Any], options: MQAROptions) -> str:
-    """The results as text, with a line above it that says what the task was."""
+    """The table of results as text, below a line that describes the task."""
     header = ("mixer", "dim", "state/layer", "best lr", "accuracy", "range", "seeds", "steps", "CPU s")
     lines = [header]
     for row in results["table"]:
@@ -91,14 +91,14 @@ def format_table(results: dict[str, Any], options: MQAROptions) -> str:
             "  ".join("-" * width for width in widths),
             *rows[1:],
             "",
-            "accuracy: mean over the seeds on sequences never trained on; state/layer: numbers kept per sequence",
+            "accuracy: mean over the seeds, on new sequences; state/layer: numbers in the state of a sequence",
             f"time: {total / 60:.1f} CPU minutes, {wall / 60:.1f} minutes by the clock",
         ]
     )
 
 
 def task_line(options: MQAROptions) -> str:
-    """The task in words."""
+    """A description of the task in one line."""
     return (
         f"{options.num_pairs} pairs in {options.seq_len} tokens, vocabulary {options.vocab_size:,}, "
         f"{options.heads} {'head' if options.heads == 1 else 'heads'} of "
@@ -107,7 +107,7 @@ def task_line(options: MQAROptions) -> str:
 
 
 def plot(path: Path, results: dict[str, Any], options: MQAROptions) -> None:
-    """Draw accuracy against dim, and against steps at the dim where the mixers differ most; save a PNG."""
+    """Draw accuracy against dim, and against steps at the dim where mixers differ most; save as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -171,7 +171,7 @@ def _draw_steps(axes: Any, results: dict[str, Any], dim: int) -> None:
 
 
 def _telling_dim(rows: list[dict[str, Any]]) -> int:
-    """The dim with the widest range of accuracies between the mixers; of equals the largest."""
+    """The dim with the widest range of accuracies between mixers; the largest such dim if there are several."""
     by_dim: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         by_dim[row["dim"]].append(row["accuracy"])

@@ -1,13 +1,13 @@
 """`python -m experiments mqar`: train small models with each mixer on multi-query associative recall.
 
-A cell is one training: mixer x dim x learning rate x seed. Every mixer gets the same data, the same order of
-it, the same widths and the same learning rates; of these the best is reported, mean and range over the seeds,
-as in the Zoology paper. Files of the output folder, brought up to date after every cell:
+A cell is one training: mixer x dim x learning rate x seed. Every mixer gets the same data in the same order, the
+same widths and the same learning rates. As in the Zoology paper, the report has the best learning rate, with mean
+and range over the seeds. The output folder has two files, which are updated after every cell:
 
     mqar.json   all cells with their settings and histories, the table, machine, versions, commands, seconds
     mqar.png    accuracy against dim and against training steps
 
-Nothing heavy is imported before it is needed, so that `python -m experiments mqar --help` is quick.
+Large packages are imported only when they are needed, so that `python -m experiments mqar --help` is fast.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .mqar_options import ALL_MIXERS, Cell, MQAROptions, cells
 
 RESULTS_FILE, PLOT_FILE = "mqar.json", "mqar.png"
 
-# What tells the cells of one results file apart, and what may differ when a run is gone on with.
+# The options that distinguish the cells of a results file, and the options that may change on resume.
 _AXES = ("mixers", "dims", "learning_rates", "seeds")
 _MAY_CHANGE = frozenset({*_AXES, "device", "threads", "output", "resume", "overwrite"})
 
 
 def main(options: MQAROptions) -> int:
-    """Run `python -m experiments mqar`: train every cell that is missing, write the results, print the table.
+    """Run `python -m experiments mqar`: train the remaining cells, write the results, print the table.
 
     Raises:
-        UserError: for settings that do not fit, an output folder that cannot be used, or a training
-            whose loss is no longer finite.
+        UserError: the options do not fit together, the output folder cannot be used, or the loss of a
+            training is not finite.
     """
     check(options)
     folder = Path(options.output).expanduser()
@@ -86,7 +86,7 @@ def main(options: MQAROptions) -> int:
 
 
 def check(options: MQAROptions) -> None:
-    """Refuse options that cannot be run. Raises UserError naming the flag."""
+    """Raise UserError if an option is invalid; the message names the flag."""
     from .mqar import check_mqar
     from .mqar_train import model_config
 
@@ -95,10 +95,10 @@ def check(options: MQAROptions) -> None:
         if not values:
             raise UserError(f"{flag(name)}: at least one is needed")
         if len(set(values)) < len(values):
-            raise UserError(f"{flag(name)}: {', '.join(map(str, values))} names one twice")
+            raise UserError(f"{flag(name)}: {', '.join(map(str, values))} contains a value twice")
     for mixer in options.mixers:
         if mixer not in ALL_MIXERS:
-            raise UserError(f"--mixers: {mixer!r} is none of {', '.join(ALL_MIXERS)}")
+            raise UserError(f"--mixers: {mixer!r} is not one of {', '.join(ALL_MIXERS)}")
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other")
     check_mqar(options.seq_len, options.num_pairs, options.vocab_size, options.power_a)
@@ -110,7 +110,7 @@ def check(options: MQAROptions) -> None:
 
 
 def _open_results(options: MQAROptions, folder: Path) -> dict[str, Any]:
-    """Make the folder and read what is kept of it; UserError before anything is trained or deleted."""
+    """Create the folder and read its results. Raises UserError before any training or deletion."""
     file = folder / RESULTS_FILE
     kept: dict[str, Any] = {"runs": [], "table": [], "cells": []}
     try:
@@ -124,7 +124,7 @@ def _open_results(options: MQAROptions, folder: Path) -> dict[str, Any]:
         return kept
     if not options.resume:
         raise UserError(
-            f"--output {folder}: holds results already; --resume adds to them, --overwrite deletes them, "
+            f"--output {folder}: already contains results; --resume adds to them, --overwrite deletes them, "
             "or choose another folder"
         )
     try:
@@ -133,12 +133,12 @@ def _open_results(options: MQAROptions, folder: Path) -> dict[str, Any]:
         for entry in kept["cells"]:
             _cell_of(entry)
     except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"--resume: {file} holds no results of mqar") from None
+        raise UserError(f"--resume: {file} contains no results of mqar") from None
     for name, value in dataclasses.asdict(options).items():
         if name not in _MAY_CHANGE and saved.get(name) != value:
             raise UserError(
                 f"--resume: the results in {folder} have {flag(name)} {saved.get(name)}, not {value}; "
-                "leave it out, or choose another folder"
+                "leave out the flag, or choose another folder"
             )
     return kept
 
@@ -148,11 +148,11 @@ def _cell_of(entry: dict[str, Any]) -> Cell:
 
 
 class _Progress:
-    """A bar over the steps of all trainings, and a line when one is done.
+    """A progress bar over the steps of all trainings, and one line for each finished training.
 
     Args:
-        trainings: how many there are.
-        steps: of a training that does not stop early.
+        trainings: number of trainings.
+        steps: steps of a training without an early stop.
     """
 
     def __init__(self, trainings: int, steps: int) -> None:
@@ -175,13 +175,13 @@ class _Progress:
         self.bar.set_description(f"{self.ended + 1}/{self.trainings} {name}")
 
     def step(self, step: int, accuracy: float | None) -> None:
-        """A training is at `step`; `accuracy` is that of its last test."""
+        """A training is at `step`; `accuracy` is the result of its last test."""
         self.bar.n = self.ended * self.steps + step
         self.bar.set_postfix_str("" if accuracy is None else f"accuracy {accuracy:.3f}", refresh=False)
         self.bar.update(0)
 
     def end(self, entry: dict[str, Any]) -> None:
-        """A training is done."""
+        """A training has ended."""
         self.ended += 1
         self.bar.n = self.ended * self.steps
         self.bar.write(

@@ -16,7 +16,7 @@ OPTIONS_FILE = "options.yaml"
 
 
 class Command(NamedTuple):
-    """A command: "module:Name" of its options and of the function that runs it, loaded when needed."""
+    """A command. `options` and `run` are "module:Name"; the module is imported when it is needed."""
 
     summary: str
     examples: str
@@ -35,7 +35,7 @@ COMMANDS = {
         "gka.cli.train:main",
     ),
     "generate": Command(
-        "Continue a prompt with a trained model; the text appears as it is made.",
+        "Continue a prompt with a trained model and print the text token by token.",
         "  gka generate runs/first --prompt 'def main('\n"
         "  gka generate runs/first --prompt 'class ' --temperature 0 --max-new-tokens 500\n"
         "  echo 'import os' | gka generate runs/first --prompt - --seed 1",
@@ -43,7 +43,7 @@ COMMANDS = {
         "gka.cli.generate:main",
     ),
     "serve": Command(
-        "Serve a model over HTTP, with the OpenAI interface, by the code of `transformers serve`.",
+        "Start an OpenAI-compatible HTTP server for a model (uses `transformers serve`).",
         "  gka serve runs/first\n"
         "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
         '    -d \'{"prompt": "def main(", "max_tokens": 64, "stream": true}\'',
@@ -51,35 +51,35 @@ COMMANDS = {
         "gka.cli.serve:main",
     ),
     "eval": Command(
-        "Measure the bits per byte of a trained model on any text files.",
-        "  gka eval runs/first                            on the held-out text of its run\n"
+        "Measure the bits per byte of a trained model on text files.",
+        "  gka eval runs/first                            on the held-out text of the run\n"
         "  gka eval runs/first --data docs/ --per-file\n"
         "  gka eval runs/first --data docs/ --json > score.json",
         "gka.cli.commands:EvalOptions",
         "gka.cli.evaluate:main",
     ),
     "export": Command(
-        "Write a checkpoint in another format, its weights bit for bit.",
-        "  gka export runs/first out/published            in the published format, hybrid_qwen3\n"
-        "  gka export out/published out/own --format gka  and back",
+        "Write a checkpoint in another format, with the same weights.",
+        "  gka export runs/first out/published            to the published format, hybrid_qwen3\n"
+        "  gka export out/published out/own --format gka  back to the format of this library",
         "gka.cli.commands:ExportOptions",
         "gka.cli.export:main",
     ),
     "convert": Command(
-        "Replace attention layers of a Llama, Mistral, Qwen2 or Qwen3 by GKA layers.",
+        "Replace attention layers of a Llama, Mistral, Qwen2 or Qwen3 model with GKA layers.",
         "  gka convert models/qwen3 --layers 1,3,5 runs/hybrid",
         "gka.cli.convert_options:ConvertOptions",
         "gka.cli.convert:main",
     ),
     "distill": Command(
-        "Teach a converted model: its new layers first, then the whole of it.",
+        "Distill a converted model from its original: first the new layers, then all weights.",
         "  gka distill runs/hybrid --teacher models/qwen3 --data texts/ --output runs/distilled\n"
-        "  gka distill --resume --output runs/distilled              go on after an interruption",
+        "  gka distill --resume --output runs/distilled              resume after an interruption",
         "gka.cli.convert_options:DistillOptions",
         "gka.cli.distill:main",
     ),
     "rank-layers": Command(
-        "Measure which attention layers cost least to replace.",
+        "Rank attention layers by the loss increase when one is replaced.",
         "  gka rank-layers models/qwen3 --data texts/ --output runs/ranked",
         "gka.cli.convert_options:RankOptions",
         "gka.cli.rank_layers:main",
@@ -88,7 +88,7 @@ COMMANDS = {
 
 
 def saved_options(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the run to resume, which stand below flags and YAML; {} for a new run."""
+    """The saved options of the run to resume; flags and YAML override them. {} for a new run."""
     if not given.get("resume"):
         return {}
     default = cls.__dataclass_fields__["output"].default
@@ -103,22 +103,22 @@ class TrainOptions:
 
     data: list[str] | None = option(
         None,
-        "text files and folders; every text file in a folder and its subfolders is read. "
-        "Default: the sources of this Python's standard library",
+        "text files and folders; folders are searched with their subfolders. Default: the source "
+        "files of Python's standard library",
         group=DATA,
         metavar="PATH",
     )
     tokenizer: str | None = option(
         None,
-        "folder of a Hugging Face tokenizer; default: tokens are bytes",
+        "folder of a Hugging Face tokenizer; default: one token per byte",
         group=DATA,
         metavar="DIR",
     )
     seq_len: int = option(512, "tokens per training sequence", group=DATA, minimum=2)
     validation_fraction: float = option(
         0.05,
-        "share of the files that is held out for validation, chosen by a hash of their names. "
-        "From a single file, its end is held out",
+        "fraction of the files to hold out for validation, chosen by a hash of the file names. "
+        "With a single file, the end of the file is held out",
         group=DATA,
         above=0,
         maximum=0.5,
@@ -126,8 +126,8 @@ class TrainOptions:
 
     family: Literal["gka", "qwen3"] = option(
         "gka",
-        "architecture: gka, or qwen3, transformers' own class with softmax attention in every block, to "
-        "compare with or to convert",
+        "architecture: gka, or qwen3 (the transformers class, softmax attention in every block) "
+        "as a baseline or for conversion",
         group=MODEL,
     )
     hidden_size: int = option(256, "width of the residual stream", group=MODEL, minimum=1)
@@ -139,31 +139,29 @@ class TrainOptions:
     kv_heads: int | None = option(
         None, "key and value heads, a divisor of the query heads; default: the same", group=MODEL, minimum=1
     )
-    head_dim: int | None = option(None, "dim of a head; default: hidden size / heads", group=MODEL, minimum=1)
+    head_dim: int | None = option(None, "head dimension; default: hidden size / heads", group=MODEL, minimum=1)
     mixer: Literal["gka", "gla"] | None = option(
         None,
-        "recurrent layer: gka solves a ridge regression for every token, gla (gated linear attention) is "
-        "the same layer without the solve; default: gka",
+        "recurrent layer: gka (solves a ridge regression for every token) or gla (gated linear "
+        "attention, the same layer without the solve); default: gka",
         group=MODEL,
     )
     attention_layers: list[int] | None = option(
         None,
-        "blocks with softmax attention instead, counted from 0, e.g. 1,3; default: none",
+        "blocks that use softmax attention, counted from 0, e.g. 1,3; default: none",
         group=MODEL,
         minimum=0,
     )
     solver_steps: list[int] | None = option(
         None,
-        "Chebyshev steps of the solve, per stage, e.g. 31 or 16,16; fewer is faster and less exact; "
+        "Chebyshev steps of each stage of the solve, e.g. 31 or 16,16; fewer steps are faster and less exact; "
         "default: 31 in float32, 16,16 in bfloat16",
         group=MODEL,
         minimum=1,
         maximum=128,
     )
     ridge_ratio: float | None = shared.ridge_ratio(MODEL)
-    tie_embeddings: bool = option(
-        False, "share one matrix between the embedding and the output projection", group=MODEL
-    )
+    tie_embeddings: bool = option(False, "use one matrix for the embedding and the output projection", group=MODEL)
 
     max_steps: int | None = option(
         None,
@@ -173,46 +171,44 @@ class TrainOptions:
     )
     max_minutes: float | None = option(
         None,
-        "wall-clock minutes of training, validation included; the learning rate reaches 0 at their end. "
-        "With --max-steps, training ends at whichever comes first",
+        "training time in wall-clock minutes, including validation; the learning rate reaches 0 "
+        "at the end. With --max-steps too, training ends at the first of the two limits",
         group=TRAINING,
         above=0,
     )
     batch_size: int = shared.batch_size(16)
     accumulation: int = shared.accumulation()
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", group=TRAINING, above=0)
-    warmup: float = shared.warmup("share of the run in which the learning rate rises")
+    warmup: float = shared.warmup("fraction of the run with a rising learning rate")
     weight_decay: float = shared.weight_decay(0.1)
-    seed: int = option(0, "random seed of the weights and the order of the data", group=TRAINING, minimum=0)
+    seed: int = option(0, "random seed of the weights and the data order", group=TRAINING, minimum=0)
 
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_activations()
     gradient_checkpointing: bool = option(
         False,
-        "recompute activations in the backward pass: less memory, about a third more time",
+        "recompute activations in the backward pass: uses less memory and about a third more time",
         group=MACHINE,
     )
-    compile: bool = option(False, "compile the model by torch.compile (needs a C++ compiler)", group=MACHINE)
+    compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler)", group=MACHINE)
 
     output: str = shared.output("runs/gka")
     resume: bool = option(
         False,
-        "resume from the newest checkpoint in the output folder, with the options of that run",
+        "resume from the newest checkpoint in the output folder, with the saved options of that run",
         group=RUN,
     )
     overwrite: bool = shared.overwrite()
     log_every: int = shared.log_every()
     eval_every: int = option(200, "steps between two validations", group=RUN, minimum=1)
     save_every: int = shared.save_every()
-    eval_bytes: int = option(
-        200_000, "bytes of held-out text that each validation reads; 0 = all", group=RUN, minimum=0
-    )
-    prompt: str = option("def main(", "text that the trained model continues at the end; '' = none", group=RUN)
-    sample_tokens: int = option(256, "tokens of that continuation; 0 = none", group=RUN, minimum=0)
+    eval_bytes: int = option(200_000, "bytes of held-out text per validation; 0 = all", group=RUN, minimum=0)
+    prompt: str = option("def main(", "prompt of the sample text at the end; '' = no sample", group=RUN)
+    sample_tokens: int = option(256, "length of the sample text in tokens; 0 = no sample", group=RUN, minimum=0)
 
     @staticmethod
     def saved(given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the run to resume, which stand below flags and YAML; {} for a new run."""
+        """The saved options of the run to resume; see `saved_options`."""
         return saved_options(TrainOptions, given)
 
 
@@ -224,17 +220,17 @@ class GenerateOptions:
     """Options of `gka generate`."""
 
     checkpoint: str = shared.trained_model()
-    prompt: str = option("", "text to continue; - reads it from standard input", group=_SAMPLING)
-    max_new_tokens: int = option(256, "largest number of tokens to generate", group=_SAMPLING, minimum=1)
+    prompt: str = option("", "text to continue; - reads standard input", group=_SAMPLING)
+    max_new_tokens: int = option(256, "maximum number of tokens to generate", group=_SAMPLING, minimum=1)
     temperature: float = option(
         0.8,
-        "sampling temperature; below 1 prefers likelier tokens, 0 always takes the likeliest",
+        "sampling temperature; a value below 1 favours likely tokens, 0 always picks the likeliest",
         group=_SAMPLING,
         minimum=0,
     )
     top_p: float = option(
         0.95,
-        "share of the probability; tokens are sampled from the likeliest that hold it",
+        "probability mass for nucleus sampling: sample from the likeliest tokens with this total probability",
         group=_SAMPLING,
         above=0,
         maximum=1,
@@ -255,16 +251,16 @@ class ServeOptions:
     checkpoint: str = shared.trained_model()
     name: str | None = option(
         None,
-        "name of the model in requests; default: the name of the run's or checkpoint's folder",
+        "name of the model in requests; default: the name of the run folder or checkpoint folder",
         group=_SERVER,
     )
     host: str = option(
-        "localhost", "address to listen on; 0.0.0.0 means every address of this machine", group=_SERVER
+        "localhost", "address to listen on; 0.0.0.0 means all addresses of this machine", group=_SERVER
     )
     port: int = option(8000, "port to listen on", group=_SERVER, minimum=1, maximum=65535)
     default_seed: int | None = option(
         None,
-        "random seed of the sampling, set once at the start; a request may set its own",
+        "random seed for sampling, set once at the start; a request can set its own seed",
         group=_SERVER,
         minimum=0,
     )
@@ -282,23 +278,23 @@ class EvalOptions:
     checkpoint: str = shared.trained_model()
     data: list[str] | None = option(
         None,
-        "text files and folders; default: the held-out text of the run that made the model",
+        "text files and folders; default: the held-out text of the training run",
         group=DATA,
         metavar="PATH",
     )
-    max_bytes: int = option(0, "approximate limit of the bytes read; 0 = all", group=DATA, minimum=0)
+    max_bytes: int = option(0, "approximate maximum number of bytes to read; 0 = all", group=DATA, minimum=0)
     window: int = option(
         1024,
-        "tokens per forward pass; the state is carried from window to window, so this changes memory, "
-        "not the result",
+        "tokens per forward pass; the state is carried from window to window, so the value "
+        "changes the memory use and not the result",
         group=MACHINE,
         minimum=1,
     )
-    batch_size: int = option(8, "files read at the same time", group=MACHINE, minimum=1)
+    batch_size: int = option(8, "number of files to read at the same time", group=MACHINE, minimum=1)
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_weights()
     solver_steps: list[int] | None = shared.solver_steps_of_checkpoint()
-    per_file: bool = option(False, "print a line for every file", group=_REPORT)
+    per_file: bool = option(False, "print one line per file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
 
 
@@ -306,15 +302,16 @@ class EvalOptions:
 class ExportOptions:
     """Options of `gka export`."""
 
-    checkpoint: str = option(MISSING, "folder of a model, or of the run that made it", positional=True)
-    output: str = option(MISSING, "folder to write; it must be empty or not exist", positional=True)
+    checkpoint: str = option(MISSING, "folder of a model or of a training run", positional=True)
+    output: str = option(MISSING, "folder to write; must be empty or must not exist", positional=True)
     format: Literal["hybrid_qwen3", "gka"] = option(
-        "hybrid_qwen3", "format to write: the published one, or this library's own"
+        "hybrid_qwen3", "format to write: hybrid_qwen3 is the published format, gka the format of this library"
     )
     num_iter: int | None = option(
         None,
-        "iterations to write into the published format; default: the model's, if its solver has one stage",
+        "number of solver iterations to write (published format only); default: the value of the model, if its "
+        "solver has one stage",
         minimum=1,
         maximum=1000,
     )
-    shard_mb: float = option(5000, "largest size of a weights file in megabytes", above=0)
+    shard_mb: float = option(5000, "maximum size of a weights file in megabytes", above=0)

@@ -1,4 +1,4 @@
-"""`gka convert`: a model folder in, a hybrid's folder out, with the tokenizer's files."""
+"""`gka convert`: read a model folder and write the folder of a hybrid model, with the tokenizer files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .quiet import quiet
 
 
 def main(options: ConvertOptions) -> None:
-    """Run `gka convert`. Raises UserError for anything the user can put right."""
+    """Run `gka convert`. Raises UserError for errors that the user can correct."""
     quiet()
     families = tuple(FAMILIES)
     source, out = find_checkpoint(options.model, families), Path(options.out).expanduser()
@@ -31,19 +31,19 @@ def main(options: ConvertOptions) -> None:
     print(
         f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "
         f"parameters\nlayers     {', '.join(f'{i} {kind}' for i, kind in enumerate(kinds))}\n"
-        f"tokenizer  {', '.join(copied) or 'none in the folder of the model'}\n"
+        f"tokenizer  {', '.join(copied) or 'no tokenizer in the model folder'}\n"
         f"next       gka distill {out} --teacher {options.model} --data PATH --output DIR"
     )
 
 
 def _check_place(out: Path, source: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, a folder is needed")
+        raise UserError(f"{out}: is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if out.resolve() == source.resolve():
-        raise UserError(f"{out}: is the folder of the model itself; choose another")
+        raise UserError(f"{out}: is the folder of the model itself; choose another folder")
     if not (out / "config.json").is_file():
-        raise UserError(f"{out}: is not empty and holds no model; choose another folder")
+        raise UserError(f"{out}: is not empty and contains no model; choose another folder")
     if not overwrite:
-        raise UserError(f"{out}: holds a model already; --overwrite replaces it, or choose another folder")
+        raise UserError(f"{out}: already contains a model; replace it with --overwrite, or choose another folder")

@@ -1,12 +1,12 @@
-"""`gka distill`: a converted model learns from the model it was made from.
+"""`gka distill`: train a converted model (the student) to imitate its original (the teacher).
 
 1. The GKA layers learn the outputs of the attention layers they replaced (matching.py); nothing else is trained.
-2. All weights are fine-tuned on the text, with the divergence from the teacher's predictions:
+2. All weights are fine-tuned on the text. The loss includes the divergence from the teacher's predictions:
 
        loss = mean_t ( -log p(token_t) + kl_weight * KL(teacher || student)_t )
 
-The folder of the run holds, beside what run_folder.py names: layers/ and tune/, the checkpoints of the two stages;
-model/, the result; report.json and report.txt.
+In addition to the files of run_folder.py, the run folder contains: layers/ and tune/, the checkpoints of the two
+stages; model/, the result; report.json and report.txt.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ CACHE_TOKENS = 32768
 
 
 class TuneTrainer(GKATrainer):
-    """A GKATrainer whose loss holds the divergence from a teacher too.
+    """A GKATrainer that adds the divergence from a teacher to the loss.
 
     Args:
-        teacher: a frozen causal language model of the same vocabulary.
+        teacher: a frozen causal language model with the same vocabulary.
         kl_weight: weight of the divergence.
-        **settings: of GKATrainer.
+        **settings: arguments of GKATrainer.
     """
 
     def __init__(self, *, teacher: Any, kl_weight: float, **settings: Any) -> None:
@@ -60,7 +60,7 @@ class TuneTrainer(GKATrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss on the text and, while training, the divergence, both per token."""
+        """The loss on the text plus, during training, the weighted divergence; both per token."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.kl_weight and model.training:
             with torch.no_grad():
@@ -68,7 +68,7 @@ class TuneTrainer(GKATrainer):
             divergence = kl_sum(outputs.logits[:, :-1], target[:, :-1])
             if num_items_in_batch is None:
                 divergence = divergence / target[:, :-1, 0].numel()
-            else:  # as the Trainer scales the loss on the text
+            else:  # the Trainer scales the loss on the text in the same way
                 divergence = divergence / num_items_in_batch
                 if self.args.average_tokens_across_devices:
                     divergence = divergence * self.accelerator.num_processes
@@ -83,7 +83,7 @@ def kl_sum(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def main(options: DistillOptions) -> None:
-    """Run `gka distill`. Raises UserError for anything the user can put right."""
+    """Run `gka distill`. Raises UserError for errors that the user can correct."""
     quiet()
     began = time.monotonic()
     output = Path(options.output).expanduser()
@@ -115,23 +115,24 @@ def replaced_layers(student: Any, teacher: Any, options: DistillOptions) -> list
     """The layers that are attention in the teacher and GKA in the student.
 
     Raises:
-        UserError: there are none, or the two do not fit.
+        UserError: there is no such layer, or the two models do not fit together.
     """
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if mine != theirs:
             raise UserError(
-                f"{options.student} has {name} {mine} and {options.teacher} {theirs}: not made from it"
+                f"{options.student} has {name} {mine}, {options.teacher} has {theirs}; "
+                "--teacher must be the original of the student"
             )
     kept = set(attention_layers(student))
     layers = [index for index in attention_layers(teacher) if index not in kept]
     if not layers:
-        raise UserError(f"{options.student}: no attention layer of {options.teacher} is replaced in it")
+        raise UserError(f"{options.student}: replaces no attention layer of {options.teacher}")
     return layers
 
 
 def recovered(losses: dict[str, float], name: str) -> float | None:
-    """The share of the gap between random layers and the teacher that a model has closed; None without a gap."""
+    """The share of the loss gap (random layers to teacher) that a model has closed; None without a gap."""
     gap = losses["random"] - losses["teacher"]
     return (losses["random"] - losses[name]) / gap if gap > 0 else None
 
@@ -141,7 +142,7 @@ def _loss(lesson: Lesson, options: DistillOptions, model: Any) -> float:
 
 
 def _random(lesson: Lesson, student: Any, layers: list[int], seed: int) -> Any:
-    """The teacher with random GKA layers, set up as those of the student."""
+    """The teacher with random GKA layers in place of its own, configured as in the student."""
     torch.manual_seed(seed)
     config = student.config
     names = [name for name in vars(config) if name.startswith("use_") and name not in ("use_qk_norm", "use_cache")]
@@ -151,7 +152,7 @@ def _random(lesson: Lesson, student: Any, layers: list[int], seed: int) -> Any:
 
 
 def _tune(lesson: Lesson, options: DistillOptions, output: Path, student: Any) -> Any:
-    """The fine-tune, in place; its trainer."""
+    """Fine-tune the student in place and return the trainer."""
     student.requires_grad_(True)
     trainer = new_trainer(
         TuneTrainer,
@@ -167,7 +168,7 @@ def _tune(lesson: Lesson, options: DistillOptions, output: Path, student: Any) -
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if options.tune_steps:
-        say(lesson, "model      all weights are fine-tuned")
+        say(lesson, "model      fine-tuning all weights")
         train_to_the_end(trainer, output / TUNE_FOLDER)
     return trainer
 
@@ -203,9 +204,9 @@ def _report(
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report in short."""
+    """The report as text."""
     matching, cache = report["matching"], report["cache"]
-    lines = ["layer   MSE before    after   share of the attention output's power before    after"]
+    lines = ["layer   MSE before    after   error / power of the attention output before    after"]
     for index, errors in matching.items():
         lines.append(
             f"{index:>5}   {errors['before']['mse']:>10.3g} {errors['after']['mse']:>8.3g}"
@@ -215,7 +216,7 @@ def as_text(report: dict[str, Any]) -> str:
     titles = {
         "teacher": "teacher",
         "random": "random GKA layers",
-        "converted": "converted, untouched",
+        "converted": "converted, untrained",
         "distilled": "layers distilled",
         "finetuned": "fine-tuned",
     }

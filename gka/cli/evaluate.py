@@ -1,13 +1,13 @@
-"""`gka eval`: bits per byte on any text files.
+"""`gka eval`: measure bits per byte on text files.
 
     bits per byte = - sum_i log2 p(token_i | all tokens before it in its file) / bytes of the file
 
-A file starts after the end-of-text token, as a document does in training, and every token of it
-counts. Long files are read window by window; the model's state is carried from one to the next,
-so nothing is forgotten at a border and the result does not depend on the window. In GKA layers
-that state has constant size; softmax attention layers keep all keys and values.
+Each file follows an end-of-text token, as each document does in training, and every token of the file
+counts. Long files are read window by window. The state of the model is carried from one window to the
+next, so the result does not depend on the window length. In GKA layers this state has a constant size;
+softmax attention layers keep all keys and values.
 
-Shapes: B files side by side, W tokens of a window, T tokens of the longest file, X vocabulary.
+Shapes: B files in a batch, W tokens of a window, T tokens of the longest file, X vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .quiet import quiet
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text: its negative log-likelihood in nats, its tokens and bytes."""
+    """Negative log-likelihood of a text in nats, and the text's number of tokens and bytes."""
 
     name: str
     nats: float
@@ -57,14 +57,15 @@ class Score:
 def side_by_side(
     rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Batches of token rows, those of similar length together, the longest first; each is padded at its end.
+    """Group token rows of similar length into batches, the longest first, and pad them at the end.
 
     Args:
-        rows: token ids, [T_i] each. batch_size: rows of a batch, B.
+        rows: token ids, [T_i] each.
+        batch_size: maximum number of rows in a batch, B.
 
     Yields:
-        which rows, B' <= B indices; their tokens [B', T] int64, T of the longest; and which of these are no
-        padding, [B', T] bool.
+        The indices of the rows, B' <= B; their tokens [B', T] int64, T the length of the longest; and a mask
+        [B', T] bool, True for real tokens and False for padding.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for first in range(0, len(order), batch_size):
@@ -87,10 +88,10 @@ def document_nats(
     batch_size: int,
     on_tokens: Callable[[int], object] | None = None,
 ) -> list[float]:
-    """Negative log-likelihood of each document in nats, given that it follows the token `start`.
+    """Negative log-likelihood of each document in nats, given that the token `start` precedes it.
 
-    Documents of similar length are read side by side. A shorter one is padded at its end: what a
-    causal model makes of the padding cannot reach the tokens before it, and is not counted.
+    Documents of similar length are read in one batch, shorter ones with padding at the end. In a causal
+    model this padding cannot influence earlier tokens, and the losses of padding are not counted.
 
     Args:
         model: a causal language model in eval mode.
@@ -98,7 +99,7 @@ def document_nats(
         start: the token before each document.
         window: tokens per forward pass, W.
         batch_size: documents side by side, B.
-        on_tokens: is told the number of tokens read after every forward pass.
+        on_tokens: called after every forward pass with the number of tokens read in it.
     """
     nats = [0.0] * len(documents)
     for batch, tokens, counted in side_by_side(documents, batch_size):
@@ -133,7 +134,7 @@ def score_texts(
     batch_size: int,
     progress: bool = False,
 ) -> list[Score]:
-    """Score (name, UTF-8 text) pairs, none of them empty; see document_nats."""
+    """Score (name, UTF-8 text) pairs; no text may be empty. See document_nats."""
     documents = [encode(tokenizer, text) for _, text in texts]
     start = document_token(tokenizer)
     if start is None:
@@ -154,7 +155,7 @@ def score_texts(
 
 
 def total_score(scores: Sequence[Score]) -> Score:
-    """The sum over all texts: long texts weigh more than short ones."""
+    """The sum over all texts, so that long texts weigh more than short ones."""
     return Score(
         "total",
         math.fsum(score.nats for score in scores),
@@ -169,18 +170,18 @@ def _texts(options: EvalOptions) -> list[tuple[str, bytes]]:
         texts = limit_texts([(s.name, text) for s, text in read_texts(sources, skipped)], options.max_bytes)
         if not texts:
             left_out = f" (left out: {skipped})" if str(skipped) else ""
-            raise UserError(f"--data {' '.join(options.data)}: there is no text in it{left_out}")
+            raise UserError(f"--data {' '.join(options.data)}: contains no text{left_out}")
         if str(skipped):
             print(f"left out: {skipped}", file=sys.stderr)
         return texts
     folder = find_checkpoint(options.checkpoint).parent / "data"
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"--data is missing: {options.checkpoint} does not stand in the folder of its run")
+        raise UserError(f"--data is missing: {options.checkpoint} is not in the folder of a training run")
     return validation_texts(folder, options.max_bytes)
 
 
 def main(options: EvalOptions) -> None:
-    """Run `gka eval`. Raises UserError for texts and checkpoints that cannot be read."""
+    """Run `gka eval`. Raises UserError if a text or the checkpoint cannot be read."""
     quiet()
     find_checkpoint(options.checkpoint)
     texts = _texts(options)

@@ -1,4 +1,4 @@
-"""`gka export`: a checkpoint in another format, `hybrid_qwen3` or `gka`, its weights bit for bit."""
+"""`gka export`: write a checkpoint in another format, `hybrid_qwen3` or `gka`, with bit-identical weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .quiet import quiet
 
 
 def main(options: ExportOptions) -> None:
-    """Run `gka export`. Raises UserError for a checkpoint that cannot be read or written in the format."""
+    """Run `gka export`. Raises UserError if the checkpoint cannot be read, or cannot be written in the format."""
     quiet()
     source = find_checkpoint(options.checkpoint)
     model = load_model(options.checkpoint, "cpu", "auto")
@@ -25,7 +25,9 @@ def main(options: ExportOptions) -> None:
         if options.format == "hybrid_qwen3":
             published = write_config(model.config, options.num_iter)
         elif options.num_iter is not None:
-            raise UserError("--num-iter is for --format hybrid_qwen3; config.json of format gka holds the steps")
+            raise UserError(
+                "--num-iter has no effect with --format gka, whose config.json has the solver steps; leave it out"
+            )
         partial = begin_folder(output)
         if published is not None:
             write_published(model, partial, published, shard_bytes)

@@ -1,4 +1,4 @@
-"""`gka generate`: continue a prompt, the text appears as it is made."""
+"""`gka generate`: continue a prompt and print the text token by token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .quiet import quiet
 
 
 class _Stream(TextStreamer):
-    """Writes the text to a file object as soon as whole words of it are there."""
+    """Writes the text to a file object, whole words at a time."""
 
     def __init__(self, tokenizer: Any, file: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -31,10 +31,11 @@ class _Stream(TextStreamer):
 
 @contextmanager
 def ready_attention() -> Iterator[None]:
-    """Let PyTorch's attention take only kernels that are ready at every length; a setting of the whole process.
+    """Disable cuDNN attention in the whole process while the context is open.
 
-    On a Hopper GPU it takes cuDNN's first, which plan anew at each length that they have not met, and in decoding
-    every step has another one: a step of one block took 45 ms on an H100, in place of 2 (docs/kernels.md).
+    On a Hopper GPU, PyTorch prefers cuDNN attention. cuDNN makes a new plan for every new length, and in decoding
+    every step has a new length. On an H100 a step of one block took 45 ms with cuDNN and 2 ms without
+    (docs/kernels.md).
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -55,19 +56,19 @@ def generate(
     seed: int | None = None,
     file: TextIO | None = None,
 ) -> str:
-    """Continue a prompt, which the model reads as the start of a document.
+    """Continue a prompt. The model reads the prompt as the start of a document.
 
     Args:
-        model, tokenizer: as load_checkpoint gives them.
+        model, tokenizer: from load_checkpoint.
         prompt: text; "" starts a document.
-        max_new_tokens: tokens to make at most; it ends sooner where the model ends the document.
-        temperature: 0 takes the likeliest token every time.
-        top_p: share of the probability that is sampled from, in (0, 1].
-        seed: the same seed gives the same text; None does not touch the generators.
-        file: gets prompt and text while they are made.
+        max_new_tokens: maximum number of new tokens; the text is shorter if the model ends the document.
+        temperature: sampling temperature; 0 picks the likeliest token every time.
+        top_p: probability mass for nucleus sampling, in (0, 1].
+        seed: random seed, the same seed gives the same text; None leaves the random generators unchanged.
+        file: the prompt and the text are written to it during generation.
 
     Returns:
-        The text that follows the prompt.
+        The generated text, without the prompt.
     """
     if seed is not None:
         set_seed(seed)
@@ -94,7 +95,7 @@ def generate(
 
 
 def main(options: GenerateOptions) -> None:
-    """Run `gka generate`. Raises UserError for a prompt or a checkpoint that cannot be read."""
+    """Run `gka generate`. Raises UserError if the prompt or the checkpoint cannot be read."""
     quiet()
     prompt = options.prompt
     if prompt == "-":

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from a folder or write them, or say in one line why that fails."""
+"""Load a model and its tokenizer from a folder, or write them; report failures in one line."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ OURS = (GKAConfig.model_type, PublishedConfig.model_type)
 
 
 def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
-    """The folder that holds the model: the given one, or `model/` in the folder of a run.
+    """The folder of the model: the given folder, or `model/` in the folder of a run.
 
     Args:
         folder: a checkpoint, or the folder of a run.
-        families: the `model_type`s that will do.
+        families: the `model_type`s that are accepted.
 
     Raises:
-        UserError: no such folder, no model in it, or a model of another type.
+        UserError: the folder does not exist, contains no model, or contains a model of another type.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
         before = replaced(path)
-        hint = "" if before is None else f"; a write of it was interrupted, the one before is whole in {before}"
+        hint = "" if before is None else f"; its last write was interrupted, the version before is in {before}"
         raise UserError(f"{folder}: no such checkpoint folder{hint}")
     for candidate in (path, path / MODEL_FOLDER):
         config = candidate / "config.json"
@@ -48,22 +48,22 @@ def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
         hint = ""
         if (path / "options.yaml").is_file():
             command = "distill" if "\nteacher:" in (path / "options.yaml").read_text(encoding="utf-8") else "train"
-            hint = f"; its training has not ended: `gka {command} --resume --output {folder}` goes on with it"
-        raise UserError(f"{folder}: is no checkpoint, there is no config.json in it{hint}")
+            hint = f"; its training is not complete: `gka {command} --resume --output {folder}` resumes it"
+        raise UserError(f"{folder}: is not a checkpoint, it has no config.json{hint}")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except OSError as error:
         raise UserError(f"cannot read {config}: {reason(error)}") from None
     except (ValueError, AttributeError):
-        raise UserError(f"{config}: is not the configuration of a model") from None
+        raise UserError(f"{config}: is not a model configuration") from None
     if model_type not in families:
         needed = " or ".join(map(repr, families)) if len(families) < 3 else f"one of {', '.join(families)}"
-        raise UserError(f"{folder}: holds a model of type {model_type!r}; this command needs type {needed}")
+        raise UserError(f"{folder}: contains a model of type {model_type!r}; this command needs type {needed}")
     return candidate
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that "auto" or "cpu" means."""
+    """The device for "auto" or "cpu"."""
     if name == "auto" and torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None:
@@ -75,9 +75,10 @@ def load_model(folder: str, device: str = "auto", dtype: str = "float32", famili
     """Load a model in eval mode on the device.
 
     Args:
-        folder: a checkpoint, or the folder of a run that has one in `model/`.
-        device: "auto" or "cpu". dtype: of the weights, "float32" or "bfloat16"; "auto" as they are stored.
-        families: the `model_type`s that will do.
+        folder: a checkpoint, or the folder of a run with a checkpoint in `model/`.
+        device: "auto" or "cpu".
+        dtype: dtype of the weights, "float32" or "bfloat16"; "auto" keeps the stored dtype.
+        families: the `model_type`s that are accepted.
 
     Raises:
         UserError: as find_checkpoint; or the weights are missing, damaged, not finite, or do not fit.
@@ -98,13 +99,13 @@ def load_model(folder: str, device: str = "auto", dtype: str = "float32", famili
         check_finite(model, folder)
     except BadCheckpoint as error:
         raise UserError(str(error).replace(str(path), folder)) from None
-    except Exception as error:  # safetensors, json and transformers each raise their own
+    except Exception as error:  # safetensors, json and transformers raise different classes
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: its model does not load ({first})") from None
+        raise UserError(f"{folder}: the model cannot be loaded ({first})") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
             raise UserError(
-                f"{folder}: its weights do not fit its config.json "
+                f"{folder}: the weights do not fit config.json "
                 f"({len(names)} {kind.replace('_', ' ')}, e.g. {names[0]})"
             )
     return model.to(choose_device(device)).eval()
@@ -113,10 +114,10 @@ def load_model(folder: str, device: str = "auto", dtype: str = "float32", famili
 def load_checkpoint(
     folder: str, device: str = "auto", dtype: str = "float32", families: tuple[str, ...] = OURS
 ) -> tuple[Any, Any]:
-    """Load (model, tokenizer); as load_model.
+    """Load (model, tokenizer); the arguments are those of load_model.
 
     Raises:
-        UserError: as load_model; or there is no tokenizer that loads and has an end-of-text token.
+        UserError: as load_model; or the tokenizer cannot be loaded or has no end-of-text token.
     """
     model = load_model(folder, device, dtype, families)
     path = find_checkpoint(folder, families)
@@ -124,14 +125,14 @@ def load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: its tokenizer does not load ({first})") from None
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first})") from None
     if document_token(tokenizer) is None:
-        raise UserError(f"{folder}: its tokenizer has no end-of-text token (eos_token)")
+        raise UserError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
     return model, tokenizer
 
 
 def use_solver_steps(model: Any, solver_steps: list[int] | None) -> None:
-    """Solve with these steps, not the checkpoint's, which None leaves. UserError if the model has no solve."""
+    """Set the solver steps; None keeps those of the checkpoint. Raises UserError if the model has no solve."""
     if solver_steps is None:
         return
     try:
@@ -143,17 +144,20 @@ def use_solver_steps(model: Any, solver_steps: list[int] | None) -> None:
 def write_checkpoint(
     model: Any, source: Path, out: Path, *, overwrite: bool, more: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Write model and tokenizer beside their place, then put them there; the names of the tokenizer's files.
+    """Write the model and its tokenizer to a temporary folder, then rename that folder to `out`.
 
     Args:
-        model: a model of transformers.
-        source: a folder with a tokenizer, or with none.
-        out: the folder to be.
-        overwrite: whether what it holds is replaced.
-        more: other files of it, names and texts.
+        model: a transformers model.
+        source: the folder to copy the tokenizer from; it may have none.
+        out: the folder to write.
+        overwrite: whether to replace the present content of `out`.
+        more: names and texts of further files.
+
+    Returns:
+        The names of the tokenizer files.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the folder cannot be written.
     """
     partial = None
     try:
@@ -171,7 +175,7 @@ def write_checkpoint(
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the files of a tokenizer, and only those, as they are; their names."""
+    """Copy the files of a tokenizer, and no other files, without changes; return their names."""
     found = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
     for path in found:
         shutil.copyfile(path, target / path.name)

@@ -1,4 +1,4 @@
-"""What a result was made on: machine, versions and command, for every JSON file of results."""
+"""Description of the machine, the versions and the command, for every JSON file of results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA driver, where nvidia-smi tells it."""
+    """Version of the NVIDIA driver as reported by nvidia-smi; None if there is none."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -41,7 +41,7 @@ def _driver() -> str | None:
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers, those that are installed."""
+    """Versions of Python and of the installed packages that can change results."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -52,13 +52,13 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_commit() -> str:
-    """GKA_COMMIT if it is set, else what git says of the checkout that this file is in."""
+    """The commit: GKA_COMMIT if it is set, else the answer of git for the checkout of this file."""
     given = os.environ.get("GKA_COMMIT")
     if given:
         return given
     folder, name = os.path.split(os.path.abspath(__file__))
     try:
-        # An installed package may lie in the checkout of something else, which does not keep this file.
+        # An installed package may lie in the checkout of another project; that project does not track this file.
         kept = subprocess.run(["git", "ls-files", name], capture_output=True, text=True, cwd=folder).stdout.strip()
         command = ["git", "describe", "--always", "--dirty"]
         found = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip() if kept else ""
@@ -68,7 +68,7 @@ def describe_commit() -> str:
 
 
 def describe_command() -> str:
-    """The command line of this process, to paste into a shell."""
+    """The command line of this process, in a form for a shell."""
     program, *arguments = sys.argv
     name = os.path.basename(program)
     if name == "__main__.py":

@@ -1,6 +1,6 @@
-"""The `gka` command: finds the command, parses its options, runs it, and turns mistakes into one line.
+"""The `gka` program: find the command, parse its options, run it, and print user errors in one line.
 
-Exit codes: 0 done, 2 a mistake that the user can put right, 130 interrupted by Ctrl-C.
+Exit codes: 0 success, 2 an error that the user can correct, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .options import build_parser, nearest, parse_options
 _RESUMABLE = ("train", "distill", "rank-layers")
 
 
-_ABOUT = "gka: language models whose every output solves a ridge regression over the whole past"
+_ABOUT = "gka: language models with Gated KalmaNet layers (linear time, constant-size state)"
 _START = (
     "start here:",
     "  gka train --max-minutes 3 --output runs/first",
@@ -33,7 +33,7 @@ def _overview(program: str, commands: Mapping[str, Command], about: str, start: 
     lines += [f"  {name:<12} {command.summary}" for name, command in commands.items()]
     lines += ["", *start, ""] if start else [""]
     lines += [
-        f"`{program} COMMAND --help` lists the options of a command; `{program} --version` prints the version."
+        f"`{program} COMMAND --help` lists the options of a command. `{program} --version` prints the version."
     ]
     return "\n".join(lines)
 
@@ -44,7 +44,7 @@ def _load(target: str) -> Any:
 
 
 def _fail(prog: str, message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # every process of torchrun meets the same mistake
+    if os.environ.get("RANK", "0") == "0":  # every process of torchrun has the same error
         print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
@@ -60,10 +60,11 @@ def run(
     """Run one command line of a program and return the exit code.
 
     Args:
-        arguments: without the program's name.
-        program: how it is called.
-        commands: its commands by name.
-        about: the first line of its help. start: lines of examples in it.
+        arguments: the command line without the name of the program.
+        program: name of the program, for help and errors.
+        commands: the commands of the program, by name.
+        about: first line of the help.
+        start: examples in the help, one line each.
     """
     arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -98,7 +99,7 @@ def run(
             raise
         return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[train]'")
     except KeyboardInterrupt:
-        hint = f" (`{prog} --resume` goes on with the run)" if name in _RESUMABLE else ""
+        hint = f" (`{prog} --resume` resumes the run)" if name in _RESUMABLE else ""
         print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0

@@ -1,8 +1,8 @@
-"""Typed options: one dataclass per command is the flags, the YAML keys, the types and the help.
+"""Typed options. One dataclass per command defines the flags, the YAML keys, the types and the help.
 
-Values come in layers, later ones win: the dataclass defaults, the options saved in a run that is
-resumed, `--config FILE.yaml`, the flags. This module and the dataclasses need nothing but the
-standard library (and PyYAML where a file is read), so that `--help` is instant.
+Each source overrides the one before it: the dataclass defaults, the saved options of a resumed run,
+`--config FILE.yaml`, the flags. This module and the dataclasses need only the standard library (and
+PyYAML to read a file), so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def option(
     """Declare an option as a dataclass field.
 
     Args:
-        default: its default; None for "not given".
-        help: one sentence with units; "(default: ...)" is appended where there is a default.
-        group: heading it stands under in `--help`.
+        default: the default value; None for "not given".
+        help: one sentence with units; "(default: ...)" is appended if there is a default.
+        group: heading of the option in `--help`.
         minimum, above, maximum: bounds of a number (above is exclusive).
         metavar: placeholder in `--help`, e.g. "FILE".
-        positional: whether it is given without a flag.
+        positional: whether the option is given without a flag.
     """
     metadata = dict(
         help=help,
@@ -58,7 +58,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """The type of an option: what one value is, whether it is a list of them, whether None is legal."""
+    """The type of an option: the type of one value, whether it is a list, whether None is allowed."""
 
     item: type
     is_list: bool
@@ -104,13 +104,13 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of an error message that names the nearest valid word, if one is near."""
+    """The end of an error message with the most similar valid word; "" if no word is similar."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help at a readable width, flags in one column and what they do in the next."""
+    """Help at a readable width, with flags in one column and descriptions in the next."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
@@ -120,7 +120,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, exit code 2, and name the nearest flag."""
+    """argparse with errors of one line and exit code 2; the error names the most similar flag."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -175,7 +175,7 @@ def build_parser(cls: type, prog: str, summary: str, examples: str) -> OptionPar
             groups[title].add_argument(field.name, nargs="?", **{**settings, "metavar": field.name.upper()})
         else:
             groups[title].add_argument(flag(field.name), **settings)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; flags win")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; flags override it")
     return parser
 
 
@@ -204,8 +204,8 @@ def read_yaml(path: Path, cls: type) -> dict[str, Any]:
     """Read options from a YAML file and check their names and types.
 
     Raises:
-        UserError: for a file that cannot be read or is no mapping, an unknown key (the nearest
-            valid one is named), or a value of the wrong type.
+        UserError: the file cannot be read or is not a mapping, a key is unknown (the message names the
+            most similar valid key), or a value has the wrong type.
     """
     import yaml
 
@@ -220,7 +220,7 @@ def read_yaml(path: Path, cls: type) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it does not parse"
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise UserError(f"bad YAML in {path}{where}: {problem}") from None
     if values is None:
         return {}
@@ -253,7 +253,7 @@ def _checked(value: Any, kind: Kind, where: str) -> Any:
 
 
 def check_bounds(options: Any) -> None:
-    """Check the numbers of an options dataclass against their declared bounds; UserError names the flag."""
+    """Check the numbers of an options dataclass against their declared bounds; the UserError names the flag."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         meta = field.metadata
@@ -274,11 +274,11 @@ def check_bounds(options: Any) -> None:
 def parse_options(parser: OptionParser, cls: type, arguments: Sequence[str]) -> Any:
     """Parse the arguments of one command into its dataclass.
 
-    A dataclass may have a static method `saved(given)`: it gets what flags and YAML say and returns
-    the values that stand between them and the defaults, e.g. those of a run that is resumed.
+    A dataclass may have a static method `saved(given)`. It gets the values of flags and YAML and returns
+    values that override the defaults but not flags or YAML, e.g. the options of a resumed run.
 
     Raises:
-        UserError: for unknown flags and keys, wrong types and values out of bounds.
+        UserError: a flag or key is unknown, a type is wrong, or a value is out of bounds.
     """
     # Intermixed: flags may stand between two positionals.
     namespace, unknown = parser.parse_known_intermixed_args(list(arguments))
@@ -305,7 +305,7 @@ def parse_options(parser: OptionParser, cls: type, arguments: Sequence[str]) -> 
 
 
 def as_yaml(options: Any) -> str:
-    """Options as the text of a YAML file that `--config` reads."""
+    """The options as the text of a YAML file for `--config`."""
     import yaml
 
     values: dict[str, Any] = typing.cast("dict[str, Any]", dataclasses.asdict(options))

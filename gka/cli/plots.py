@@ -1,4 +1,4 @@
-"""The loss-curve picture of a training run."""
+"""The picture of the loss curve of a training run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def plot_loss(
 
     Args:
         path: the picture, e.g. loss.png.
-        train: (step, bits per byte) of every logged loss, drawn thin, and their running mean thick.
+        train: (step, bits per byte) of every logged loss; a thin line, with the running mean as a thick line.
         validation: (step, bits per byte) of every validation.
-        title: a line above the picture.
+        title: title of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,9 +48,9 @@ def plot_loss(
 
 
 def _running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Mean over about that share of the curve around each value.
+    """Mean over a window around each value; the window is about `share` of the curve.
 
-    At the steep start it is over fewer, as many on either side; the last values share their past.
+    Near the start the window is smaller and symmetric. Near the end it is cut off at the last value.
     """
     half = int(share * len(values) / 2)
     smooth = []

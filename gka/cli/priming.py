@@ -1,4 +1,4 @@
-"""What `gka distill` and `gka rank-layers` share: the teacher, the texts, and the stage that matches layers."""
+"""Shared parts of `gka distill` and `gka rank-layers`: the teacher, the texts, and the matching of layers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Errors = dict[int, dict[str, float]]
 
 @dataclass
 class Lesson:
-    """A teacher and the texts that are read with it.
+    """A teacher and the texts for it.
 
-    arguments: the Trainer's. batch: sequences per optimiser step, over all processes.
+    arguments: arguments of the Trainer. batch: sequences per optimiser step, over all processes.
     """
 
     teacher: Any
@@ -47,10 +47,10 @@ class Lesson:
 
 
 def load_teacher(options: Any) -> tuple[Any, Any]:
-    """The teacher of DistillOptions or RankOptions and its tokenizer.
+    """Load the teacher of DistillOptions or RankOptions, and its tokenizer.
 
     Raises:
-        UserError: options that do not fit together, or a teacher that does not load.
+        UserError: the options do not fit together, or the teacher cannot be loaded.
     """
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other")
@@ -60,15 +60,15 @@ def load_teacher(options: Any) -> tuple[Any, Any]:
 
 
 def open_lesson(options: Any, output: Path, teacher: Any, tokenizer: Any) -> Lesson:
-    """Make or find the folder of the run with its tokens.
+    """Create the run folder with its tokens, or open the folder of a run to resume.
 
     Args:
         options: DistillOptions or RankOptions.
         output: folder of the run.
-        teacher, tokenizer: as load_teacher gives them.
+        teacher, tokenizer: from load_teacher.
 
     Raises:
-        UserError: data or folder cannot be used.
+        UserError: the data or the folder cannot be used.
     """
     arguments = training_arguments(options, output, learning_rate=options.layer_learning_rate, eval_every=1)
     batch = options.batch_size * options.accumulation * arguments.world_size
@@ -91,16 +91,16 @@ def open_lesson(options: Any, output: Path, teacher: Any, tokenizer: Any) -> Les
 
 
 def match_layers(lesson: Lesson, options: Any, output: Path, layers: dict[int, Any]) -> tuple[Errors, Errors]:
-    """Train GKA layers, in place, to give the teacher's attention outputs, from the newest checkpoint if any.
+    """Train GKA layers in place to match the teacher's attention outputs; resume from a checkpoint if possible.
 
     Args:
         lesson: teacher and texts.
         options: DistillOptions or RankOptions.
-        output: folder of the run; the stage's checkpoints stand in `layers/` there.
-        layers: GKA layers by number.
+        output: folder of the run; its subfolder `layers/` has the checkpoints of this stage.
+        layers: GKA layers by layer number.
 
     Returns:
-        held-out errors before and after, see `matching_errors`.
+        The held-out errors before and after, see `matching_errors`.
     """
     matching = LayerMatching(lesson.teacher, layers)
     measure = (lesson.validation, options.batch_size, lesson.arguments.device)
@@ -108,7 +108,7 @@ def match_layers(lesson: Lesson, options: Any, output: Path, layers: dict[int, A
     if not options.layer_steps:
         matching.close()
         return before, before
-    say(lesson, f"layers     {', '.join(map(str, layers))} learn the outputs of the teacher's attention")
+    say(lesson, f"layers     {', '.join(map(str, layers))}: training to match the teacher's attention outputs")
     folder = output / LAYERS_FOLDER
     trainer = new_trainer(
         MatchTrainer, matching, lesson, options, folder, options.layer_steps, options.layer_learning_rate
@@ -129,7 +129,7 @@ def new_trainer(
     learning_rate: float,
     **more: Any,
 ) -> Any:
-    """The trainer of one stage, whose checkpoints stand in `folder`."""
+    """The trainer of one stage; it writes checkpoints to `folder`."""
     folder.mkdir(exist_ok=True)
     eval_every = getattr(options, "eval_every", steps)
     arguments = training_arguments(options, folder, learning_rate=learning_rate, eval_every=eval_every)
@@ -153,6 +153,6 @@ def new_trainer(
 
 
 def say(lesson: Lesson, text: str) -> None:
-    """Tell the person at the terminal, once."""
+    """Print a message on the terminal, from the main process only."""
     if lesson.main_process:
         print(text, file=sys.stderr, flush=True)

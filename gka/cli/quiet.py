@@ -1,4 +1,4 @@
-"""Keep the libraries' notices out of a terminal where a person follows one progress bar."""
+"""Hide notices of other libraries, so that the terminal shows the progress bar only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Show errors only, of every library, and where the op is slow; for commands, not called by the library."""
+    """Hide all notices except errors and warnings of slow paths. Only commands call this, not the library."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
@@ -17,4 +17,4 @@ def quiet() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", message="gated_kalmanet")  # a slow path is worth a line
+    warnings.filterwarnings("default", message="gated_kalmanet")  # warnings of slow paths stay visible

@@ -1,10 +1,11 @@
-"""`gka rank-layers`: which attention layers cost least to replace.
+"""`gka rank-layers`: rank attention layers by the cost of their replacement.
 
-All attention layers are matched by GKA layers at once (matching.py: they learn independently of each other). Then
-one after the other is replaced, alone, and the loss on held-out text is measured: what it rises by is the layer's
-cost. Costs of several layers replaced together do not simply add up; `gka distill` measures those.
+One GKA layer per attention layer learns to match its output; all learn at once, each on its own (matching.py).
+Then each attention layer is replaced alone, and the loss on held-out text is measured. The increase of the loss is
+the cost of that layer. The costs of several replaced layers do not add up; `gka distill` measures their total.
 
-The folder of the run holds, beside what run_folder.py names: layers/, the checkpoints; ranking.json, ranking.txt.
+In addition to the files of run_folder.py, the run folder contains: layers/, the checkpoints; ranking.json;
+ranking.txt.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .quiet import quiet
 
 
 def main(options: RankOptions) -> None:
-    """Run `gka rank-layers`. Raises UserError for anything the user can put right."""
+    """Run `gka rank-layers`. Raises UserError for errors that the user can correct."""
     quiet()
     output = Path(options.output).expanduser()
     teacher, tokenizer = load_teacher(options)
@@ -46,7 +47,7 @@ def main(options: RankOptions) -> None:
     loss = block_loss(lesson.teacher, lesson.validation, options.batch_size)
     costs = {}
     for index, layer in gka_layers.items():
-        say(lesson, f"measuring  layer {index} replaced")
+        say(lesson, f"measuring  loss with layer {index} replaced")
         costs[index] = _loss_with(lesson, options, index, layer) - loss
     if not lesson.main_process:
         return
@@ -69,12 +70,12 @@ def main(options: RankOptions) -> None:
     write_whole(output / "ranking.json", json.dumps(report, indent=2) + "\n")
     write_whole(output / "ranking.txt", text + "\n")
     half = ",".join(map(str, sorted(order[: len(order) // 2]))) or str(order[0])
-    print(f"{text}\nthe cheaper half  gka convert {options.teacher} --layers {half} OUT")
+    print(f"{text}\nto replace the cheaper half: gka convert {options.teacher} --layers {half} OUT")
 
 
 def as_text(report: dict[str, Any]) -> str:
     """The ranking as a table, the cheapest layer first."""
-    lines = ["layer   loss rises by (nats/token)   MSE     share of the attention output's power"]
+    lines = ["layer   loss increase (nats/token)   MSE     error / power of attention output"]
     for index in report["order"]:
         entry = report["layers"][index]
         lines.append(
@@ -85,7 +86,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _loss_with(lesson: Lesson, options: RankOptions, index: int, layer: Any) -> float:
-    """The loss of the teacher with that one layer replaced."""
+    """The loss of the teacher with one layer replaced."""
     model = convert(lesson.teacher, [index])
     model.model.layers[index].gka.load_state_dict(layer.state_dict())
     return block_loss(model, lesson.validation, options.batch_size)

@@ -1,17 +1,16 @@
-"""The folder of a training run: made anew, or found as an earlier process left it.
+"""The folder of a training run: create a new one, or open an existing one to resume.
 
     options.yaml             the options, for `--resume` and `--config`; it marks the folder as a run
     data/                    tokens and held-out text (see data.py)
-    checkpoint-N/            the two newest training states, always whole (see trainer.py)
+    checkpoint-N/            the two newest training states, always complete (see trainer.py)
     tensorboard/             curves for TensorBoard
     model/                   the trained model and its tokenizer, for from_pretrained
     trainer_state.json       every logged loss
-    loss.png, metrics.json   the picture and the figures of the end, with machine, versions, command
+    loss.png, metrics.json   loss curve and final numbers, with machine, versions and command
 
-Options, tokens, checkpoints, model and metrics appear whole: they are written beside their place
-and renamed (gka/hf/folders.py). So a run that is killed at any time leaves something to go on from, and
-nothing that looks finished and is not. A run that is overwritten stays beside the new one (`*.old`)
-until that has its tokens.
+Options, tokens, checkpoints, model and metrics are written under a temporary name and then renamed
+(gka/hf/folders.py). A run that is killed at any time can be resumed, and no incomplete file looks
+complete. An overwritten run is kept as `*.old` until the new run has its tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .options import as_yaml, flag, read_yaml
 
 PARTIAL_MODEL = MODEL_FOLDER + ".partial"
 
-# What may differ from the run that is resumed: where it ends, what it reports, how it computes.
+# Options that may change when a run is resumed: its end, its reports, its way to compute.
 _MAY_CHANGE = frozenset(
     "max_steps max_minutes device gradient_checkpointing compile output resume overwrite log_every "
     "eval_every save_every eval_bytes prompt sample_tokens".split()
@@ -39,16 +38,16 @@ _MAY_CHANGE = frozenset(
 
 
 def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
-    """Make the folder of a new run, or check that of a run to resume; then its options and tokens are there.
+    """Create the folder of a new run with options and tokens, or check the folder of a run to resume.
 
-    A new run that cannot start leaves everything as it was.
+    If a new run cannot start, all files stay as they were.
 
     Args:
-        options: of `gka train`, or of another command that reads data and resumes: a dataclass with output,
+        options: options of `gka train` or of another resumable command that reads data: a dataclass with output,
             resume, overwrite, data, validation_fraction, seq_len and batch_size.
         output: the folder.
-        tokenizer: what load_tokenizer gives for options.tokenizer.
-        sequences_per_step: of one optimiser step, over all processes.
+        tokenizer: the result of load_tokenizer for options.tokenizer.
+        sequences_per_step: sequences of one optimiser step, over all processes.
 
     Raises:
         UserError: the folder or the data cannot be used; see the messages.
@@ -56,7 +55,7 @@ def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int
     if options.resume:
         options_file = output / OPTIONS_FILE
         if not options_file.is_file():
-            raise UserError(f"--resume: there is no run in {output}; --output names its folder")
+            raise UserError(f"--resume: there is no run in {output}; set --output to the folder of the run")
         _check_unchanged(options, options_file)
         for leftover in (PARTIAL_CHECKPOINT, PARTIAL_MODEL):
             shutil.rmtree(output / leftover, ignore_errors=True)
@@ -69,7 +68,7 @@ def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int
     try:
         if overwritten:
             if old.exists() and not (old / OPTIONS_FILE).is_file():
-                raise UserError(f"--overwrite: {old} is in the way and no run of gka; move it")
+                raise UserError(f"--overwrite: {old} exists and is not a run of gka; move it")
             shutil.rmtree(old, ignore_errors=True)
             output.rename(old)
         output.mkdir(parents=True, exist_ok=True)
@@ -80,7 +79,7 @@ def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int
     except BaseException:
         if made:
             shutil.rmtree(output, ignore_errors=True)
-        else:  # a folder that was there, and empty
+        else:  # the folder existed and was empty
             (output / OPTIONS_FILE).unlink(missing_ok=True)
             shutil.rmtree(output / "data", ignore_errors=True)
         if overwritten:
@@ -90,7 +89,7 @@ def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int
 
 
 def _fill(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -> None:
-    """Write options and tokens, and check that the text is enough for a step."""
+    """Write options and tokens, and check that the text is long enough for one step."""
     try:
         write_whole(output / OPTIONS_FILE, as_yaml(dataclasses.replace(options, resume=False, overwrite=False)))
     except OSError as error:
@@ -102,15 +101,15 @@ def _fill(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -
     sequences = manifest.train.tokens // options.seq_len
     if sequences < sequences_per_step:
         raise UserError(
-            f"too little text: {manifest.train.tokens:,} training tokens are {sequences} sequences of "
-            f"{options.seq_len}, a step needs {sequences_per_step}; give more text, or lower --batch-size "
+            f"too little text: {manifest.train.tokens:,} training tokens make {sequences} sequences of "
+            f"{options.seq_len} tokens, one step needs {sequences_per_step}; add text, or lower --batch-size "
             "or --seq-len"
         )
 
 
 def _check_place(options: Any, output: Path) -> None:
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file, a folder is needed")
+        raise UserError(f"--output {output}: is a file; give a folder")
     try:
         held = [path.name for path in output.iterdir()] if output.exists() else []
     except OSError as error:
@@ -118,11 +117,11 @@ def _check_place(options: Any, output: Path) -> None:
     if OPTIONS_FILE in held:
         if not options.overwrite:
             raise UserError(
-                f"--output {output}: holds a run already; --resume goes on with it, --overwrite deletes it, "
+                f"--output {output}: already contains a run; resume it with --resume, delete it with --overwrite, "
                 "or choose another folder"
             )
     elif set(held) - {partial_of(output / OPTIONS_FILE).name}:
-        raise UserError(f"--output {output}: is not empty and no run of gka; choose another folder")
+        raise UserError(f"--output {output}: is not empty and is not a run of gka; choose another folder")
 
 
 def _check_unchanged(options: Any, options_file: Path) -> None:
@@ -131,5 +130,5 @@ def _check_unchanged(options: Any, options_file: Path) -> None:
         if name not in _MAY_CHANGE and value != saved[name]:
             raise UserError(
                 f"--resume: the run in {options_file.parent} has {flag(name)} {saved[name]}, "
-                f"not {value}; leave it out, or start a run in another folder"
+                f"not {value}; leave out the flag, or start a new run in another folder"
             )

@@ -1,8 +1,8 @@
-"""`gka serve`: a model behind an OpenAI-compatible HTTP server, that of `transformers serve`.
+"""`gka serve`: serve a model over HTTP with the OpenAI-compatible server of `transformers serve`.
 
-Routes, requests, streaming and generation are transformers' own. By itself it looks a checkpoint's class up in
-transformers alone and cannot find this library's; here it gets a manager of models that has one model, loaded with
-this library's checks, under a name of the user's choice.
+Routes, requests, streaming and generation are the code of transformers. `transformers serve` alone looks for model
+classes in transformers only and cannot find the classes of this library. Therefore it gets a model manager with
+one model, loaded with the checks of this library, under a name of the user's choice.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from .quiet import quiet
 
 
 def main(options: ServeOptions) -> None:
-    """Run `gka serve` until it is interrupted. Raises UserError for what the user can put right."""
+    """Run `gka serve` until it is interrupted. Raises UserError for errors that the user can correct."""
     quiet()
     if not is_serve_available():
-        raise UserError("needs transformers' server: pip install 'gated-kalmanet[serve]'")
+        raise UserError("needs the transformers server: pip install 'gated-kalmanet[serve]'")
     path = find_checkpoint(options.checkpoint)
     name = options.name or _default_name(path)
     if not name or any(sign in name for sign in "@:"):
-        raise UserError(f"--name {name!r}: a name without @ and : is needed")
+        raise UserError(f"--name {name!r}: must not contain @ or :")
     tokenizer = serving_tokenizer(path)
     _check_port(options.host, options.port)
     model = load_model(options.checkpoint, options.device, options.dtype)
-    chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: its tokenizer has no chat template"
+    chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
     print(f"serving   {name} ({path}) on {model.device}{chat}", file=sys.stderr)
     print(f"address   http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
     run_server(name, model, tokenizer, options.host, options.port, options.default_seed)
 
 
 def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, default_seed: int | None) -> None:
-    """Serve one model by the code of `transformers serve`, until the process is interrupted.
+    """Serve one model with the code of `transformers serve`, until the process is interrupted.
 
-    Requests take turns: each is one `generate` with a cache of its own.
+    Requests run one after another. Each is one call of `generate` with its own cache.
 
     Args:
-        name: what requests call the model.
-        model: in eval mode, on its device.
-        tokenizer: a fast one.
-        host, port: where to listen.
-        default_seed: of sampling, None for none.
+        name: name of the model in requests.
+        model: a model in eval mode, on its device.
+        tokenizer: a fast tokenizer.
+        host, port: address to listen on.
+        default_seed: random seed for sampling; None sets no seed.
     """
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 
     class OneModel(model_manager.ModelManager):
-        """transformers' manager of models, which has this one."""
+        """The model manager of transformers, with one fixed model."""
 
         def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
             return tokenizer
@@ -68,12 +68,12 @@ def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, defa
             return model
 
         @staticmethod
-        def get_gen_models(*args: Any) -> list[dict[str, Any]]:  # type: ignore[override]  # theirs is cached
+        def get_gen_models(*args: Any) -> list[dict[str, Any]]:  # type: ignore[override]  # the original is cached
             """The list of `/v1/models`."""
             return [{"id": name, "object": "model", "created": started, "owned_by": "gka"}]
 
         def shutdown(self) -> None:
-            """Keep the model: there is nothing to load it from again."""
+            """Keep the model, because the server cannot load it again."""
 
     started = int(time.time())
     with ready_attention(), mock.patch.object(model_manager, "ModelManager", OneModel):
@@ -81,25 +81,25 @@ def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, defa
 
 
 def serving_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint, a fast one: the server streams by the library of those.
+    """The fast tokenizer of a checkpoint. The server needs a fast one (library `tokenizers`) for streaming.
 
     Raises:
-        UserError: there is none, or no fast one.
+        UserError: there is no tokenizer, or it is not a fast one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: its tokenizer does not load ({first})") from None
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({first})") from None
     if isinstance(tokenizer, ByT5Tokenizer):
         return fast_byte_tokenizer(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{path}: its tokenizer is no fast one (tokenizer.json), which the server needs")
+        raise UserError(f"{path}: the server needs a fast tokenizer (tokenizer.json)")
     return tokenizer
 
 
 def fast_byte_tokenizer(tokenizer: ByT5Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer of bytes as a fast one; a prompt starts a document, as in `gka generate`."""
+    """The byte tokenizer as a fast tokenizer. A prompt starts a document, as in `gka generate`."""
     special = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token]
     vocabulary = {str(token): tokenizer.get_vocab()[str(token)] for token in special}
     vocabulary |= {f"<0x{byte:02X}>": tokenizer.offset + byte for byte in range(256)}
@@ -119,14 +119,14 @@ def fast_byte_tokenizer(tokenizer: ByT5Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _default_name(path: Path) -> str:
-    """The folder of the checkpoint, or of the run that it is the model of."""
+    """The name of the checkpoint folder, or of the run folder that contains it."""
     resolved = path.resolve()
     named = resolved.parent if (resolved.parent / "options.yaml").is_file() else resolved
     return named.name.replace("@", "-").replace(":", "-")
 
 
 def _check_port(host: str, port: int) -> None:
-    """Say now that a place is taken, not when the model has been loaded."""
+    """Raise UserError if the port is in use; called before the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def device(group: str = MACHINE) -> Any:
-    return option("auto", "device to compute on; auto takes a GPU if there is one", group=group)
+    return option("auto", "device for the computation; auto uses a GPU if there is one", group=group)
 
 
 def dtype_of_weights() -> Any:
@@ -24,18 +24,20 @@ def dtype_of_weights() -> Any:
 
 def dtype_of_activations() -> Any:
     return option(
-        "float32", "dtype of the activations; weights and optimiser stay float32 (mixed precision)", group=MACHINE
+        "float32",
+        "dtype of the activations; weights and optimiser state stay float32 (mixed precision)",
+        group=MACHINE,
     )
 
 
 def trained_model() -> Any:
-    return option(MISSING, "folder of a trained model or of its run", positional=True)
+    return option(MISSING, "folder of a trained model or of a training run", positional=True)
 
 
 def solver_steps_of_checkpoint() -> Any:
     return option(
         None,
-        "Chebyshev steps of the solve, per stage, e.g. 16; default: those of the checkpoint",
+        "Chebyshev steps of each stage of the solve, e.g. 16; default: the steps of the checkpoint",
         group=MACHINE,
         metavar="N,N,...",
         minimum=1,
@@ -43,24 +45,26 @@ def solver_steps_of_checkpoint() -> Any:
 
 
 def ridge_ratio(group: str) -> Any:
-    return option(None, "strength of the ridge, relative to the norm of the keys' matrix", group=group, above=0)
+    return option(None, "ridge strength as a fraction of the Frobenius norm of S_kk", group=group, above=0)
 
 
 def batch_size(default: int) -> Any:
-    return option(default, "sequences per step, per process and accumulation", group=TRAINING, minimum=1)
+    return option(default, "sequences per batch, in each process", group=TRAINING, minimum=1)
 
 
 def accumulation() -> Any:
-    return option(1, "batches whose gradients are added up per step", group=TRAINING, minimum=1)
+    return option(1, "batches per optimiser step, for gradient accumulation", group=TRAINING, minimum=1)
 
 
 def warmup(rising: str) -> Any:
-    """rising: "share of the run in which the learning rate rises", or the like."""
-    return option(0.05, f"{rising}; then it falls to 0 as a cosine", group=TRAINING, minimum=0, maximum=0.9)
+    """rising: "fraction of the run with a rising learning rate", or the like."""
+    return option(
+        0.05, f"{rising}; afterwards it falls to 0 along a cosine", group=TRAINING, minimum=0, maximum=0.9
+    )
 
 
 def weight_decay(default: float, *, without: str = "norms, biases, A_log and dt_bias") -> Any:
-    return option(default, f"weight decay of the matrices; {without} have none", group=TRAINING, minimum=0)
+    return option(default, f"weight decay of matrices; none for {without}", group=TRAINING, minimum=0)
 
 
 def output(default: str, *, holds: str = "the run") -> Any:
@@ -78,7 +82,7 @@ def log_every() -> Any:
 def save_every() -> Any:
     return option(
         200,
-        "steps between two checkpoints, a multiple of --log-every; the newest two are kept",
+        "steps between two checkpoints, a multiple of --log-every; only the newest two are kept",
         group=RUN,
         minimum=1,
     )

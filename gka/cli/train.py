@@ -1,4 +1,4 @@
-"""`gka train`: text files in, a trained model out. What it writes: see run_folder.py."""
+"""`gka train`: train a model on text files. run_folder.py describes the files that it writes."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def main(options: TrainOptions) -> None:
 
 
 def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
-    """The model that the options describe. Raises UserError with the configuration's own message."""
+    """The configuration that the options describe. Raises UserError with the message of the configuration."""
     if options.family != "gka":
         for name in ("mixer", "attention_layers", "solver_steps", "ridge_ratio"):
             if getattr(options, name) is not None:
-                raise UserError(f"{flag(name)} is of GKA layers, and a {options.family} has none")
+                raise UserError(f"{flag(name)} needs GKA layers; --family {options.family} has none")
     try:
         fields = model_fields(dataclasses.asdict(options))
         if options.family != "gka":
@@ -134,7 +134,7 @@ def _check(options: TrainOptions) -> None:
     if options.compile and not any(
         shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
     ):
-        raise UserError("--compile needs a C++ compiler, and none is found (g++ or clang++)")
+        raise UserError("--compile needs a C++ compiler: neither g++ nor clang++ was found")
 
 
 def training_arguments(
@@ -208,7 +208,7 @@ def _make_trainer(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=default_data_collator,  # blocks are of one length; padding needs a pad token
+        data_collator=default_data_collator,  # all blocks have the same length; padding would need a pad token
         callbacks=[ScheduleCallback(schedule), ProgressCallback(schedule, batch * options.seq_len)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -222,7 +222,7 @@ def _make_trainer(
 def schedule_of(
     output: Path, arguments: TrainingArguments, max_steps: int | None, max_seconds: float | None, warmup: float
 ) -> tuple[Schedule, int]:
-    """The schedule of the training in that folder, and the steps of its newest checkpoint."""
+    """The schedule of the training in a folder, and the step of its newest checkpoint."""
     seconds, step = _spent(get_last_checkpoint(str(output)), arguments.world_size)
     return Schedule(max_steps, max_seconds, warmup, seconds_before=seconds, agree=_agree(arguments)), step
 
@@ -234,14 +234,14 @@ def _agree(arguments: TrainingArguments) -> Any:
 
 
 def _spent(checkpoint: str | None, processes: int) -> tuple[float, int]:
-    """Seconds and steps that a checkpoint has behind it. UserError for another number of processes."""
+    """Seconds and steps of training before a checkpoint. UserError if the number of processes differs."""
     if checkpoint is None:
         return 0.0, 0
     schedule = json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8"))
     if schedule["processes"] != processes:
         raise UserError(
-            f"--resume: {schedule['processes']} process(es) made {checkpoint}, now there are {processes}; "
-            "the batches would not be the same"
+            f"--resume: {schedule['processes']} process(es) wrote {checkpoint}, now there are {processes}; "
+            "start as many processes as before"
         )
     step = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
     return schedule["seconds"], step
@@ -258,7 +258,7 @@ def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
             if trainer.is_world_process_zero():
-                print("the training has come to its end before; only what follows it is done", file=sys.stderr)
+                print("training is complete already; only the remaining steps of the command run", file=sys.stderr)
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -278,7 +278,7 @@ def _announce(
         f"model     {getattr(model.config, 'mixer', options.family)}, "
         f"{options.layers} layers of {options.hidden_size}, "
         f"{model.num_parameters() / 1e6:.1f} M parameters, "
-        f"tokens are {'bytes' if options.tokenizer is None else 'those of ' + options.tokenizer}",
+        f"tokenizer: {'bytes' if options.tokenizer is None else options.tokenizer}",
         f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
         f"{torch.get_num_threads()} threads" + (f", resumed at step {step}" if step else ""),
     ]
@@ -288,12 +288,12 @@ def _announce(
 
 
 def save_model(trainer: GKATrainer, output: Path) -> None:
-    """Write the model and its tokenizer beside `model/`, then put them in its place."""
+    """Write the model and its tokenizer to a temporary folder, then rename that folder to `model/`."""
     partial, final = output / PARTIAL_MODEL, output / MODEL_FOLDER
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of no use outside the run
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that only this run can use
         end_folder(partial, final)
         trainer.save_state()
 
@@ -302,7 +302,7 @@ def save_model(trainer: GKATrainer, output: Path) -> None:
 
 
 def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: Manifest, batch: int) -> None:
-    """Evaluate the saved model, draw the curve, write metrics.json, and print all of it."""
+    """Evaluate the saved model, draw the loss curve, write metrics.json, and print a summary."""
     model, tokenizer = load_checkpoint(str(output / MODEL_FOLDER), options.device, families=(options.family,))
     texts = validation_texts(output / "data", options.eval_bytes)
     scores = score_texts(
@@ -334,7 +334,7 @@ def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: 
         f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files)\n"
         f"loss curve  {output / 'loss.png'}\n"
         f"checkpoint  {output / MODEL_FOLDER}"
-        "    (import gka; AutoModelForCausalLM.from_pretrained reads it)"
+        "    (load it with: import gka; AutoModelForCausalLM.from_pretrained)"
     )
     if options.sample_tokens and options.prompt:
         print("sample\n")

@@ -4,11 +4,12 @@
     x_t = (S_kk_t + a ||S_kk_t||_F I)^{-1} q_t            y_t = q_t + alpha_t (x_t - q_t)
     o_t = scale * y_t^T S_kv_t
 
-`gated_kalmanet` takes whole sequences, `gated_kalmanet_step` one token with the state so far. The arguments
-are checked here, once, and travel as one object, `types.Arguments`, to the backend that `backends` chooses.
+`gated_kalmanet` processes whole sequences. `gated_kalmanet_step` processes one token, given the state of the
+earlier tokens. Both check their arguments once and pass them as one object, `types.Arguments`, to the backend
+that `backends` chooses.
 
 Legend: B batch, T time, H query heads, Hk key/value heads (H a multiple of Hk), D key dim, V value dim,
-N sequences: B, or those of a packed batch.
+N sequences (B, or the number of sequences in a packed batch).
 """
 
 from __future__ import annotations
@@ -54,45 +55,45 @@ def gated_kalmanet(
     normalize_qk: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, State | None]:
-    """Gated KalmaNet over whole sequences (paper, section 4; see the module's docstring for the equations).
+    """Gated KalmaNet over whole sequences (paper, section 4). The docstring of the module has the equations.
 
     Args:
         q: queries [B, T, H, D], 1 <= D <= 256; float64, float32, bfloat16 or float16.
         k: keys [B, T, Hk, D], dtype of q.
         v: values [B, T, Hk, V], dtype of q.
         g: log-decay [B, T, H], any float dtype, at most 0; -inf forgets the past.
-        alpha: weight of the solve [B, T, H] in [0, 1], any float dtype; None means 1. At 0 a token reads
-            like gated linear attention.
+        alpha: weight of the solve [B, T, H] in [0, 1], any float dtype; None means 1. With alpha = 0 the
+            output is that of gated linear attention.
         beta: write strength [B, T, H], any float dtype; it multiplies k and v of every query head. None
-            means 1. A token with beta = 0 and g = 0 leaves the state exactly as it was: that is how
-            padding is passed.
+            means 1. A token with beta = 0 and g = 0 leaves the state exactly unchanged; use this for
+            padding.
         ridge_ratio: a > 0; lambda_t = a ||S_kk_t||_F, so the condition number is at most (1 + a) / a.
-        solver_steps: Chebyshev nodes of each stage of the solve (section 4.2): (31,) is the paper's 30
-            iterations, (16, 16) two stages with one refinement. None means (31,) for 32- and 64-bit inputs and
-            (16, 16) for 16-bit ones. () solves nothing: gated linear attention, y = q, and S_kk is None.
+        solver_steps: Chebyshev nodes of each stage of the solve (section 4.2). (31,) is the paper's 30
+            iterations, (16, 16) is two stages with one refinement. None means (31,) for 32- and 64-bit inputs
+            and (16, 16) for 16-bit inputs. () means no solve: gated linear attention, y = q, S_kk is None.
         scale: factor of the output; None means D ** -0.5.
         initial_state: states before the first token, a State or any pair (S_kk, S_kv), float32 (float64 for
-            float64 inputs); S_kk symmetric. None means zero.
-        output_final_state: whether the states after the last token are returned.
-        cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
-            cu_seqlens[n + 1] of a batch with B = 1; from 0 to T, not decreasing.
-        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
-        normalize_qk: whether q and k are divided by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
+            float64 inputs); S_kk must be symmetric. None means zero.
+        output_final_state: whether to return the states after the last token.
+        cu_seqlens: [N + 1] int32 or int64, for packed sequences in a batch with B = 1: sequence n has the tokens
+            from cu_seqlens[n] to cu_seqlens[n + 1] - 1. Values rise from 0 to T and may repeat.
+        chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it.
+        normalize_qk: whether to divide q and k by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
         backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
-            "chunked" (PyTorch, any device) or "reference" (float64 token loop, slow). None takes the first that
-            serves the tensors.
+            "chunked" (PyTorch, any device) or "reference" (float64 token loop, slow). None chooses "triton" if
+            it supports the tensors, otherwise "chunked".
 
     Returns:
-        o [B, T, H, V] in q's dtype, and the final State or None. All floating inputs and both initial states
-        have gradients; that of S_kk is symmetric. The solve is differentiated implicitly (section 4.3).
-        Where S_kk is zero, x = 0 without a gradient. A norm ||S_kk||_F below 1e-12 counts as 1e-12, so that the
-        output of a state that has faded goes to 0 (docs/math.md).
+        o [B, T, H, V] in the dtype of q, and the final State or None. All floating inputs and both initial
+        states have gradients; the gradient of S_kk is symmetric. The gradient of the solve is implicit
+        (section 4.3). If S_kk is zero, x = 0 without a gradient. A norm ||S_kk||_F below 1e-12 counts as 1e-12,
+        so the output of a faded state goes to 0 (docs/math.md).
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a shape, size or value does not fit. Values of tensors (g <= 0, cu_seqlens) are
-            checked on the CPU always, and where that would make a GPU wait only if the environment
-            variable GKA_CHECK_VALUES is 1.
+        ValueError: a shape, size or value does not fit. Values of tensors (g <= 0, cu_seqlens) are always
+            checked on the CPU. On a GPU, where the check must wait for the device, they are checked only if
+            the environment variable GKA_CHECK_VALUES is 1.
     """
     check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     check_same_dtype(q, k=k, v=v)
@@ -152,27 +153,28 @@ def gated_kalmanet_step(
 ) -> tuple[Tensor, State]:
     """Gated KalmaNet for one token of every sequence, as in decoding (paper, section 4.1).
 
-    The same numbers as `gated_kalmanet` with T = 1 and `initial_state=state`.
+    The result equals `gated_kalmanet` with T = 1 and `initial_state=state`.
 
     Args:
-        q: [B, H, D]; k: [B, Hk, D]; v: [B, Hk, V]; g, alpha, beta: [B, H]; dtypes and ranges as there.
-        state: the states so far, a State or any pair, S_kk [B, H, D, D] (None with `solver_steps=()`) and S_kv
-            [B, H, D, V], both float32 (float64 for float64 inputs) or, except for float64 inputs, both
-            bfloat16: half the memory and traffic, each update rounded when it is stored. The arithmetic is
-            float32 all the same, and o is made of the update before it is rounded. bfloat16 states need decays
-            of about -0.01 or stronger: weaker ones round to none, and the state no longer follows
-            (docs/reliability.md).
+        q: [B, H, D]; k: [B, Hk, D]; v: [B, Hk, V]; g, alpha, beta: [B, H]; dtypes and ranges as in
+            `gated_kalmanet`.
+        state: the states before the token, a State or any pair of S_kk [B, H, D, D] (None with
+            `solver_steps=()`) and S_kv [B, H, D, V]. Both are float32 (float64 for float64 inputs), or both are
+            bfloat16 (not for float64 inputs). bfloat16 needs half the memory and traffic; each update is rounded
+            when it is stored. The arithmetic stays float32, and o uses the update before the rounding. bfloat16
+            states need decays of about -0.01 or stronger: a weaker decay is lost in the rounding, and the state
+            becomes wrong (docs/reliability.md).
         ridge_ratio, solver_steps, scale, normalize_qk: as in `gated_kalmanet`.
-        inplace: whether the new states are written over `state`, whose tensors are then those returned; without,
-            they are left as they were. There are no gradients in place.
+        inplace: whether to write the new states over `state` and return the same tensors. False leaves `state`
+            unchanged. In-place calls have no gradients.
 
     Returns:
-        o [B, H, V] in q's dtype, and the new State in the dtype of `state`. On an NVIDIA GPU, where no gradient is
-        asked for, one kernel does all of it (all dtypes but float64, D up to 128).
+        o [B, H, V] in the dtype of q, and the new State in the dtype of `state`. On an NVIDIA GPU one kernel does
+        the whole step if no gradient is needed (all dtypes except float64, D up to 128).
 
     Raises:
         TypeError: as `gated_kalmanet`.
-        ValueError: as `gated_kalmanet`, or `inplace` where gradients are needed.
+        ValueError: as `gated_kalmanet`, or `inplace` is True and gradients are needed.
     """
     check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     check_same_dtype(q, k=k, v=v)
@@ -203,7 +205,7 @@ def gated_kalmanet_step(
     )
     if inplace and arguments.needs_gradient():
         raise ValueError(
-            "inplace=True writes over the states, and an argument requires a gradient; "
+            "inplace=True overwrites the states, but an argument requires a gradient; "
             "call under torch.no_grad() or leave inplace out"
         )
     return step_backend_for(arguments)(arguments, inplace=inplace)

@@ -1,8 +1,8 @@
-"""The backends of the op, by name, and which one a call gets.
+"""The backends of the op, by name, and the choice of the backend for a call.
 
-A backend of `gated_kalmanet` is an object with the functions of `Backend`, here modules; `custom_op` calls them. A
-new one is a line in `BACKENDS`, and one in `backend_for` if it is to be chosen by itself. One of
-`gated_kalmanet_step` is a function of the same arguments.
+A backend of `gated_kalmanet` is a module with the functions of `Backend`; `custom_op` calls them. To add a
+backend, add a line to `BACKENDS`, and a line to `backend_for` if it shall be chosen automatically. A backend of
+`gated_kalmanet_step` is a function with the same arguments.
 
 Legend: N sequences, H query heads, D key dim, V value dim.
 """
@@ -28,26 +28,27 @@ _NO_KERNELS = "the kernels need Triton and an NVIDIA GPU of compute capability 8
 
 
 class Backend(Protocol):
-    """What computes the op."""
+    """The interface of a backend."""
 
     def default_chunk_size(self, device: torch.device) -> int:
-        """Tokens per chunk where a call does not say how many; 0 where there are no chunks."""
+        """Tokens per chunk if a call does not set chunk_size; 0 for a backend without chunks."""
         ...
 
     def forward(self, arguments: Arguments, *, output_final_state: bool, save: bool) -> Outputs:
-        """The op; `save` keeps what `backward` needs."""
+        """Compute the op; `save` tells whether to keep the tensors for `backward`."""
         ...
 
     def empty_saved(self, arguments: Arguments) -> Saved:
-        """What `forward` saves, uninitialised: its shapes and dtypes."""
+        """Uninitialised tensors with the shapes and dtypes that `forward` saves."""
         ...
 
     @property
     def backward(self) -> Callable[..., Gradients] | None:
-        """backward(arguments, *, saved, final, do, d_final); None where autograd differentiates `forward`.
+        """The function backward(arguments, *, saved, final, do, d_final); None if autograd differentiates
+        `forward`.
 
-        saved, final: what `forward` saved, and its final (S_kk, S_kv), empty for None. do, d_final: gradients of
-        o and of the final states, each of these maybe None.
+        saved, final: the saved tensors and the final (S_kk, S_kv) of `forward`, empty for None.
+        do, d_final: gradients of o and of the final states; each can be None.
         """
         ...
 
@@ -56,7 +57,8 @@ class Backend(Protocol):
 class Entry:
     """A line of the table.
 
-    load: imports the backend. by_autograd: whether its `backward` is None, known without importing it.
+    load: imports the backend.
+    by_autograd: whether `backward` of the backend is None; stored here to know it without an import.
     """
 
     load: Callable[[], Backend]
@@ -64,7 +66,7 @@ class Entry:
 
 
 def _triton() -> Backend:
-    from .triton import op  # Triton is imported when it is first asked for
+    from .triton import op  # imports Triton at the first use
 
     return op
 
@@ -77,12 +79,12 @@ BACKENDS: dict[str, Entry] = {
 
 
 def backend_for(arguments: Arguments, name: str | None) -> str:
-    """The backend of that name; for None kernels where there are some for the tensors, else PyTorch.
+    """The name of the backend for a call. None chooses kernels if they support the tensors, otherwise PyTorch.
 
-    A GPU that gets PyTorch warns once, and says what would be fast.
+    If a GPU gets PyTorch, a warning appears once and names the fast settings.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no backend with this name.
     """
     if name is not None:
         if name not in BACKENDS:
@@ -99,7 +101,7 @@ def backend_for(arguments: Arguments, name: str | None) -> str:
 
 
 def step_backend_for(arguments: Arguments) -> Callable[..., tuple[Tensor, State]]:
-    """The kernel of a step where there is one for the tensors and nobody wants gradients, else PyTorch."""
+    """The kernel of a step if it supports the tensors and no gradient is needed, otherwise the step in PyTorch."""
     q = arguments.q
     if q.device.type != "cuda" or arguments.needs_gradient():
         return torch_step.gated_kalmanet_step

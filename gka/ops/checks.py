@@ -1,4 +1,4 @@
-"""What `gated_kalmanet` and `gated_kalmanet_step` may be called with, and the errors for everything else.
+"""Checks of the arguments of `gated_kalmanet` and `gated_kalmanet_step`, and their errors.
 
 Legend: B batch, T time, H query heads, D key dim, V value dim, N sequences.
 """
@@ -18,7 +18,7 @@ from .triton import config as triton_config
 from .types import State, state_dtype
 
 MAX_DIM = 256
-NEVER_WAITING = ("cpu",)  # kinds of devices whose values are there at once
+NEVER_WAITING = ("cpu",)  # kinds of devices whose values can be read without waiting
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,7 +102,7 @@ def checked_state(
     q: Tensor,
     may_be_bfloat16: bool = False,
 ) -> State:
-    """The pair (S_kk, S_kv) as a State."""
+    """Check the pair (S_kk, S_kv) and return it as a State."""
     if not isinstance(state, tuple | list):
         raise TypeError(f"{name} is a {type(state).__name__}; expected a pair (S_kk, S_kv)")
     if len(state) != 2:
@@ -128,7 +128,7 @@ def checked_state(
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
-    """Whether a check may read values: on the CPU always, on other devices if GKA_CHECK_VALUES is 1."""
+    """Whether a check may read values: always on the CPU, on other devices only if GKA_CHECK_VALUES is 1."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type in NEVER_WAITING or os.environ.get("GKA_CHECK_VALUES") == "1"
@@ -139,15 +139,15 @@ _told_slow: set[tuple[str, torch.dtype, int, int | None]] = set()
 
 @triton_config.constant_when_compiled
 def warn_slow(name: str, dtype: torch.dtype, D: int, chunk_size: int | None = None, why: str = "") -> bool:
-    """Warn, once for each such call, that a GPU runs the op in PyTorch, and say what would be fast.
+    """Warn that a GPU runs the op in PyTorch, and name the fast settings; once for each combination of arguments.
 
     Args:
-        name: of the function.
-        dtype, D, chunk_size: what it was called with.
-        why: a further reason, if these are not it.
+        name: name of the function.
+        dtype, D, chunk_size: arguments of the call.
+        why: another reason, if these arguments are not the cause.
 
     Returns:
-        True: torch.compile takes it for a constant.
+        True, which torch.compile treats as a constant.
     """
     if (name, dtype, D, chunk_size) not in _told_slow:
         _told_slow.add((name, dtype, D, chunk_size))

@@ -1,8 +1,8 @@
-"""The op as torch custom operators: what autograd and torch.compile see of every backend.
+"""The op as custom operators of PyTorch, for autograd and torch.compile, for every backend.
 
-As custom operators the forward and backward passes of a backend are opaque to torch.compile, which traces shapes
-only, and autocast is off in them. An operator takes a flat list of tensors and numbers: `_pack` makes it of
-`Arguments`, `_unpack` makes `Arguments` of it; both follow the schemas of `_forward` and `_backward`.
+torch.compile does not look into a custom operator; it traces shapes only. Autocast is off inside. An operator
+takes a flat list of tensors and numbers. `_pack` makes this list from `Arguments`, `_unpack` makes `Arguments`
+from the list; both follow the schemas of `_forward` and `_backward`.
 
 Legend: B batch, T time, H query heads, Hk key/value heads, D key dim, V value dim, N sequences.
 """
@@ -21,7 +21,7 @@ from .types import Arguments, Saved, State, state_dtype
 
 
 def gated_kalmanet(arguments: Arguments, *, backend: str, output_final_state: bool) -> tuple[Tensor, State | None]:
-    """`gka.ops.gated_kalmanet`, whose checked arguments it takes, by a backend of the table."""
+    """Run `gka.ops.gated_kalmanet`, with checked arguments, in a backend of the table."""
     o: Tensor
     S_kk: Tensor | None
     S_kv: Any
@@ -36,11 +36,11 @@ def gated_kalmanet(arguments: Arguments, *, backend: str, output_final_state: bo
     return o, State(S_kk if arguments.solver_steps else None, S_kv)
 
 
-TENSORS = 9  # with which a packed list of arguments begins: those of `Arguments`
+TENSORS = 9  # the tensors of `Arguments`, first in a packed list
 
 
 def _pack(arguments: Arguments, backend: str) -> tuple[Any, ...]:
-    """Tensors and numbers as an operator takes them; chunk_size 0 stands for None."""
+    """Tensors and numbers in the order of the operator; chunk_size 0 means None."""
     return *arguments[:TENSORS], backend, *arguments.numbers, arguments.chunk_size or 0
 
 
@@ -53,19 +53,19 @@ def _unpack(
     normalize_qk: bool,
     chunk_size: int,
 ) -> Arguments:
-    """The inverse of `_pack`, with a chunk size that suits the device where none was given."""
+    """The inverse of `_pack`; a missing chunk size becomes the default of the device."""
     q: Any = tensors[0]
     C = chunk_size or BACKENDS[backend].load().default_chunk_size(q.device)
     return Arguments.of(tensors, ridge_ratio, solver_steps, scale, normalize_qk, C)
 
 
 def _given(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """The tensors, and an empty one for None: an operator must return a tensor."""
+    """The tensors, with an empty tensor for None, because an operator must return tensors."""
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with autocast off: dtypes are chosen here, whatever surrounds the call."""
+    """The function with autocast off, because this module chooses the dtypes."""
 
     @functools.wraps(function)
     def call(q: Tensor, *others: Any) -> Any:
@@ -183,7 +183,7 @@ def _autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | No
         dS_kk = None
     if dS_kv is not None and dS_kv.numel() == 0:
         dS_kv = None
-    saved = ctx.saved_tensors  # only once: unpacking is what recomputes under activation checkpointing
+    saved = ctx.saved_tensors  # only once: under activation checkpointing, unpacking recomputes the tensors
     grads = _backward(*saved, do, dS_kk, dS_kv, *ctx.numbers)
     found = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=False)]
     numbers = len(ctx.numbers) + 2  # and output_final_state and save

@@ -1,14 +1,14 @@
-"""The truth: one token at a time, in float64, by two independent ways.
+"""The reference: two independent computations, one token at a time, in float64.
 
-`gated_kalmanet` is the layer's definition (paper, section 4.1), for every token t:
+`gated_kalmanet` is the definition of the layer (paper, section 4.1), for every token t:
 
     S_kk <- e^{g_t} S_kk + beta_t^2 k_t k_t^T        S_kv <- e^{g_t} S_kv + beta_t^2 k_t v_t^T
     x_t = (S_kk + a ||S_kk||_F I)^{-1} q_t           y_t = q_t + alpha_t (x_t - q_t)
     o_t = scale * y_t^T S_kv
 
 `kalman_filter` is the classical recursion (paper, equation KF and section 6): gain and covariance by
-Woodbury's identity, started at covariance I / lambda. It gives the same regression W_t = (S_kk + lambda_t
-I)^{-1} S_kv as `ridge_regression` where lambda fades with the data, lambda_t = lambda e^{g_1 + ... + g_t}.
+Woodbury's identity, with initial covariance I / lambda. It gives the same regression W_t = (S_kk + lambda_t
+I)^{-1} S_kv as `ridge_regression` if lambda decays with the data, lambda_t = lambda e^{g_1 + ... + g_t}.
 
 Legend: B batch, T time, H query heads, Hk key/value heads, D key dim, V value dim, N sequences.
 """
@@ -41,10 +41,10 @@ def gated_kalmanet(
     normalize_qk: bool,
     solver: Solver | None = None,
 ) -> tuple[Tensor, State | None]:
-    """The definition, in float64 whatever comes in; gradients by autograd and `ridge_solve`.
+    """The definition, always in float64, with gradients by autograd and `ridge_solve`.
 
-    Takes what `gka.ops.gated_kalmanet` takes, already checked, and `solver`: None means Chebyshev nodes
-    with `solver_steps`, or the exact solve where `solver_steps` is None too.
+    The arguments are those of `gka.ops.gated_kalmanet`, already checked, and `solver`. None means Chebyshev
+    nodes with `solver_steps`, or the exact solve if `solver_steps` is None too.
 
     Returns:
         o [B, T, H, V] float64, and the final state in float64.
@@ -98,7 +98,7 @@ def gated_kalmanet(
 
 
 def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Outputs:
-    """`gated_kalmanet` as a backend: o in q's dtype, the state in the one that belongs to it. It saves nothing."""
+    """`gated_kalmanet` as a backend: o in the dtype of q, the state in its state dtype. It saves nothing."""
     q, S_kk, S_kv = arguments.q, arguments.S_kk, arguments.S_kv
     o, final = gated_kalmanet(
         *arguments[:6],
@@ -127,7 +127,7 @@ def default_chunk_size(device: torch.device) -> int:
 
 
 def ridge_regression(k: Tensor, v: Tensor, g: Tensor, ridge: Tensor | float) -> Tensor:
-    """W_t = (S_kk_t + ridge_t I)^{-1} S_kv_t, each token solved anew.
+    """W_t = (S_kk_t + ridge_t I)^{-1} S_kv_t, with a separate solve for each token.
 
     Args:
         k: [B, T, H, D]; v: [B, T, H, V]; g: [B, T, H], log-decay <= 0; all of one floating dtype.
@@ -154,8 +154,8 @@ def kalman_filter(k: Tensor, v: Tensor, g: Tensor, ridge: float) -> Tensor:
 
         P <- P / e^{g_t};   gain = P k / (1 + k^T P k);   W <- W + gain (v - W^T k)^T;   P <- P - gain (P k)^T
 
-    from P = I / ridge, W = 0. It runs in the inputs' own dtype: P is a difference of nearly equal numbers,
-    which is what breaks in 16 bits (paper, section 6).
+    from P = I / ridge, W = 0. It runs in the dtype of the inputs. P is a difference of nearly equal numbers, so
+    the recursion fails in 16 bits (paper, section 6).
 
     Args:
         k: [B, T, H, D]; v: [B, T, H, V]; g: [B, T, H], log-decay <= 0; all of one floating dtype.

@@ -1,7 +1,7 @@
 """Solvers of (S + lambda I) x = q for a symmetric positive semidefinite S, with lambda = a ||S||_F.
 
 Divided by ||S||_F the system is (S_hat + a I) x = q_hat, with ||S_hat||_F = 1 and all eigenvalues in
-[a, 1 + a]. So the coefficients of every iteration are scalars shared by all tokens, and the condition
+[a, 1 + a]. So the coefficients of every iteration are scalars that all tokens share, and the condition
 number is at most kappa = (1 + a) / a (paper, section 4.2). A norm below NORM_FLOOR counts as NORM_FLOOR, here
 and in lambda: such a state has faded.
 
@@ -11,13 +11,14 @@ and in lambda: such a state has faded.
         x_i = x_{i-1} - (2 omega_i / (L + mu)) (A x_{i-1} - q) + (omega_i - 1) (x_{i-1} - x_{i-2})
     Chebyshev, nodes: the same polynomial of degree n as n first-order steps without momentum,
         x <- x - tau_i (A x - q),   1 / tau_i = (1 + 2a) / 2 - cos(pi (2i + 1) / (2n)) / 2
-    Refinement: stages of n_1, n_2, ... nodes; every later stage solves for the residual of the sum of
-        the earlier ones, formed with a more exact product.
+    Refinement: stages of n_1, n_2, ... nodes; each later stage solves for the residual of the sum of the
+        earlier stages, computed with a more exact product.
 
-`solver_steps` is the tuple (n_1, n_2, ...). (31,) is the paper's 30 iterations: they count the updates after x_0.
+`solver_steps` is the tuple (n_1, n_2, ...). (31,) equals the paper's 30 iterations, which count the updates
+after x_0.
 
 Legend: D dim of the system; "..." any batch dims; `matvec(x)` returns S_hat x, without the ridge, for x of
-any shape that it understands: in the chunk-wise op every row of x has a matrix of its own.
+any shape that it supports: in the chunk-wise op every row of x has its own matrix.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Form = Literal["nodes", "three_term"]
 
 
 def default_solver_steps(dtype: torch.dtype) -> tuple[int, ...]:
-    """Stages that suit inputs of `dtype`: (16, 16) for 16-bit floats, (31,) for 32 and 64 bits."""
+    """The default stages for inputs of `dtype`: (16, 16) for 16-bit floats, (31,) for 32 and 64 bits."""
     return (16, 16) if dtype in (torch.bfloat16, torch.float16) else (31,)
 
 
@@ -67,14 +68,15 @@ def _leja(n: int) -> list[int]:
 
 @lru_cache(maxsize=256)
 def node_steps(n: int, ridge_ratio: float, smallest_last: bool = False) -> tuple[float, ...]:
-    """Step sizes tau_i of the `n` Chebyshev nodes of [a, 1 + a], in an order that is stable.
+    """Step sizes tau_i of the `n` Chebyshev nodes of [a, 1 + a], in a stable order.
 
-    The order is that of Lebedev and Finogenov where n is a power of two, else a Leja order: any other
-    order lets the intermediate iterates grow until rounding errors drown the result.
+    The order is that of Lebedev and Finogenov if n is a power of two, otherwise a Leja order. In other orders
+    the intermediate iterates can grow until rounding errors are larger than the result.
 
-    smallest_last: the smallest step moves to the end. It takes away what rounding has left along the largest
-        eigenvalues, which is all that the first tokens of a sequence read. Only for products with a result of
-        32 bits: iterates grow more on the way, and a result rounded to 16 bits spreads that to all directions.
+    smallest_last: whether to move the smallest step to the end. It removes rounding errors along the largest
+        eigenvalues, the only directions that the first tokens of a sequence read. Use it only for products with
+        32-bit results: the iterates grow more on the way, and rounding to 16 bits would spread the error to all
+        directions.
     """
     order = _lebedev_finogenov(n) if n & (n - 1) == 0 else _leja(n)
     middle = (1.0 + 2.0 * ridge_ratio) / 2.0
@@ -115,18 +117,18 @@ def chebyshev(
     residual_matvec: Matvec | None = None,
     form: Form = "nodes",
 ) -> Tensor:
-    """Chebyshev iteration with refinement; the routine behind every backend in PyTorch.
+    """Chebyshev iteration with refinement; all PyTorch backends use it.
 
     Args:
-        matvec: x -> S_hat x, `rhs`'s shape and dtype in and out. May compute in low precision.
+        matvec: x -> S_hat x, with the shape and dtype of `rhs` in and out. It may compute in low precision.
         rhs: q_hat, any shape, float32 or float64.
         ridge_ratio: a > 0.
-        solver_steps: nodes of each stage, positive; len(solver_steps) - 1 residuals are formed between them.
-        residual_matvec: the product from which residuals are formed; None means `matvec`.
-        form: "nodes" (one vector) or "three_term" (the paper's, two vectors): the same polynomial.
+        solver_steps: nodes of each stage, positive; len(solver_steps) - 1 residuals are computed between stages.
+        residual_matvec: the product for the residuals; None means `matvec`.
+        form: "nodes" (one vector) or "three_term" (the form of the paper, two vectors): the same polynomial.
 
     Returns:
-        x of `rhs`'s shape and dtype: a polynomial in S_hat applied to `rhs`, hence symmetric.
+        x with the shape and dtype of `rhs`: a polynomial in S_hat applied to `rhs`, so the solve is symmetric.
     """
     stage = _stage_nodes if form == "nodes" else _stage_three_term
     exact_matvec = matvec if residual_matvec is None else residual_matvec
@@ -138,10 +140,10 @@ def chebyshev(
 
 
 def conjugate_gradient(matvec: Matvec, rhs: Tensor, ridge_ratio: float, num_steps: int) -> Tensor:
-    """Conjugate gradient from x = 0; matvec, rhs, ridge_ratio and the result as in `chebyshev`.
+    """Conjugate gradient from x = 0; matvec, rhs, ridge_ratio and the result are as in `chebyshev`.
 
     Args:
-        num_steps: products with S_hat.
+        num_steps: number of products with S_hat.
     """
     x, residual = torch.zeros_like(rhs), rhs
     direction, energy = rhs, rhs.square().sum(-1, keepdim=True)
@@ -161,10 +163,10 @@ def conjugate_gradient(matvec: Matvec, rhs: Tensor, ridge_ratio: float, num_step
 
 
 class Solver(Protocol):
-    """The verbs that all solvers share."""
+    """The interface of all solvers."""
 
     def solve(self, S_hat: Tensor, rhs: Tensor, ridge_ratio: float) -> Tensor:
-        """x [..., D] with (S_hat + a I) x = rhs, for S_hat [..., D, D] of Frobenius norm 1 or 0."""
+        """Solve (S_hat + a I) x = rhs for x [..., D], with S_hat [..., D, D] of Frobenius norm 1 or 0."""
         ...
 
     def error_bound(self, ridge_ratio: float) -> float:
@@ -173,8 +175,8 @@ class Solver(Protocol):
 
 
 def _dense_matvec(S_hat: Tensor, product_dtype: torch.dtype | None = None) -> Matvec:
-    """x -> S_hat x. With `product_dtype` both factors are rounded to it first and the sum is exact in
-    S_hat's dtype, which is what matrix units with a wide accumulator do."""
+    """The function x -> S_hat x. With `product_dtype` both factors are rounded to it first, and the sum is in
+    the dtype of S_hat, as in matrix units with a wide accumulator."""
 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor if product_dtype is None else tensor.to(product_dtype).to(tensor.dtype)
@@ -202,8 +204,8 @@ class Chebyshev:
     Args:
         solver_steps: nodes of each stage.
         form: "nodes" or "three_term".
-        product_dtype: dtype to which the factors of every product but those of the residuals are
-            rounded; None means no rounding.
+        product_dtype: dtype to which the factors of every product are rounded, except in the residuals; None
+            means no rounding.
     """
 
     solver_steps: tuple[int, ...] = (31,)
@@ -227,11 +229,11 @@ class Chebyshev:
 
 @dataclass(frozen=True)
 class GradientDescent:
-    """Gradient descent with the best constant step, or with the best constant momentum (Polyak).
+    """Gradient descent with the optimal constant step, and optionally the optimal constant momentum (Polyak).
 
     Args:
-        num_steps: products with S_hat plus one (the first step starts from zero).
-        momentum: whether the previous direction is added.
+        num_steps: number of products with S_hat plus one (the first step starts from zero).
+        momentum: whether to add the previous direction.
         product_dtype: as in `Chebyshev`.
     """
 
@@ -267,11 +269,11 @@ class GradientDescent:
 
 @dataclass(frozen=True)
 class ConjugateGradient:
-    """Conjugate gradient. Its iterate is no fixed polynomial in S_hat: cut short, the adjoint solve is
-    not the adjoint of the solve, and gradients drift (paper, section 4.2).
+    """Conjugate gradient. Its iterate is not a fixed polynomial in S_hat. If it stops early, the adjoint solve is
+    not the adjoint of the solve, and gradients are wrong (paper, section 4.2).
 
     Args:
-        num_steps: products with S_hat.
+        num_steps: number of products with S_hat.
         product_dtype: as in `Chebyshev`.
     """
 
@@ -282,7 +284,7 @@ class ConjugateGradient:
         return conjugate_gradient(_dense_matvec(S_hat, self.product_dtype), rhs, ridge_ratio, self.num_steps)
 
     def error_bound(self, ridge_ratio: float) -> float:
-        """Bound in the norm of A; in the Euclidean norm it is sqrt(kappa) times that."""
+        """The bound in the norm of A; in the Euclidean norm the bound is sqrt(kappa) times larger."""
         condition = (1.0 + ridge_ratio) / ridge_ratio
         rate = (math.sqrt(condition) - 1.0) / (math.sqrt(condition) + 1.0)
         return 2.0 * math.sqrt(condition) * rate**self.num_steps
@@ -336,10 +338,10 @@ def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Ten
         S: [..., D, D], symmetric positive semidefinite, float32 or float64.
         q: [..., D], dtype of S.
         ridge_ratio: a > 0.
-        solver: how the system is solved, forward and adjoint.
+        solver: the solver of the system and of the adjoint system.
 
     Returns:
-        x [..., D]; zero, without a gradient, where S is zero.
+        x [..., D]; zero, without a gradient, if S is zero.
     """
     result: Tensor = _RidgeSolve.apply(S, q, ridge_ratio, solver)  # type: ignore[no-untyped-call]
     return result

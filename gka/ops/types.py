@@ -1,4 +1,4 @@
-"""What every backend shares: the state, and the expansion of key/value heads."""
+"""Types shared by all backends, and the expansion of key/value heads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """The two running sums, all that a sequence's past is kept in (spec of the paper, section 4.1).
+    """The two running sums that represent the past of a sequence (paper, section 4.1).
 
-    S_kk: [N, H, D, D], sum of decayed beta^2 k k^T, symmetric positive semidefinite; None where nothing
-        is solved (`solver_steps=()`).
+    S_kk: [N, H, D, D], sum of decayed beta^2 k k^T, symmetric positive semidefinite; None without a solve
+        (`solver_steps=()`).
     S_kv: [N, H, D, V], sum of decayed beta^2 k v^T.
 
-    Both float32, or float64 for float64 inputs; for decoding they may both be bfloat16.
+    Both are float32, or float64 for float64 inputs. For decoding both may be bfloat16.
     """
 
     S_kk: Tensor | None
@@ -24,10 +24,10 @@ class State(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The checked arguments of one call, as `gka.ops` describes them: what travels from there to a backend.
+    """The checked arguments of one call of `gated_kalmanet`, in the form for a backend.
 
-    Nine tensors (S_kk and S_kv are the state before the first token), and five numbers, all chosen but
-    chunk_size, of which None stands for what suits the device.
+    Nine tensors (S_kk and S_kv are the state before the first token) and five numbers. All numbers have values
+    except chunk_size, where None means the default of the device.
     """
 
     q: Tensor
@@ -74,15 +74,17 @@ class Arguments(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def needs_gradient(self) -> bool:
-        """Whether autograd is on and a tensor asks for a gradient."""
+        """Whether autograd is on and a tensor requires a gradient."""
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.differentiable)
 
 
 class Saved(NamedTuple):
-    """What a backend keeps for its backward pass, beside inputs and final states; None for what it does not.
+    """Tensors that a backend keeps for its backward pass besides inputs and final states; None if not used.
 
-    x: [B, T, H, D], solutions, and x_lo, what is to be added to them where their dtype is too short;
-        norm: [B, T, H], ||S_kk||_F; edge_kk, edge_kv: [., H, D, D or V], states where the work was cut.
+    x: [B, T, H, D], solutions.
+    x_lo: the lower bits of x, to be added to it, if the dtype of x is too short.
+    norm: [B, T, H], ||S_kk||_F.
+    edge_kk, edge_kv: [., H, D, D or V], states at the borders between parts of the work.
     """
 
     x: Tensor | None = None
@@ -93,7 +95,7 @@ class Saved(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """o [B, T, H, V] in q's dtype, the final states, or None for what was not asked for, and `Saved`."""
+    """o [B, T, H, V] in the dtype of q, the final states (None if not requested), and `Saved`."""
 
     o: Tensor
     S_kk: Tensor | None
@@ -102,7 +104,7 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the inputs, in their shapes and dtypes; None for what was not given."""
+    """Gradients of the inputs, in their shapes and dtypes; None for inputs that were not given."""
 
     q: Tensor
     k: Tensor
@@ -115,12 +117,12 @@ class Gradients(NamedTuple):
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the states that belong to inputs of `dtype`."""
+    """The dtype of the states for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def repeat_heads(tensor: Tensor, heads: int, dim: int = 2) -> Tensor:
-    """Key/value heads repeated to `heads` query heads: query head h reads head h // (H / Hk)."""
+    """Repeat key/value heads to `heads` query heads: query head h reads head h // (H / Hk)."""
     if tensor.shape[dim] == heads:
         return tensor
     return tensor.repeat_interleave(heads // tensor.shape[dim], dim=dim)

@@ -1,13 +1,13 @@
-"""Text files to tokens: find the files, hold some out, write the tokens once, read them as blocks.
+"""From text files to tokens: find the files, hold some out, write the tokens once, read them as blocks.
 
-A run's `data/` folder:
+The folder `data/` of a run:
 
     train.bin, validation.bin   token ids, uint16 or uint32, each document followed by the end token
-    validation.raw              the held-out text itself, byte for byte
-    manifest.json               counts, names and sizes; written last, the folder appears complete
+    validation.raw              the held-out text, byte for byte
+    manifest.json               counts, names and sizes; written last
 
-Whether a file is held out depends on a hash of its name relative to the folder that was given, so
-more files never reshuffle the split, and no file is in both parts.
+The folder appears only when it is complete. Whether a file is held out depends only on a hash of its name
+relative to the given folder. So more files do not change the split, and no file is in both parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 @dataclass(frozen=True)
 class Source:
-    """A file of text: where it is, its name in the split and in reports, and whether it was named itself."""
+    """A text file: its path, its name in the split and in reports, and whether the user named it directly."""
 
     path: Path
     name: str
@@ -51,7 +51,7 @@ class Source:
 
 @dataclass
 class Skipped:
-    """Files of a folder that were left out, and why."""
+    """The files of a folder that were left out, by reason."""
 
     not_text: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
@@ -62,13 +62,14 @@ class Skipped:
 
 
 def find_files(arguments: Sequence[str] | None) -> tuple[list[Source], Skipped]:
-    """List the text files that `--data` means, in an order that does not depend on the machine.
+    """List the text files for `--data`, in an order that does not depend on the machine.
 
-    A file that is named is taken whatever its suffix. Of a folder all files below it with a suffix
-    in TEXT_SUFFIXES are taken; hidden files and folders, SKIPPED_FOLDERS and links to folders are not.
+    A file that is named directly can have any suffix. From a folder, all files with a suffix in
+    TEXT_SUFFIXES are used, also from subfolders, but not hidden files and folders, SKIPPED_FOLDERS and
+    links to folders.
 
     Args:
-        arguments: paths; None for the sources of this Python's standard library, without its tests.
+        arguments: paths; None for the source files of Python's standard library, without its tests.
 
     Raises:
         UserError: a path does not exist, or there is no text file.
@@ -93,7 +94,7 @@ def find_files(arguments: Sequence[str] | None) -> tuple[list[Source], Skipped]:
             found.setdefault(os.path.realpath(source.path), source)
     if not found:
         what = f" (left out: {skipped})" if str(skipped) else ""
-        raise UserError(f"--data {' '.join(arguments)}: holds no text files{what}")
+        raise UserError(f"--data {' '.join(arguments)}: contains no text files{what}")
     return sorted(found.values(), key=lambda source: (_hash(source.name), source.name)), skipped
 
 
@@ -112,17 +113,17 @@ def _walk(root: Path, suffixes: frozenset[str], without: frozenset[str], skipped
 
 
 def _hash(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
+    """A number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def read_texts(sources: Sequence[Source], skipped: Skipped) -> Iterator[tuple[Source, bytes]]:
-    """Read the files that are UTF-8 text and not empty, byte for byte.
+    """Read the files that are not empty and are UTF-8 text, byte for byte.
 
-    Others are recorded in `skipped` when they came with a folder.
+    Other files are added to `skipped` if they come from a folder.
 
     Raises:
-        UserError: a file that was named itself cannot be read or is not UTF-8.
+        UserError: a file that was named directly cannot be read or is not UTF-8.
     """
     for source in sources:
         try:
@@ -144,10 +145,10 @@ def read_texts(sources: Sequence[Source], skipped: Skipped) -> Iterator[tuple[So
 
 
 def split_names(names: Sequence[str], fraction: float) -> set[str]:
-    """Choose which of the files are held out, by the hash of each name alone.
+    """Choose the files to hold out, by the hash of each name.
 
-    With so few files that none (or all) would be, it is the one whose hash is smallest (or all but
-    the one whose hash is greatest). A single name is never held out.
+    If the hashes choose no file, the file with the smallest hash is held out. If they choose all files, the
+    one with the largest hash is not. A single file is never held out.
     """
     ordered = sorted(set(names), key=lambda name: (_hash(name), name))
     if len(ordered) < 2:
@@ -159,11 +160,11 @@ def split_names(names: Sequence[str], fraction: float) -> set[str]:
 def read_parts(
     sources: Sequence[Source], skipped: Skipped, fraction: float
 ) -> Iterator[tuple[Source, bytes, bool]]:
-    """Read the texts and say of each whether it is held out; one file alone is cut in two.
+    """Read the texts and tell for each whether it is held out. A single file is cut into two parts.
 
     Args:
-        sources, skipped: as find_files gives them; skipped is added to, as read_texts does.
-        fraction: share of the files that is held out, see split_names; or of the one file's bytes.
+        sources, skipped: from find_files; read_texts adds to skipped.
+        fraction: fraction of the files to hold out, see split_names; for a single file, fraction of its bytes.
 
     Raises:
         UserError: as read_texts.
@@ -178,7 +179,7 @@ def read_parts(
 
 
 def _cut(text: bytes, fraction: float) -> tuple[bytes, bytes]:
-    """Cut one text into training and validation part, between two characters, at a line end if near."""
+    """Cut one text into training and validation part, between two characters, at a line end if one is near."""
     at = len(text) - max(1, round(len(text) * fraction))
     line_end = text.rfind(b"\n", max(0, at - 1000), at)
     if line_end > 0:
@@ -195,7 +196,7 @@ def load_tokenizer(folder: str | None) -> Any:
     """Load a local Hugging Face tokenizer; None gives the byte tokenizer (ids 3..258, end token 1).
 
     Raises:
-        UserError: no such folder, no tokenizer in it, or no end-of-text token.
+        UserError: the folder does not exist, has no tokenizer, or the tokenizer has no end-of-text token.
     """
     if folder is None:
         return ByT5Tokenizer(extra_ids=0)
@@ -204,28 +205,28 @@ def load_tokenizer(folder: str | None) -> Any:
         raise UserError(f"--tokenizer {folder}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # each kind of tokenizer has its own errors for files it cannot read
+    except Exception as error:  # each kind of tokenizer raises other errors for unreadable files
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--tokenizer {folder}: holds no tokenizer that loads ({first})") from None
+        raise UserError(f"--tokenizer {folder}: the tokenizer cannot be loaded ({first})") from None
     if document_token(tokenizer) is None:
-        raise UserError(f"--tokenizer {folder}: it has no end-of-text token (eos_token)")
+        raise UserError(f"--tokenizer {folder}: the tokenizer has no end-of-text token (eos_token)")
     return tokenizer
 
 
 def document_token(tokenizer: Any) -> int | None:
-    """The id that stands between documents: the end token, and so also what a document starts after."""
+    """The id of the token between documents: the end token, which also precedes each document."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the greatest token id."""
+    """The largest token id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer: Any, text: bytes) -> np.ndarray:
     """Token ids of UTF-8 text, [n] uint32, without special tokens.
 
-    For the byte tokenizer each byte is a token; text that spells a special token stays text.
+    With the byte tokenizer each byte is a token, and text that spells a special token stays text.
     """
     if isinstance(tokenizer, ByT5Tokenizer):
         return np.frombuffer(text, np.uint8).astype(np.uint32) + tokenizer.offset
@@ -247,7 +248,7 @@ class Part:
 
 @dataclass
 class Manifest:
-    """What is in a `data/` folder."""
+    """The content of a `data/` folder."""
 
     dtype: str
     train: Part
@@ -257,7 +258,7 @@ class Manifest:
 
     @property
     def tokens_per_byte(self) -> float:
-        """Tokens, end tokens included, per byte of held-out text."""
+        """Tokens per byte of held-out text, including end tokens."""
         return self.validation.tokens / self.validation.bytes
 
     @classmethod
@@ -271,12 +272,12 @@ class Manifest:
 def write_tokens(
     folder: Path, arguments: Sequence[str] | None, tokenizer: Any, fraction: float, *, unique: bool = False
 ) -> Manifest:
-    """Tokenise the text files of `--data` into `folder`, which appears complete or not at all.
+    """Tokenise the text files of `--data` into `folder`. The folder appears only when it is complete.
 
-    With `unique`, of files with equal content the first alone, in the order of find_files.
+    With `unique`, only the first of several files with equal content is used, in the order of find_files.
 
     Raises:
-        UserError: as find_files and read_texts; or there is no text in the files.
+        UserError: as find_files and read_texts; or the files contain no text.
     """
     sources, skipped = find_files(arguments)
     building = begin_folder(folder, overwrite=True)
@@ -320,14 +321,14 @@ def _check_parts(manifest: Manifest, arguments: Sequence[str] | None) -> None:
     where = " ".join(arguments or ["(standard library)"])
     left_out = f" (left out: {manifest.skipped})" if manifest.skipped else ""
     if not manifest.train.bytes + manifest.validation.bytes:
-        raise UserError(f"--data {where}: there is no text in it{left_out}")
+        raise UserError(f"--data {where}: contains no text{left_out}")
     for part, files in ((manifest.train, "training"), (manifest.validation, "validation")):
         if not part.bytes:
-            raise UserError(f"--data {where}: too little text, none is left for {files}{left_out}")
+            raise UserError(f"--data {where}: too little text, nothing is left for {files}{left_out}")
 
 
 def validation_texts(folder: Path, max_bytes: int = 0) -> list[tuple[str, bytes]]:
-    """The held-out documents of a run as (name, text), the first max_bytes of them (0 = all)."""
+    """The held-out documents of a run as (name, text), up to max_bytes (0 = all)."""
     documents, left = [], max_bytes
     with (folder / "validation.raw").open("rb") as raw:
         for name, size in Manifest.load(folder).validation_documents:
@@ -340,7 +341,7 @@ def validation_texts(folder: Path, max_bytes: int = 0) -> list[tuple[str, bytes]
 
 
 def limit_texts(documents: Sequence[tuple[str, bytes]], max_bytes: int) -> list[tuple[str, bytes]]:
-    """Cut a list of (name, text) off after max_bytes (0 = never), between two characters."""
+    """Cut a list of (name, text) after max_bytes (0 = never), between two characters."""
     if not max_bytes:
         return list(documents)
     kept, left = [], max_bytes
@@ -358,11 +359,11 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Blocks of seq_len consecutive tokens of a memory-mapped token file, as inputs and labels.
 
     Args:
-        path: the token file. dtype: its numpy dtype.
+        path: the token file.
+        dtype: numpy dtype of the file.
         seq_len: tokens per block.
-        multiple: the number of blocks is rounded down to a multiple of this, so that all batches
-            are full.
-        max_blocks: take only the first blocks; 0 takes all.
+        multiple: the number of blocks is rounded down to a multiple of it, so that all batches are full.
+        max_blocks: maximum number of blocks; 0 means all.
 
     Items are {"input_ids": [seq_len] int64, "labels": the same}; the model shifts the labels.
     """

@@ -1,16 +1,16 @@
-"""Errors that the person at the keyboard can put right."""
+"""Errors that the user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one line that says what is wrong and what to do.
+    """An error in the user's input. The message is one line: what is wrong, and how to correct it.
 
-    The command line prints it as `gka COMMAND: error: ...` and ends with exit code 2; no traceback.
+    The command line prints it as `gka COMMAND: error: ...`, without a traceback, and ends with exit code 2.
     """
 
 
 def reason(error: OSError) -> str:
-    """Say an operating system error in a few words, e.g. "no such file or directory"."""
+    """Describe an operating system error in a few words, e.g. "no such file or directory"."""
     text = error.strerror or str(error) or type(error).__name__
     return text[:1].lower() + text[1:]

@@ -1,12 +1,12 @@
-"""A checkpoint of transformers' Trainer made under FSDP2, resumed without it, and the reverse.
+"""Convert checkpoints of transformers' Trainer between FSDP2 and training without FSDP.
 
-Both kinds hold the weights whole, `model.safetensors`, and differ in the rest:
+Both kinds contain the full weights, `model.safetensors`, and differ in the other files:
 
-    plain   optimizer.pt: moments numbered in the order of the optimiser's parameters
-    FSDP    optimizer.bin: moments by the parameters' names; pytorch_model_fsdp.bin: the weights once more
+    plain   optimizer.pt: moments by number, in the order of the optimiser's parameters
+    FSDP    optimizer.bin: moments by parameter name; pytorch_model_fsdp.bin: the weights again
 
-(FSDP with the Trainer's default state_dict_type, FULL_STATE_DICT.) The Trainer refuses one kind in the other mode.
-torch.distributed.checkpoint knows which name has which number.
+(FSDP with the Trainer's default state_dict_type, FULL_STATE_DICT.) The Trainer cannot resume one kind in the other
+mode. torch.distributed.checkpoint maps names to numbers.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ PLAIN_WEIGHTS, PLAIN_OPTIMIZER = "model.safetensors", "optimizer.pt"
 
 
 def fit_checkpoint(trainer: Trainer, checkpoint: str | Path) -> str:
-    """The checkpoint in the form that this trainer can resume: itself, or a translated copy beside it.
+    """Return a checkpoint that this trainer can resume: the given one, or a converted copy next to it.
 
         trainer.train(resume_from_checkpoint=fit_checkpoint(trainer, "runs/mine/checkpoint-500"))
 
-    Every process calls it. The copy, `plain-checkpoint-500` or `fsdp-checkpoint-500`, appears when it is whole.
-    It has no states of random generators, which are per process: dropout draws anew.
+    Every process must call it. The copy, `plain-checkpoint-500` or `fsdp-checkpoint-500`, appears when it is
+    complete. It has no states of random generators, because these belong to processes; dropout draws new numbers.
 
     Args:
-        trainer: with its model, before `train`.
+        trainer: a trainer with its model, before `train`.
         checkpoint: a folder checkpoint-N of a Trainer with the same model and weight decay.
 
     Returns:
         The folder to resume from.
 
     Raises:
-        FileNotFoundError: no such folder, or a file of the checkpoint is missing.
-        ValueError: the checkpoint is sharded (`SHARDED_STATE_DICT`), or not of this model.
+        FileNotFoundError: the folder or a file of the checkpoint is missing.
+        ValueError: the checkpoint is sharded (`SHARDED_STATE_DICT`), or belongs to another model.
     """
     source = Path(checkpoint)
     if not source.is_dir():
@@ -58,13 +58,13 @@ def fit_checkpoint(trainer: Trainer, checkpoint: str | Path) -> str:
     is_fsdp = (source / FSDP_WEIGHTS).is_file()
     if is_fsdp == bool(trainer.is_fsdp_enabled):
         return str(source)
-    target = source.with_name(("plain-" if is_fsdp else "fsdp-") + source.name)  # no name that is rotated
+    target = source.with_name(("plain-" if is_fsdp else "fsdp-") + source.name)  # rotation ignores it
     try:
         if trainer.is_world_process_zero():
             _translate(trainer, source, target, to_plain=is_fsdp)
     finally:
         trainer.accelerator.wait_for_everyone()
-    if not target.is_dir():  # the first process has said why
+    if not target.is_dir():  # the first process reports the reason
         raise ValueError(f"{source}: could not be translated")
     return str(target)
 
@@ -85,7 +85,7 @@ def _translate(trainer: Trainer, source: Path, target: Path, to_plain: bool) -> 
 
 
 def _other_form(trainer: Trainer, source: Path, found: dict[str, Any], to_plain: bool) -> dict[str, Any]:
-    """The state of the optimiser by numbers where it is by names, and the reverse: a plain optimiser holds it."""
+    """Convert the state of the optimiser from names to numbers, or the reverse, with a plain optimiser."""
     model: Any = trainer.model
     held, trainer.optimizer = trainer.optimizer, None
     try:

@@ -1,12 +1,11 @@
-"""How far a training run is, and the learning rate that belongs there.
+"""The progress of a training run, and the learning rate at each point.
 
-    p      = step / max_steps, or seconds / max_seconds, whichever is further
+    p      = step / max_steps, or seconds / max_seconds, whichever is larger
     factor = p / w                                      while p < w, the warm-up
              (1 + cos(pi (p - w) / (1 - w))) / 2        after it, down to 0 at p = 1
 
-With a time budget the factor follows the clock, so a run that slows down or speeds up still ends in
-time and with the learning rate at its end. Seconds spent are kept in the checkpoints: a resumed run
-goes on with what is left of its budget.
+With a time budget the factor follows the clock. So a run that becomes slower or faster still ends in time, with
+the learning rate at its end. Checkpoints store the seconds spent; a resumed run uses the rest of its budget.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ class Schedule:
 
     Args:
         max_steps: optimiser steps of the run, or None.
-        max_seconds: its wall-clock time, or None; one of the two must be given.
-        warmup: w, the share of the run in which the learning rate rises, in [0, 1).
-        seconds_before: seconds that the run took before this process.
-        agree: makes every process of a distributed run use the first one's clock.
+        max_seconds: wall-clock time of the run, or None; one of the two must be given.
+        warmup: w, the fraction of the run with a rising learning rate, in [0, 1).
+        seconds_before: seconds of the run before this process.
+        agree: function that gives every process of a distributed run the clock of the first process.
 
     Raises:
         ValueError: neither budget is given.
@@ -53,16 +52,16 @@ class Schedule:
         self.progress = 0.0
 
     def start(self, step: int) -> None:
-        """Start the clock, before the first step of this process; `step` have been done."""
+        """Start the clock before the first step of this process; `step` steps are done already."""
         self._started = self._clock()
         self.progress = self._at(step, 0.0)
 
     def begin_step(self) -> None:
-        """Note the time at which a step begins."""
+        """Record the time at which a step begins."""
         self._step_began = self.seconds
 
     def end_step(self, step: int) -> None:
-        """Move on after the optimiser has done `step` steps."""
+        """Update the progress after the optimiser has done `step` steps."""
         self.progress = self._at(step, self.seconds - self._step_began)
 
     def _at(self, step: int, step_seconds: float) -> float:
@@ -76,7 +75,7 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken, those before this process included."""
+        """Seconds of the run so far, including those before this process."""
         now = 0.0 if self._started is None else self._clock() - self._started
         return self._before + now
 
@@ -86,7 +85,7 @@ class Schedule:
         return self.progress >= 1.0
 
     def factor(self) -> float:
-        """The learning rate here, as a share of its peak, in [0, 1]."""
+        """The learning rate at this point, as a fraction of its peak, in [0, 1]."""
         if self.progress < self.warmup:
             return self.progress / self.warmup
         return (1 + math.cos(math.pi * (self.progress - self.warmup) / (1 - self.warmup))) / 2

@@ -1,12 +1,12 @@
-"""GKA layers learn to match attention layers: the first stage of a distillation.
+"""The first stage of a distillation: GKA layers learn to match attention layers.
 
-In one forward pass of the frozen teacher every chosen attention layer meets its GKA layer, with the same input x:
+In a forward pass of the frozen teacher, every chosen attention layer and its GKA layer get the same input x:
 
     error_l = mean (gka_l(x) - attention_l(x))^2        power_l = mean attention_l(x)^2
     loss    = mean_l error_l / power_l
 
-The teacher goes on with its own output, so the layers learn side by side and independently of each other; the
-division makes layers of small outputs count as much as layers of large ones.
+The teacher continues with its own output, so all layers learn at the same time and independently of each other.
+The division gives layers with small outputs the same weight as layers with large outputs.
 
 Legend: B batch, T time.
 """
@@ -28,17 +28,17 @@ from .trainer import GKATrainer
 
 
 class LayerMatching(nn.Module):
-    """GKA layers beside the attention layers of a teacher, which is neither trained nor saved.
+    """GKA layers that learn to match the attention layers of a teacher. The teacher is not trained and not saved.
 
     Args:
-        teacher: a causal language model with `model.layers[l].self_attn`, frozen here.
-        layers: GKA layers by the number of the attention layer that each is to match.
+        teacher: a causal language model with `model.layers[l].self_attn`; it is frozen.
+        layers: GKA layers, by the number of the attention layer to match.
     """
 
     def __init__(self, teacher: Any, layers: Mapping[int, GatedKalmaNet]) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: no submodule
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not a submodule
         self._hooks = [
             teacher.model.layers[index].self_attn.register_forward_hook(
                 functools.partial(self._compare, index), with_kwargs=True
@@ -52,7 +52,7 @@ class LayerMatching(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, use_cache: bool = False
     ) -> dict[str, Tensor]:
-        """The loss of tokens [B, T]; `errors` and `powers` hold its parts. Labels and use_cache are not needed."""
+        """The loss on tokens [B, T]; `errors` and `powers` get its parts. Labels and use_cache are not used."""
         self.errors, self.powers = {}, {}
         self._training_now = torch.is_grad_enabled()
         with torch.no_grad():
@@ -70,16 +70,16 @@ class LayerMatching(nn.Module):
         self.powers[index] = target.square().mean()
 
     def close(self) -> None:
-        """Leave the teacher as it was."""
+        """Restore the teacher."""
         for hook in self._hooks:
             hook.remove()
 
 
 class MatchTrainer(GKATrainer):
-    """A GKATrainer of a LayerMatching, which is measured by `matching_errors` and not while it is trained."""
+    """A GKATrainer for a LayerMatching. It does not evaluate during training; use `matching_errors`."""
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Nothing: the Trainer asks for it at the end of the schedule."""
+        """Does nothing. The Trainer calls it at the end of the schedule."""
         return {}
 
 
@@ -91,7 +91,7 @@ def _batches(blocks: TokenBlocks, batch_size: int) -> DataLoader[Any]:
 def matching_errors(
     matching: LayerMatching, blocks: TokenBlocks, batch_size: int, device: torch.device
 ) -> dict[int, dict[str, float]]:
-    """The mean squared error of every layer, and its share of the attention output's mean square."""
+    """The mean squared error of every layer, and its ratio to the mean square of the attention output."""
     matching.to(device).eval()
     totals: dict[int, list[float]] = {int(name): [0.0, 0.0] for name in matching.layers}
     for batch in _batches(blocks, batch_size):
@@ -108,7 +108,7 @@ def matching_errors(
 
 @torch.no_grad()
 def block_loss(model: Any, blocks: TokenBlocks, batch_size: int) -> float:
-    """Nats per token of a causal language model, every block read by itself, as in training."""
+    """Nats per token of a causal language model; every block is read separately, as in training."""
     model.eval()
     total = 0.0
     for batch in _batches(blocks, batch_size):

@@ -1,6 +1,6 @@
-"""transformers' Trainer with what this project adds: schedule, whole checkpoints, progress.
+"""transformers' Trainer with a schedule, complete checkpoints, and progress messages.
 
-Everything else, the loop, the optimiser, mixed precision, data parallelism, FSDP, is the Trainer's.
+The rest is the code of the Trainer: the loop, the optimiser, mixed precision, data parallelism, FSDP.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ PARTIAL_CHECKPOINT = "checkpoint.partial"
 
 
 class Diverged(UserError):
-    """A training whose loss is not finite.
+    """The loss of a training is not finite.
 
     Args:
-        step: the first step whose loss was not.
-        what: what was seen there.
+        step: the first step with such a loss.
+        what: a description of the loss, for the message.
     """
 
     def __init__(self, step: int, what: str) -> None:
-        cure = "lower --learning-rate, or raise --warmup; the checkpoints before it are good"
+        cure = "lower --learning-rate, or raise --warmup; earlier checkpoints are valid"
         super().__init__(f"the training has diverged at step {step} ({what}): {cure}")
         self.step = step
 
 
 def on_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
-    """The arguments, changed in place: one process, one GPU; torchrun starts more."""
+    """Change the arguments in place so that a process uses one GPU; torchrun starts more processes."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
@@ -54,7 +54,7 @@ class GKATrainer(Trainer):
 
     Args:
         schedule: learning rate and end of the run.
-        tokens_per_byte: of the validation text, turns its loss into bits per byte.
+        tokens_per_byte: tokens per byte of the validation text; converts its loss to bits per byte.
         **settings: arguments of transformers' Trainer.
     """
 
@@ -63,13 +63,13 @@ class GKATrainer(Trainer):
         use_cache = getattr(config, "use_cache", None)
         super().__init__(**settings)
         if use_cache is not None:
-            config.use_cache = use_cache  # else the saved model would generate without a cache
+            config.use_cache = use_cache  # otherwise the saved model would generate without a cache
         self.schedule = schedule
         self.tokens_per_byte = tokens_per_byte
-        self._first_bad: torch.Tensor | None = None  # on the device: [step, loss], zeros while all were finite
+        self._first_bad: torch.Tensor | None = None  # [step, loss], on the device; zeros while all are finite
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters with weight decay: not norms, biases, nor what the layer excludes."""
+        """Names of the parameters with weight decay, without norms, biases and those that the layer excludes."""
         return decayed(super().get_decay_parameter_names(model))
 
     def create_scheduler(
@@ -78,7 +78,7 @@ class GKATrainer(Trainer):
         """Let the learning rate follow the schedule, which may depend on the clock."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            assert optimizer is not None  # the Trainer makes it first
+            assert optimizer is not None  # the Trainer creates it first
             self.lr_scheduler = LambdaLR(optimizer, lambda _step: self.schedule.factor())
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -90,17 +90,17 @@ class GKATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The Trainer's loss, without a decoding cache being filled."""
+        """The loss of the Trainer, without filling a decoding cache."""
         inputs = {**inputs, "use_cache": False}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        """The Trainer's forward and backward pass; a loss that is not finite is noted on the device.
+        """The forward and backward pass of the Trainer. A loss that is not finite is recorded on the device.
 
-        Logging and saving read the note, so no checkpoint holds weights that such a loss has spoiled.
+        Logging and saving read this record, so no checkpoint has weights after such a loss.
 
         Raises:
-            Diverged: the model refuses values that earlier steps have spoiled.
+            Diverged: the model raises an error for values that are not finite because of earlier steps.
         """
         step = self.state.global_step + 1
         try:
@@ -109,7 +109,7 @@ class GKATrainer(Trainer):
             self._refuse_diverged()
             if self.state.global_step == 0:
                 raise
-            # All steps have the same shapes: what only a later one meets are bad values.
+            # All steps have the same shapes, so an error in a later step comes from bad values.
             raise Diverged(step, str(error)) from error
         seen = self._first_bad
         if seen is None:
@@ -119,16 +119,16 @@ class GKATrainer(Trainer):
         return loss
 
     def _refuse_diverged(self) -> None:
-        """Raise Diverged if the loss of some step was not finite. Waits for the device."""
+        """Raise Diverged if the loss of a step was not finite. Waits for the device."""
         step, loss = (0.0, 0.0) if self._first_bad is None else self._first_bad.tolist()
         if step:
             raise Diverged(int(step), f"its loss is {loss}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, with bits per byte beside the validation loss.
+        """Log as the Trainer does, with bits per byte in addition to the validation loss.
 
         Raises:
-            Diverged: a loss since the last log was not finite, in this process or another.
+            Diverged: a loss since the last log was not finite, in any process.
         """
         self._refuse_diverged()
         if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes
@@ -138,12 +138,12 @@ class GKATrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place and rename it when every process has written its part.
+        """Write a checkpoint to a temporary folder and rename it when every process has written its part.
 
-        So a folder named checkpoint-N is always whole, whenever the run is killed.
+        So a folder checkpoint-N is always complete, even if the run is killed.
 
         Raises:
-            Diverged: the loss of a step before was not finite.
+            Diverged: the loss of an earlier step was not finite.
         """
         self._refuse_diverged()
         run = Path(str(self.args.output_dir))
@@ -167,7 +167,7 @@ class GKATrainer(Trainer):
 
 
 class ScheduleCallback(TrainerCallback):
-    """Moves the schedule on with every step, and ends the run where it ends."""
+    """Updates the schedule at every step, and ends the run when the schedule ends."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -189,12 +189,12 @@ class ScheduleCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """One progress bar in a terminal; elsewhere a line now and then.
+    """A progress bar in a terminal, or a line from time to time without a terminal.
 
     Args:
-        schedule: how far the run is.
-        tokens_per_step: tokens that one optimiser step reads, over all processes.
-        line_seconds: where there is no terminal, seconds between two lines.
+        schedule: the schedule of the run.
+        tokens_per_step: tokens per optimiser step, over all processes.
+        line_seconds: seconds between two lines without a terminal.
     """
 
     def __init__(self, schedule: Schedule, tokens_per_step: int, line_seconds: float = 15.0) -> None:
@@ -250,7 +250,7 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it is; also after an error."""
+        """Close the bar and leave it on the screen; also after an error."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -261,7 +261,7 @@ class ProgressCallback(TrainerCallback):
         print(f"training {percent}  {self._line_text(step)}", file=sys.stderr, flush=True)
 
     def _line_text(self, step: int) -> str:
-        parts = []  # the most telling first: a narrow terminal cuts the end off
+        parts = []  # the most important first, because a narrow terminal cuts the end
         if not math.isnan(self.loss):
             parts.append(f"loss {self.loss:.3f}")
         parts.append(f"{self.tokens_per_step / self._step_seconds:,.0f} tokens/s")

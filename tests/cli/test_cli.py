@@ -236,7 +236,7 @@ def test_mistakes_on_the_command_line(
     ("name", "content", "words"),
     [
         (None, b"", ["no such file or folder"]),
-        ("empty.txt", b"", ["there is no text"]),
+        ("empty.txt", b"", ["contains no text"]),
         ("latin.txt", b"caf\xe9", ["not UTF-8 text"]),
         ("short.txt", b"a few words\n", ["too little text"]),
     ],
@@ -285,7 +285,7 @@ def test_overwriting_spares_what_is_no_run(
     (tmp_path / "run" / commands.OPTIONS_FILE).write_text(options.as_yaml(TrainOptions()))
     (tmp_path / "run.old").mkdir()
     arguments = command("train", data=[texts], output=tmp_path / "run", overwrite=True)
-    one_line_error(capsys, arguments, "run.old is in the way")
+    one_line_error(capsys, arguments, "run.old exists and is not a run")
     assert (tmp_path / "run" / commands.OPTIONS_FILE).is_file()
     assert (tmp_path / "run.old").is_dir()
 
@@ -293,9 +293,9 @@ def test_overwriting_spares_what_is_no_run(
 def test_an_output_folder_that_holds_something(
     finished: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one_line_error(capsys, command("train", data=[texts], output=finished), "holds a run already", "--resume")
+    one_line_error(capsys, command("train", data=[texts], output=finished), "already contains a run", "--resume")
     one_line_error(
-        capsys, command("train", data=[texts], output=texts, overwrite=True), "not empty and no run of gka"
+        capsys, command("train", data=[texts], output=texts, overwrite=True), "not empty and is not a run of gka"
     )
     one_line_error(capsys, command("train", data=[texts], output=texts / "text0.txt"), "is a file")
     one_line_error(capsys, command("train", output=tmp_path / "new", resume=True), "there is no run")
@@ -350,13 +350,13 @@ def _truncate(model: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda model: (model / "config.json").unlink(), ["is no checkpoint"]),
-        (lambda model: (model / "config.json").write_text("{"), ["is not the configuration"]),
+        (lambda model: (model / "config.json").unlink(), ["is not a checkpoint"]),
+        (lambda model: (model / "config.json").write_text("{"), ["is not a model configuration"]),
         (_spoil_type, ["type 'llama'", "needs type 'gka'"]),
         (_spoil_size, ["weights do not fit", "missing keys"]),
-        (lambda model: (model / "model.safetensors").unlink(), ["does not load"]),
-        (_truncate, ["does not load"]),
-        (lambda model: (model / "tokenizer_config.json").unlink(), ["tokenizer does not load"]),
+        (lambda model: (model / "model.safetensors").unlink(), ["model cannot be loaded"]),
+        (_truncate, ["model cannot be loaded"]),
+        (lambda model: (model / "tokenizer_config.json").unlink(), ["tokenizer cannot be loaded"]),
     ],
 )
 @pytest.mark.parametrize("name", ["generate", "eval"])
@@ -376,7 +376,7 @@ def test_checkpoints_that_cannot_be_used(
 def test_eval_without_text(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").write_text("")
     arguments = command("eval", str(finished), data=[tmp_path / "empty.txt"])
-    one_line_error(capsys, arguments, "there is no text")
+    one_line_error(capsys, arguments, "contains no text")
     (tmp_path / "model").mkdir()
     for path in (finished / "model").iterdir():
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())

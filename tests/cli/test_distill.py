@@ -301,7 +301,7 @@ def test_a_qwen3_has_no_gka_layers_to_set(
     options = {**SETTINGS, "family": "qwen3"}
     del options["solver_steps"]
     assert cli.main(command("train", output=tmp_path / "run", data=[data], **{**options, **option})) == 2
-    assert "is of GKA layers, and a qwen3 has none" in capsys.readouterr().err
+    assert "needs GKA layers; --family qwen3 has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -315,9 +315,9 @@ def test_mistakes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (command("distill", str(place / "hybrid")), "--teacher is missing"),
         (arguments(place, tmp_path / "run", teacher="/none"), "/none: no such checkpoint folder"),
         (arguments(place, tmp_path / "run", save_every=3, log_every=2), "--save-every 3"),
-        (arguments(place, tmp_path / "run", teacher=tmp_path / "other"), "not made from it"),
+        (arguments(place, tmp_path / "run", teacher=tmp_path / "other"), "must be the original"),
         (arguments(place, tmp_path / "run", teacher=place / "hybrid"), "no attention layer of"),
-        (arguments(place, place / "distilled"), "holds a run already"),
+        (arguments(place, place / "distilled"), "already contains a run"),
         (command("distill", output=place / "distilled", resume=True, kl_weight=3), "--kl-weight 1.0, not 3.0"),
         (command("distill", str(place / "teacher"), teacher=place / "teacher"), "needs type 'gka'"),
         (command("rank-layers", str(tmp_path / "other"), output=tmp_path / "run"), "has no attention layer"),

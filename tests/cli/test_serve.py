@@ -218,8 +218,8 @@ def test_mistakes_are_said_in_one_line(run: Path, tmp_path: Path, capsys: pytest
     assert cli.main(["serve", str(run), "--name", "a@b"]) == 2
     assert "--name 'a@b'" in capsys.readouterr().err
     assert cli.main(["serve", str(tmp_path)]) == 2
-    assert "is no checkpoint" in capsys.readouterr().err
+    assert "is not a checkpoint" in capsys.readouterr().err
     tiny_model("gka", torch.float32).save_pretrained(tmp_path / "bare")
     assert cli.main(["serve", str(tmp_path / "bare")]) == 2
-    assert "its tokenizer does not load" in capsys.readouterr().err
+    assert "the tokenizer cannot be loaded" in capsys.readouterr().err
     assert AutoTokenizer.from_pretrained(run / "model").chat_template == CHAT

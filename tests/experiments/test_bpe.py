@@ -167,7 +167,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
             fail()
         assert not place.exists() or not list(place.iterdir())
     (tmp_path / "short.txt").write_text("x")
-    with pytest.raises(UserError, match="none is left for training"):
+    with pytest.raises(UserError, match="nothing is left for training"):
         write_bpe(place / "bpe", [str(tmp_path / "short.txt")], fraction=0.5)
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", _full_disk)
     with pytest.raises(UserError, match="no space left"):

@@ -50,13 +50,13 @@ def test_a_record_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
         record.add({"a": 1}, math.nan, 1.0)
     assert not path.exists() and record.missing([{"a": 1}])
     record.add({"a": 1}, 1, 1.0)
-    with pytest.raises(ValueError, match="measured already"):
+    with pytest.raises(ValueError, match="already has a result"):
         record.add({"a": 1}, 2, 1.0)
-    with pytest.raises(UserError, match="holds results of 'it', not of 'other'"):
+    with pytest.raises(UserError, match="contains results of 'it', not of 'other'"):
         Record(path, "other")
     for text in ("{", "[]", '{"experiment": "it", "runs": [], "cells": [{"cell": {}, "run": 0, "result": 1}]}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="holds no results of evidence"):
+        with pytest.raises(UserError, match="contains no results of an experiment"):
             Record(path, "it")
 
 
@@ -96,7 +96,7 @@ def test_two_processes_may_measure_into_one_file(tmp_path: Path) -> None:
     first.add({"a": 1}, 1, 1.0)
     second.add({"a": 2}, 2, 1.0)
     first.add({"a": 3}, 3, 1.0)
-    with pytest.raises(ValueError, match="measured already"):
+    with pytest.raises(ValueError, match="already has a result"):
         second.add({"a": 3}, 3, 1.0)
     record = Record(path, "it")
     assert [(entry["cell"]["a"], entry["run"]) for entry in record.entries] == [(1, 0), (2, 1), (3, 0)]

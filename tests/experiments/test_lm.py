@@ -59,7 +59,7 @@ def test_the_text_is_read_once_and_held_out_text_is_not_trained_on(output: Path,
 def test_a_corpus_is_that_of_its_files(output: Path, text: Path, tmp_path: Path) -> None:
     known = corpus.prepare(output, "small", None)
     assert known == corpus.prepare(output, "small", [str(text)]) == corpus.prepare(tmp_path, "small", [str(text)])
-    with pytest.raises(UserError, match="was made of"):
+    with pytest.raises(UserError, match="was made from"):
         corpus.prepare(output, "small", [str(text / "1.py")])
     with pytest.raises(UserError, match="numerics reads no text"):
         command.measure("numerics", "small", tmp_path, [], "cpu", data=[str(text)])

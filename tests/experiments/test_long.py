@@ -236,7 +236,7 @@ def test_the_small_form(output: Path, capsys: pytest.CaptureFixture[str]) -> Non
     kept = GKAForCausalLM.from_pretrained(output / "long-models/small/attention")
     assert kept.config.rope_parameters["rope_theta"] == long.ROPE_THETA
     capsys.readouterr()
-    assert command_line.main(arguments) == 0 and "5 cells, 0 to measure" in capsys.readouterr().err
+    assert command_line.main(arguments) == 0 and "5 cells, 0 to run" in capsys.readouterr().err
     text = write_page(output).read_text(encoding="utf-8")
     assert ["tokens", "softmax attention"] in rows_of(text) and "LongQA, F1" in text and "RAG, F1" not in text
     assert_drawn(output / "long.png")
@@ -247,7 +247,7 @@ def test_without_the_models_of_lm_it_says_what_to_do(output: Path, tmp_path: Pat
     shutil.copytree(output / "questions-small", tmp_path / "questions-small")
     (cell, *_) = long.cells("small")
     with pytest.raises(
-        long.UserError, match="there is no model; `python -m experiments evidence lm --size small` trains it"
+        long.UserError, match="there is no model; train it with `python -m experiments evidence lm --size small`"
     ):
         long.run({**cell, "size": "small", "corpus": "0"}, tmp_path / "long" / "0", torch.device("cpu"))
 
@@ -263,7 +263,7 @@ def test_a_model_of_another_training_is_not_asked(output: Path, tmp_path: Path) 
         "size": "small",
     }
     (tmp_path / long._RECIPE).write_text(json.dumps({**long._recipe(cell), "rows": 9}))
-    with pytest.raises(long.UserError, match="there is no model trained so"):
+    with pytest.raises(long.UserError, match="no trained model; train it with --only"):
         long._trained(tmp_path, cell, torch.device("cpu"))
 
 

@@ -251,7 +251,7 @@ def test_results_are_not_overwritten_unasked(tmp_path: Path, quick: list[Cell]) 
 )
 def test_a_file_that_is_no_results_file_is_not_resumed(tmp_path: Path, text: str) -> None:
     (tmp_path / "mqar.json").write_text(text)
-    with pytest.raises(UserError, match="holds no results of mqar"):
+    with pytest.raises(UserError, match="contains no results of mqar"):
         main(tiny(output=str(tmp_path), resume=True))
     assert (tmp_path / "mqar.json").read_text() == text
 
@@ -265,9 +265,9 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixers": ["gka", "mamba"]}, "'mamba' is none of gka, gla, attention"),
+        ({"mixers": ["gka", "mamba"]}, "'mamba' is not one of gka, gla, attention"),
         ({"mixers": []}, "--mixers: at least one"),
-        ({"seeds": [1, 1]}, "--seeds: 1, 1 names one twice"),
+        ({"seeds": [1, 1]}, "--seeds: 1, 1 contains a value twice"),
         ({"dims": [15], "heads": 2}, "hidden_size is 15; expected a multiple of .* 2"),
         ({"dims": [10], "heads": 2}, "head_dim is 5; expected an even number"),
         ({"seq_len": 7}, "even"),

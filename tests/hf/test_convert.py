@@ -302,7 +302,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["{model}", "--layers", "x", "{out}"], "--layers: expected a list of whole numbers"),
         (["{out}", "--layers", "1", "{out}"], "no such checkpoint folder"),
         (["{model}", "--layers", "1", "{model}"], "is the folder of the model itself"),
-        (["{model}", "--layers", "1", "{model}/.."], "holds no model"),
+        (["{model}", "--layers", "1", "{model}/.."], "contains no model"),
         (["{model}", "--layers", "1", "{model}/config.json"], "is a file"),
     ],
 )
@@ -327,7 +327,7 @@ def test_overwriting_is_asked_for(folder: Path, capsys: pytest.CaptureFixture[st
     arguments = ["convert", str(folder), str(folder.with_name("out")), "--layers"]
     assert main([*arguments, "1"]) == 0
     assert main([*arguments, "2"]) == 2
-    assert "holds a model already; --overwrite" in capsys.readouterr().err
+    assert "already contains a model; replace it with --overwrite" in capsys.readouterr().err
     assert main([*arguments, "2", "--overwrite"]) == 0
     model = gka.GKAForCausalLM.from_pretrained(folder.with_name("out"))
     assert model.config.layer_types == [FULL, FULL, GKA, FULL]

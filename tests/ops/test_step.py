@@ -46,7 +46,7 @@ def test_not_in_place_where_a_gradient_is_needed(name: str) -> None:
     arguments = step_arguments(StepCase())
     wanting = arguments["state"].S_kv if name == "S_kv" else arguments[name]
     wanting.requires_grad_()
-    with pytest.raises(ValueError, match=r"inplace=True writes over the states.*no_grad"):
+    with pytest.raises(ValueError, match=r"inplace=True overwrites the states.*no_grad"):
         gated_kalmanet_step(**arguments, inplace=True)
     o, _ = gated_kalmanet_step(**arguments)
     assert torch.autograd.grad(o.sum(), wanting)[0].isfinite().all()

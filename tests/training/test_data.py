@@ -81,7 +81,7 @@ def test_tokenizer_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         data.load_tokenizer(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
         data.load_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="end-of-text"):
         data.load_tokenizer(save_tokenizer(tmp_path / "endless", ["a"]))
@@ -119,7 +119,7 @@ def test_missing_and_empty_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no text files"):
         data.find_files([str(tmp_path)])
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match="there is no text"):
+    with pytest.raises(UserError, match="contains no text"):
         data.write_tokens(tmp_path / "data", [str(tmp_path)], BYTES, 0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
