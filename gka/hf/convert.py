@@ -98,8 +98,6 @@ def _replace(
         raise ValueError(f"model has weights that its configuration does not name, or lacks some: {wrong}")
     for index in chosen:
         layer: GatedKalmaNet = new.model.layers[index].gka
-        for parameter in layer.parameters():
-            parameter.data = parameter.data.to(model.dtype)
         if with_projections:
             _take_over(layer, getattr(model.model, "layers")[index].self_attn, index)  # noqa: B009
     new.generation_config = copy.deepcopy(model.generation_config)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.integrations import is_fsdp_enabled
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -31,6 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..nn.decay import whole_decay, with_rests
 from ..nn.layer import GatedKalmaNet
 from .block import GKABlock, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
@@ -72,8 +74,25 @@ class GKAPreTrainedModel(PreTrainedModel):
         """
         load = super().from_pretrained
         if pretrained_model_name_or_path is None or not is_published(pretrained_model_name_or_path, kwargs):
-            return load(pretrained_model_name_or_path, *args, **kwargs)
-        return load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
+            loaded = load(pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            loaded = load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
+        _round_decays(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers'; A_log and dt_bias are written in float32, as exact as the model has them."""
+        if state_dict is not None:
+            state_dict = with_rests(state_dict, self)
+        with whole_decay(self):
+            return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
@@ -113,6 +132,18 @@ class GKAPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
         if self.config.mixer not in OURS:
             registered_mixer(self.config.mixer).initialise(module)
+
+
+def _round_decays(model: nn.Module) -> None:
+    """Give A_log and dt_bias of every layer, loaded in float32, the dtype of its other weights (`gka.nn.decay`).
+
+    Not on the meta device, whose weights are read from the disk for every call; but where FSDP will fill them.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GatedKalmaNet):
+            weight = layer.o_norm.weight
+            if weight.device.type != "meta" or is_fsdp_enabled():
+                layer.round_decay(weight.dtype)
 
 
 class GKAModel(GKAPreTrainedModel):
