@@ -43,6 +43,7 @@ from .length import add_counter, count_tokens
 from .mixers import OURS, registered_mixer
 from .packing import Packing, find_packing
 
+GATES = ("a_proj", "b_proj", "alpha_proj")  # projections to one number per head
 _LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -59,6 +60,7 @@ class GKAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _is_stateful = True
+    _keep_in_fp32_modules = [f".{name}" for name in GATES]  # noqa: RUF012  # what no quantisation converts
     _can_record_outputs = {"hidden_states": GKABlock, "attentions": SoftmaxAttention}  # noqa: RUF012
 
     @classmethod
@@ -93,6 +95,11 @@ class GKAPreTrainedModel(PreTrainedModel):
             state_dict = with_rests(state_dict, self)
         with whole_decay(self):
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """As transformers'; but `_keep_in_fp32_modules`, which spares the gates, makes no float32 of float16."""
+        plan: dict[str, torch.dtype] = super()._get_dtype_plan(dtype)
+        return {name: wide for name, wide in plan.items() if name.removeprefix(".") not in GATES}
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
