@@ -24,7 +24,6 @@ from transformers.cache_utils import Cache
 from transformers.integrations import is_fsdp_enabled
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -415,7 +414,3 @@ def expected_tensors(config: GKAConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
-
-
-class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):
-    """The blocks and a linear classifier of each row's last token (config.num_labels)."""
