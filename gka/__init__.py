@@ -13,7 +13,15 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import hf, nn, ops
-    from .hf import GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel, InPlaceOfAttention
+    from .hf import (
+        GKAConfig,
+        GKAForCausalLM,
+        GKAForQuestionAnswering,
+        GKAForSequenceClassification,
+        GKAForTokenClassification,
+        GKAModel,
+        InPlaceOfAttention,
+    )
     from .hf.checkpoint import export_published
     from .hf.convert import convert
     from .nn import GatedKalmaNet, LayerState
@@ -21,7 +29,9 @@ if TYPE_CHECKING:
 _WHERE = {
     "GKAConfig": ".hf",
     "GKAForCausalLM": ".hf",
+    "GKAForQuestionAnswering": ".hf",
     "GKAForSequenceClassification": ".hf",
+    "GKAForTokenClassification": ".hf",
     "GKAModel": ".hf",
     "GatedKalmaNet": ".nn",
     "InPlaceOfAttention": ".hf",
@@ -33,7 +43,9 @@ _WHERE = {
 __all__ = [
     "GKAConfig",
     "GKAForCausalLM",
+    "GKAForQuestionAnswering",
     "GKAForSequenceClassification",
+    "GKAForTokenClassification",
     "GKAModel",
     "GatedKalmaNet",
     "InPlaceOfAttention",

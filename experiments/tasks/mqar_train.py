@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalPrediction
 
 from gka.hf import GKAConfig, GKAForCausalLM
-from gka.nn.layer import decayed
+from gka.nn.decay import decayed
 from gka.training.errors import UserError
 from gka.training.trainer import on_one_gpu
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..nn.decay import REST, UNDECAYED
 from .config import GKAConfig
 from .folders import begin_folder, end_folder
 from .published import MODEL_TYPE
@@ -26,7 +27,7 @@ from .published_writer import write_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-WIDE = ("A_log", "dt_bias")  # may be float32 among tensors of 16 bits
+WIDE = UNDECAYED  # may be float32 among tensors of 16 bits
 LISTED = 20
 SHARD_BYTES = 5_000_000_000
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -245,11 +246,13 @@ def _has_head(model: nn.Module) -> bool:
 
 
 def restore_dtypes(model: nn.Module, headers: Mapping[str, Header]) -> None:
-    """Give A_log and dt_bias the dtype that they are stored in: transformers loads them in float32, always."""
+    """Give A_log and dt_bias that are stored in 16 bits that dtype: transformers loads them in float32, always."""
     for name, parameter in model.named_parameters():
         header = headers.get(name, headers.get(f"model.{name}"))
-        if header is not None and _is_wide(name) and parameter.device.type != "meta":
+        if header is not None and _is_wide(name) and header.dtype != "F32":
             parameter.data = parameter.data.to(DTYPES[header.dtype])
+            layer, _, own_name = name.rpartition(".")
+            model.get_submodule(layer).register_buffer(own_name + REST, None)  # 16 bits were all there was
 
 
 def export_published(

@@ -239,7 +239,11 @@ class GKAConfig(PreTrainedConfig):
         self._check_layers()
         self._check_mixer()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            self._refuse("pad_token_id", f"None or a token id less than vocab_size, {self.vocab_size}")
+            self._refuse(
+                "pad_token_id",
+                f"None or a token id less than vocab_size, {self.vocab_size}; for a new token call "
+                "model.resize_token_embeddings first, then set model.config.pad_token_id",
+            )
 
     def _check_steps(self) -> None:
         if self.solver_steps is None:

@@ -20,58 +20,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
+    GenerationMixin,
+    LlamaPreTrainedModel,
+    MistralPreTrainedModel,
     PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
+    Qwen2PreTrainedModel,
+    Qwen3PreTrainedModel,
 )
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.utils import logging
 
 from ..nn.layer import GatedKalmaNet
 from .config import GKAConfig
+from .heads import GKAForSequenceClassification, GKAForTokenClassification
 from .mixers import OURS
-from .model import GKAForCausalLM
+from .model import GKAForCausalLM, GKAPreTrainedModel
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
-    "llama": LlamaForCausalLM,
-    "mistral": MistralForCausalLM,
-    "qwen2": Qwen2ForCausalLM,
-    "qwen3": Qwen3ForCausalLM,
-    "gka": GKAForCausalLM,
+    "llama": LlamaPreTrainedModel,
+    "mistral": MistralPreTrainedModel,
+    "qwen2": Qwen2PreTrainedModel,
+    "qwen3": Qwen3PreTrainedModel,
+    "gka": GKAPreTrainedModel,
 }
 _LINEAR = "linear_attention"
 _SAME = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "hidden_act max_position_embeddings rope_parameters attention_dropout initializer_range rms_norm_eps "
-    "use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id"
+    "use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id id2label label2id problem_type"
 ).split()
 
 logger = logging.get_logger(__name__)
 
 
-def convert(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> GKAForCausalLM:
-    """A copy of a language model in which GKA layers stand in place of chosen attention layers.
+def convert(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> Any:
+    """A copy of a model in which GKA layers stand in place of chosen attention layers.
 
     Args:
-        model: a LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM of transformers, or a
-            GKAForCausalLM with attention layers. It stays as it is.
+        model: a Llama, Mistral, Qwen2 or Qwen3 of transformers, or a model of this library with attention layers:
+            ForCausalLM, ForSequenceClassification or ForTokenClassification. It stays as it is.
         layers: numbers of the layers to replace, from 0; [] replaces none. What the new layers do not take over
             is random: `torch.manual_seed` decides it.
         **settings: fields of GKAConfig for the new layers, such as ridge_ratio, solver_steps or use_v_conv.
 
     Returns:
-        a model of the same dtype, on the same device and in the same mode; it shares no memory with `model`.
+        a GKAForCausalLM, GKAForSequenceClassification or GKAForTokenClassification of the same dtype, on the same
+        device and in the same mode; it shares no memory with `model`.
 
     Raises:
-        TypeError: a model of another family, or layers are no integers.
+        TypeError: a model of another family, with another head or with adapters, or layers are no integers.
         ValueError: a layer that is not there or no attention layer, sizes that a GKA layer does not take, a
             quantised model, or a setting that does not fit.
     """
     return _replace(model, layers, settings, with_projections=True)
 
 
-def replace_by_fresh(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> GKAForCausalLM:
+def replace_by_fresh(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> Any:
     """As `convert`, but nothing is taken over into the new layers: what copied projections are compared with."""
     return _replace(model, layers, settings, with_projections=False)
 
@@ -83,12 +87,12 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
 
 def _replace(
     model: PreTrainedModel, layers: Sequence[int], settings: dict[str, Any], *, with_projections: bool
-) -> GKAForCausalLM:
+) -> Any:
     source = _config(model)
     chosen = _chosen(layers, source)
     config = _with_layers(source, chosen, settings)
     config._attn_implementation = model.config._attn_implementation
-    new: Any = GKAForCausalLM._from_config(config, dtype=model.dtype)
+    new = _converted_class(model)._from_config(config, dtype=model.dtype)
     weights: dict[str, Tensor] = model.state_dict()
     missing, unexpected = new.load_state_dict(
         {name: value for name, value in weights.items() if not _is_replaced(name, chosen)}, strict=False
@@ -98,12 +102,20 @@ def _replace(
         raise ValueError(f"model has weights that its configuration does not name, or lacks some: {wrong}")
     for index in chosen:
         layer: GatedKalmaNet = new.model.layers[index].gka
-        for parameter in layer.parameters():
-            parameter.data = parameter.data.to(model.dtype)
         if with_projections:
             _take_over(layer, getattr(model.model, "layers")[index].self_attn, index)  # noqa: B009
-    new.generation_config = copy.deepcopy(model.generation_config)
+    if new.can_generate():
+        new.generation_config = copy.deepcopy(model.generation_config)
     return new.to(model.device).train(model.training)
+
+
+def _converted_class(model: PreTrainedModel) -> Any:
+    """The class of the converted model; None for a head that is not converted."""
+    if isinstance(model, GenericForSequenceClassification):
+        return GKAForSequenceClassification
+    if isinstance(model, GenericForTokenClassification):
+        return GKAForTokenClassification
+    return GKAForCausalLM if isinstance(model, GenerationMixin) else None
 
 
 @torch.no_grad()
@@ -121,10 +133,17 @@ def _take_over(layer: GatedKalmaNet, attention: nn.Module, index: int) -> None:
 
 def _config(model: PreTrainedModel) -> GKAConfig:
     """The configuration under which GKAForCausalLM is this model."""
+    if isinstance(model, nn.Module) and any(hasattr(module, "base_layer") for module in model.modules()):
+        raise TypeError(
+            f"model is a {type(model).__name__} with adapters of PEFT; merge them by merge_and_unload(), and "
+            "convert the model that it returns"
+        )
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if family not in FAMILIES or not isinstance(model, FAMILIES[family]):
-        known = ", ".join(cls.__name__ for cls in FAMILIES.values())
-        raise TypeError(f"model is a {type(model).__name__} of the family {family!r}; expected one of {known}")
+    if family not in FAMILIES or not isinstance(model, FAMILIES[family]) or _converted_class(model) is None:
+        raise TypeError(
+            f"model is a {type(model).__name__} of the family {family!r}; expected ForCausalLM, "
+            f"ForSequenceClassification or ForTokenClassification of one of {', '.join(FAMILIES)}"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "model is quantised; load it without a quantisation, convert it, then quantise the result"

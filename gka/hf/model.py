@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.integrations import is_fsdp_enabled
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -31,6 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..nn.decay import whole_decay, with_rests
 from ..nn.layer import GatedKalmaNet
 from .block import GKABlock, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
@@ -41,6 +42,7 @@ from .length import add_counter, count_tokens
 from .mixers import OURS, registered_mixer
 from .packing import Packing, find_packing
 
+GATES = ("a_proj", "b_proj", "alpha_proj")  # projections to one number per head
 _LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -57,6 +59,7 @@ class GKAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _is_stateful = True
+    _keep_in_fp32_modules = [f".{name}" for name in GATES]  # noqa: RUF012  # what no quantisation converts
     _can_record_outputs = {"hidden_states": GKABlock, "attentions": SoftmaxAttention}  # noqa: RUF012
 
     @classmethod
@@ -72,8 +75,30 @@ class GKAPreTrainedModel(PreTrainedModel):
         """
         load = super().from_pretrained
         if pretrained_model_name_or_path is None or not is_published(pretrained_model_name_or_path, kwargs):
-            return load(pretrained_model_name_or_path, *args, **kwargs)
-        return load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
+            loaded = load(pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            loaded = load_published(load, expected_tensors, pretrained_model_name_or_path, *args, **kwargs)
+        _round_decays(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers'; A_log and dt_bias are written in float32, as exact as the model has them."""
+        if state_dict is not None:
+            state_dict = with_rests(state_dict, self)
+        with whole_decay(self):
+            return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """As transformers'; but `_keep_in_fp32_modules`, which spares the gates, makes no float32 of float16."""
+        plan: dict[str, torch.dtype] = super()._get_dtype_plan(dtype)
+        return {name: wide for name, wide in plan.items() if name.removeprefix(".") not in GATES}
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
@@ -113,6 +138,18 @@ class GKAPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
         if self.config.mixer not in OURS:
             registered_mixer(self.config.mixer).initialise(module)
+
+
+def _round_decays(model: nn.Module) -> None:
+    """Give A_log and dt_bias of every layer, loaded in float32, the dtype of its other weights (`gka.nn.decay`).
+
+    Not on the meta device, whose weights are read from the disk for every call; but where FSDP will fill them.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GatedKalmaNet):
+            weight = layer.o_norm.weight
+            if weight.device.type != "meta" or is_fsdp_enabled():
+                layer.round_decay(weight.dtype)
 
 
 class GKAModel(GKAPreTrainedModel):
@@ -377,7 +414,3 @@ def expected_tensors(config: GKAConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
-
-
-class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):
-    """The blocks and a linear classifier of each row's last token (config.num_labels)."""

@@ -33,6 +33,7 @@ from ..ops import State, gated_kalmanet, gated_kalmanet_step
 from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers
 from ..ops.solvers import RIDGE_RATIO
 from .cache import LayerState, check_cache, checked_layer_state, read_cache, write_cache
+from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
 from .padding import RealFirst
@@ -43,15 +44,6 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 BETA_FLOOR = 1e-6
-UNDECAYED = ("A_log", "dt_bias")
-
-
-def decayed(names: list[str]) -> list[str]:
-    """The names of parameters without those that weight decay leaves alone; by name, for FSDP2 drops marks.
-
-    D is Mamba-2's, whose authors leave it alone, too.
-    """
-    return [name for name in names if name.rsplit(".", 1)[-1] not in (*UNDECAYED, "D")]
 
 
 def _check_counts(**counts: Any) -> None:
@@ -60,7 +52,7 @@ def _check_counts(**counts: Any) -> None:
             raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
 
 
-class GatedKalmaNet(nn.Module):
+class GatedKalmaNet(DecayParameters):
     """The Gated KalmaNet layer, [B, T, hidden_size] -> [B, T, hidden_size].
 
     Args:
@@ -93,7 +85,8 @@ class GatedKalmaNet(nn.Module):
         TypeError, ValueError: naming the argument, its value and what is expected.
 
     The parameters are named as in the published checkpoints. `A_log` and `dt_bias` carry the attribute
-    `_no_weight_decay = True`.
+    `_no_weight_decay = True`. With weights of 16 bits, buffers keep what rounding leaves out of the two
+    (`gka.nn.decay`).
     """
 
     def __init__(
@@ -148,8 +141,7 @@ class GatedKalmaNet(nn.Module):
         self.v_conv1d = ShortConv(inner_kv, conv_size, **place) if use_v_conv else None
         self.a_proj = nn.Linear(hidden, H, bias=False, **place) if use_forget_gate else None
         if use_forget_gate:
-            self.A_log = nn.Parameter(torch.empty(H, device=device, dtype=dtype or torch.float32))
-            self.dt_bias = nn.Parameter(torch.empty(H, device=device, dtype=dtype or torch.float32))
+            self.add_decay(H, device)
         self.b_proj = nn.Linear(hidden, H, **place) if use_beta_gate else None
         self.alpha_proj = nn.Linear(hidden, H, **place) if use_alpha_connection and solve else None
         self.g_proj = nn.Linear(hidden, inner, bias=False, **place) if use_output_gate else None
@@ -161,6 +153,8 @@ class GatedKalmaNet(nn.Module):
         self.o_norm = GatedRMSNorm(self.head_dim, norm_eps, **place)
         self.o_proj = nn.Linear(inner, hidden, bias=False, **place)
         self.reset_parameters()
+        if dtype is not None or self.o_norm.weight.device.type != "meta":  # from_pretrained loads float32 there
+            self.round_decay(self.o_norm.weight.dtype)
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int | None = None, **place: Any) -> GatedKalmaNet:
@@ -216,8 +210,8 @@ class GatedKalmaNet(nn.Module):
         fill(self.o_norm.weight, nn.init.ones_)
         if self.a_proj is not None:
             device = self.A_log.device
-            fill(self.A_log, lambda A_log: A_log.copy_(fresh_A_log(self.num_heads, device)))
-            fill(self.dt_bias, lambda dt_bias: dt_bias.copy_(fresh_dt_bias(self.num_heads, device)))
+            fill(self.A_log, lambda _: self.set_decay("A_log", fresh_A_log(self.num_heads, device)))
+            fill(self.dt_bias, lambda _: self.set_decay("dt_bias", fresh_dt_bias(self.num_heads, device)))
         for mixing in (self.k_rep, self.v_rep):
             if mixing is not None:
                 fill(mixing, lambda x: x.copy_(repeated_heads(self.num_heads, self.num_kv_heads, x.device)))
@@ -384,7 +378,8 @@ class GatedKalmaNet(nn.Module):
         if raw_g is None:
             g = x.new_zeros(*x.shape[:2], self.num_heads, dtype=wide)
         else:
-            g = -torch.exp(self.A_log.to(wide)) * F.softplus(raw_g.to(wide) + self.dt_bias.to(wide))
+            A_log, dt_bias = self.decay_parameter("A_log", wide), self.decay_parameter("dt_bias", wide)
+            g = -torch.exp(A_log) * F.softplus(raw_g.to(wide) + dt_bias)
         if raw_beta is not None:
             beta = torch.sigmoid(raw_beta.to(wide)) + BETA_FLOOR
         if raw_alpha is not None:
@@ -449,17 +444,3 @@ class GatedKalmaNet(nn.Module):
             check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
         if cache is not None:
             check_cache(cache, self.layer_idx)
-
-    # Parameters are replaced when a model is loaded or copied: the marks are set whenever that happens.
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; marks A_log and dt_bias."""
-        super().register_parameter(name, param)
-        if name in UNDECAYED and param is not None:
-            param._no_weight_decay = True  # type: ignore[attr-defined]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name in UNDECAYED:
-            if self._parameters.get(name) is not None:
-                self.register_parameter(name, self._parameters[name])

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..hf.folders import end_folder
-from ..nn.layer import decayed
+from ..nn.decay import decayed
 from .errors import UserError
 from .learning_rate import Schedule
 

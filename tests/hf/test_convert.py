@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from forked import run_forked
 from model_helpers import FULL, GKA, SLIDING, random_tokens, tiny_model
 from torch import Tensor
@@ -201,7 +202,7 @@ def _moe() -> Any:
 @pytest.mark.parametrize(
     ("make", "layers", "error", "words"),
     [
-        (_gpt2, [0], TypeError, "GPT2LMHeadModel of the family 'gpt2'; expected one of LlamaForCausalLM"),
+        (_gpt2, [0], TypeError, "GPT2LMHeadModel of the family 'gpt2'; expected ForCausalLM"),
         (_moe, [0], TypeError, "Qwen2MoeForCausalLM of the family 'qwen2_moe'"),
         (lambda: small("qwen3").model, [0], TypeError, "Qwen3Model of the family 'qwen3'"),
         (lambda: torch.nn.Linear(1, 1), [0], TypeError, "Linear of the family None"),
@@ -331,3 +332,37 @@ def test_overwriting_is_asked_for(folder: Path, capsys: pytest.CaptureFixture[st
     assert main([*arguments, "2", "--overwrite"]) == 0
     model = gka.GKAForCausalLM.from_pretrained(folder.with_name("out"))
     assert model.config.layer_types == [FULL, FULL, GKA, FULL]
+
+
+# Other heads, and adapters
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3 with biases"])
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+@torch.no_grad()
+def test_classifiers(kind: str, task: str, tmp_path: Path) -> None:
+    causal, config_class, fields = MODELS[kind]
+    theirs = getattr(transformers, causal.__name__.replace("CausalLM", task))
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **fields}, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    model, tokens = theirs(config).eval(), random_tokens(2, 17)
+    same = convert(model, [])
+    assert type(same) is getattr(gka, f"GKAFor{task}") and same.config.id2label == config.id2label
+    assert torch.equal(same(tokens).logits, model(tokens).logits)
+    new = convert(model, [1])
+    assert torch.equal(new.score.weight, model.score.weight)
+    new.save_pretrained(tmp_path)
+    loaded = getattr(transformers, f"AutoModelFor{task}").from_pretrained(tmp_path)
+    assert type(loaded) is type(new) and torch.equal(loaded(tokens).logits, new(tokens).logits)
+    again = convert(new, [2])
+    assert torch.equal(again.model.layers[1].gka.q_proj.weight, new.model.layers[1].gka.q_proj.weight)
+
+
+def test_adapters_are_to_be_merged_first() -> None:
+    peft = pytest.importorskip("peft")
+    base = small("llama")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for one in (model, base):
+        with pytest.raises(TypeError, match=r"with adapters of PEFT; merge them by merge_and_unload\(\)"):
+            convert(one, [1])
+    assert type(convert(model.merge_and_unload(), [1])) is GKAForCausalLM

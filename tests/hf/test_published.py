@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Confi
 import gka
 from gka import GatedKalmaNet, GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel
 from gka.cli.main import main
+from gka.nn.decay import with_rests
 
 EXACT = 100  # iterations after which only rounding is left
 LAYERS: dict[str, dict[str, Any]] = {
@@ -201,9 +202,13 @@ def test_float32_of_the_decay_is_kept(tmp_path: Path) -> None:
         if name.endswith(("A_log", "dt_bias")):
             tensors[name] = torch.randn(H)
     model = GKAForCausalLM.from_pretrained(write_folder(tmp_path / "a", config, tensors))
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}, "one dtype, which FSDP can shard"
+    held = with_rests(model.state_dict(), model)
+    assert held.keys() == tensors.keys() and all(torch.equal(held[n], value) for n, value in tensors.items())
     assert main(["export", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert {n: v.dtype for n, v in stored(tmp_path / "b").items()} == {n: v.dtype for n, v in tensors.items()}
+    written = stored(tmp_path / "b")
+    assert {n: v.dtype for n, v in written.items()} == {n: v.dtype for n, v in tensors.items()}
+    assert all(torch.equal(written[n], value) for n, value in tensors.items())
 
 
 def test_keys_of_before_and_of_today(tmp_path: Path) -> None:

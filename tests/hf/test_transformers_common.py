@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from transformers_suite import load
 
-from gka import GKAConfig, GKAForCausalLM, GKAForSequenceClassification, GKAModel
+from gka import (
+    GKAConfig,
+    GKAForCausalLM,
+    GKAForQuestionAnswering,
+    GKAForSequenceClassification,
+    GKAForTokenClassification,
+    GKAModel,
+)
 
 common = load("test_modeling_common")
 configuration = load("test_configuration_common")
@@ -40,6 +47,8 @@ OURS = (
     (common.MODEL_MAPPING_NAMES, GKAModel.__name__),
     (common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GKAForCausalLM.__name__),
     (common.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GKAForSequenceClassification.__name__),
+    (common.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GKAForTokenClassification.__name__),
+    (common.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, GKAForQuestionAnswering.__name__),
 )
 
 
@@ -100,7 +109,13 @@ class Common:
     model_tester: Any = None  # abstract in TrainingTesterMixin
     sizes = Sizes
     cannot_run = CANNOT_RUN
-    all_model_classes = (GKAModel, GKAForCausalLM, GKAForSequenceClassification)
+    all_model_classes = (
+        GKAModel,
+        GKAForCausalLM,
+        GKAForSequenceClassification,
+        GKAForTokenClassification,
+        GKAForQuestionAnswering,
+    )
     has_attentions = False
     test_can_init_all_missing_weights_before_2023 = True  # our files bear no year
 
