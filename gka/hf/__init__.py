@@ -11,6 +11,7 @@ from .config import GKAConfig, PublishedConfig
 from .in_place import InPlaceOfAttention
 from .mixers import Mixer, register_mixer
 from .model import GKAForCausalLM, GKAForSequenceClassification, GKAModel, GKAPreTrainedModel
+from .name_lists import join_lists
 
 __all__ = [
     "GKAConfig",
@@ -28,3 +29,4 @@ AutoConfig.register(PublishedConfig.model_type, PublishedConfig)
 AutoModel.register(GKAConfig, GKAModel)
 AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM)
 AutoModelForSequenceClassification.register(GKAConfig, GKAForSequenceClassification)
+join_lists()
