@@ -36,10 +36,10 @@ from .block import GKABlock, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .checkpoint import is_published, load_published
 from .config import GKAConfig
-from .inputs import check_keywords, padding_mask, positions
+from .inputs import check_keywords, packing_of_call, padding_mask, positions
 from .length import add_counter, count_tokens
 from .mixers import OURS, registered_mixer
-from .packing import Packing, find_packing
+from .packing import Packing
 
 _LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -151,9 +151,10 @@ class GKAModel(GKAPreTrainedModel):
         Args:
             input_ids: [B, T] of int64; or inputs_embeds: [B, T, hidden_size]. One of the two.
             attention_mask: [B, P + T], 0 for a pad, which may stand anywhere (but a sliding window counts the
-                pads that stand between its tokens); or transformers' masks by layer type.
+                pads that stand between its tokens), and 1 for a token, or the number of its packed sequence; or
+                transformers' masks by layer type.
             position_ids: [B, T] or [1, T], for the rotary embedding. None means counting the tokens that are no
-                pads. Without mask and cache, a 0 inside a row starts a packed sequence.
+                pads. Where they do not rise inside a row, a packed sequence starts (`gka.hf.packing`).
             past_key_values: a cache to go on from, `DynamicCache(config=config)`; brought up to date in place.
                 `cache` is another name of this argument, transformers' own from 5.24 on.
             use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
@@ -175,7 +176,11 @@ class GKAModel(GKAPreTrainedModel):
         check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packing = self._find_packing(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        packing = packing_of_call(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+        )
+        if packing is not None:
+            attention_mask = None  # its pads are sequences of their own
         if use_cache and past_key_values is None and packing is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and not self.config.has_attention:
@@ -208,31 +213,6 @@ class GKAModel(GKAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             **named(past_key_values if use_cache else None),
         )
-
-    def _find_packing(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Any] | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Packing | None:
-        told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
-        if told and attention_mask is not None:
-            raise ValueError(f"{told[0]} and attention_mask are both given; leave the pads out of a packed batch")
-        if told and past_key_values is not None:
-            raise ValueError(
-                f"{told[0]} and past_key_values are both given; a cache has one state per row: "
-                "pass the sequences as rows, padded, with an attention_mask"
-            )
-        if attention_mask is not None or past_key_values is not None:
-            position_ids = None
-        B, T = inputs_embeds.shape[:2]
-        packing = find_packing((B, T), kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), position_ids)
-        attention = self.config._attn_implementation or ""
-        if packing is not None and B > 1 and self.config.has_attention and "flash" in attention:
-            raise ValueError(f"a packed batch has {B} rows; {attention} takes 1: concatenate them")
-        return packing
 
     def _masks(
         self,

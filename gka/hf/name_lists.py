@@ -1,9 +1,9 @@
 """The models in the lists of names by which transformers and PEFT decide what a model is.
 
-    transformers   by class name: whether the Trainer shifts labels before it smooths them, the task in a model card,
-                   the warning of a pipeline; by model type: the warning of lm_eval
-    PEFT           by model type: the modules that an adapter changes where `target_modules` is not given. Ours are
-                   those of Qwen3, whose names of modules the models have
+    transformers   by class name: whether the Trainer shifts labels before it smooths them, the task in a model
+                   card; by model type: the warning of lm_eval
+    PEFT           by model type: the modules that an adapter changes where `target_modules` is not given. Ours
+                   are those of Qwen3, whose names of modules the models have
 
 No function of either adds to these lists. PEFT is not imported here: its lists change when it is imported.
 """
