@@ -25,6 +25,7 @@ from ..nn.layer import GatedKalmaNet
 from ..nn.padding import check_mask
 from ..ops.checks import require
 from .cache_name import takes_cache
+from .inputs import LOSS_KEYWORDS, check_keywords
 from .packing import refuse_packing
 
 _STATES = 3  # of convolutions, of q, k and v
@@ -63,8 +64,8 @@ class InPlaceOfAttention(nn.Module):
             attention_mask: None, [B, P + T] with 0 for a pad, or [B or 1, 1, T, P + T] of bool or to be added,
                 causal but for pads.
             past_key_values: the model's cache, a DynamicCache.
-            **kwargs: transformers' for attention; cu_seq_lens_q tells packed sequences. position_ids are read to
-                refuse those of a packed batch that is told in no other way.
+            **kwargs: what blocks and models of transformers hand on; cu_seq_lens_q tells packed sequences.
+                position_ids are read to refuse those of a packed batch that is told in no other way.
 
         Returns:
             [B, T, hidden_size], and None for the attention weights.
@@ -73,8 +74,7 @@ class InPlaceOfAttention(nn.Module):
             TypeError, ValueError: the mask is another, a keyword asks the impossible, or the cache has no place
                 for the layer. On a GPU a mask with other values ends in an assertion of the device.
         """
-        if kwargs.get("is_causal") is False:
-            raise ValueError("is_causal is False; expected True: a GKA layer sees the past only")
+        check_keywords(kwargs, also=("use_cache", *LOSS_KEYWORDS))  # what blocks hand on
         held = None if past_key_values is None else self._place_in(past_key_values)
         past = None if held is None or not held.is_initialized else held.keys[:, 0, :, 0]
         real = self._real_tokens(attention_mask, hidden_states, past)

@@ -5,6 +5,7 @@ Legend: B batch, T time of this call, P tokens in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from ..ops.checks import values_may_be_read
 from .config import GKAConfig
 from .packing import Packing, find_packing, find_packing_in_mask, refuse_packing
 
-_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
+_WITHOUT_MEANING = ("cache_position", "token_type_ids")  # older callers and tokenizers send them to every model
+_KNOWN_KEYWORDS = {
+    *TransformersKwargs.__annotations__,
+    *FlashAttentionKwargs.__annotations__,
+    *_WITHOUT_MEANING,
+}
 _AS_ROWS = "a cache has one state per row: pass the sequences as rows, padded, with an attention_mask"
 
 
@@ -76,10 +83,10 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
     """
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < T:
+    if attention_mask.ndim != 2:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; "
-            f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected two dims, 0 for a pad: "
+            "a GKA layer has no use for a mask of pairs of tokens"
         )
     recent = attention_mask[:, -T:] != 0
     if values_may_be_read(recent) and not is_tracing(recent) and bool(recent.all()):
@@ -103,10 +110,14 @@ def positions(
     return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
 
 
-def check_keywords(kwargs: dict[str, Any]) -> None:
-    """TypeError for a keyword that no model of transformers has, ValueError for one that asks the impossible."""
+def check_keywords(kwargs: dict[str, Any], also: Sequence[str] = ()) -> None:
+    """TypeError for a keyword that no model of transformers has, ValueError for one that asks the impossible.
+
+    `cache_position` and `token_type_ids` change nothing: a cache knows how many tokens it holds, and there are no
+    types of tokens. transformers' own models ignore them, too.
+    """
     for name in kwargs:
-        if name not in _KNOWN_KEYWORDS:
+        if name not in _KNOWN_KEYWORDS and name not in also:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal is False; expected True: a GKA layer sees the past only")

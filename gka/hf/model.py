@@ -36,12 +36,10 @@ from .block import GKABlock, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .checkpoint import is_published, load_published
 from .config import GKAConfig
-from .inputs import check_keywords, packing_of_call, padding_mask, positions
-from .length import add_counter, count_tokens
+from .inputs import LOSS_KEYWORDS, check_keywords, packing_of_call, padding_mask, positions
+from .length import add_counter, check_mask_length, check_prompt, count_tokens
 from .mixers import OURS, registered_mixer
 from .packing import Packing
-
-_LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class GKAPreTrainedModel(PreTrainedModel):
@@ -160,7 +158,8 @@ class GKAModel(GKAPreTrainedModel):
             use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
             **kwargs: those of transformers' models: output_hidden_states, output_attentions, and for packed
                 batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx. And no_pads: True where
-                the T tokens are known to be none, whatever attention_mask says of those before.
+                the T tokens are known to be none, whatever attention_mask says of those before. cache_position
+                and token_type_ids, which some callers send to every model, change nothing.
 
         Raises:
             TypeError: an unknown keyword, or past_key_values is no Cache.
@@ -185,6 +184,8 @@ class GKAModel(GKAPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and not self.config.has_attention:
             add_counter(past_key_values)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            check_mask_length(attention_mask, past_key_values, inputs_embeds.shape[1])
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
@@ -277,13 +278,15 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T] of int64, the tokens themselves (they are shifted here), -100 where there is no loss.
             logits_to_keep: how many of the last positions get logits, 0 for all; or their indices.
-            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index.
+            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index;
+                num_logits_to_keep is the former name of logits_to_keep.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the mean loss (or the sum over num_items_in_batch) if
             labels are given, and the cache.
         """
-        loss_kwargs = {name: kwargs.pop(name) for name in _LOSS_KEYWORDS if name in kwargs}
+        logits_to_keep = kwargs.pop("num_logits_to_keep", logits_to_keep)  # type: ignore[typeddict-item]
+        loss_kwargs = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -318,6 +321,18 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and not self.config.has_attention:
             add_counter(cache)
         return result
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', for `generate`; a prompt that does not go on from the cache is an error."""
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        tokens = columns = (input_ids if embeds is None else embeds).shape[1]
+        if embeds is None:  # of a mask of ones transformers keeps the length alone
+            columns = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
+        check_prompt(tokens, model_kwargs.get(CACHE), columns)
+        prefill: Any = super()._prefill  # type: ignore[misc]
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     # transformers reads the signature: it must stay that of the method that is replaced
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
