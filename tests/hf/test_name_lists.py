@@ -62,6 +62,16 @@ def test_the_auto_classes_still_list_their_models() -> None:
         assert type(config) in mapping and mapping[type(config)].config_class is type(config)
 
 
+def test_lm_eval_knows_the_kind_of_model(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
+    monkeypatch.setattr(lm_eval.eval_logger, "propagate", True)
+    model = object.__new__(lm_eval.HFLM)
+    model._get_backend(tiny_model().config)
+    assert model.backend == "causal" and "neither marked" not in caplog.text
+
+
 ADAPTERS = {
     "LoraConfig": {"q_proj", "v_proj"},
     "AdaLoraConfig": {"q_proj", "v_proj"},
