@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from .hf.checkpoint import export_published
     from .hf.convert import convert
-    from .nn import GatedKalmaNet, LayerState
+    from .nn import GatedKalmaNet, LayerState, detach_cache
 
 _WHERE = {
     "GKAConfig": ".hf",
@@ -37,6 +37,7 @@ _WHERE = {
     "InPlaceOfAttention": ".hf",
     "LayerState": ".nn",
     "convert": ".hf.convert",
+    "detach_cache": ".nn",
     "export_published": ".hf.checkpoint",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "LayerState",
     "__version__",
     "convert",
+    "detach_cache",
     "export_published",
     "hf",
     "nn",

@@ -1,50 +1,24 @@
 """The models are known to transformers' Auto classes wherever gka is imported, and `import gka` costs nothing.
 
 The way from a folder or a name to a model of transformers begins with `AutoConfig.from_pretrained`. Its first
-call imports `gka.hf`, which registers the models; transformers is not imported for it. Where transformers' module
-of AutoConfig is not imported yet, a finder in front of `sys.meta_path` waits for it.
+call imports `gka.hf`, which registers the models; transformers is not imported for it.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+import importlib
 from types import ModuleType
 from typing import Any
+
+from ._when_imported import when_imported
 
 _MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register_when_used() -> None:
     """Have `gka.hf` imported at the first use of AutoConfig, whether transformers is imported before or after."""
-    module = sys.modules.get(_MODULE)
-    if module is None:
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
-    else:
-        _import_ours_at_first_use(module)
-
-
-class _Finder(MetaPathFinder):
-    """Finds AutoConfig's module as the other finders do, and has `AutoConfig` prepared once it is executed."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _import_ours_at_first_use(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    when_imported(_MODULE, _import_ours_at_first_use)
 
 
 def _import_ours_at_first_use(module: ModuleType) -> None:

@@ -19,6 +19,7 @@ from .heads import GKAForQuestionAnswering, GKAForSequenceClassification, GKAFor
 from .in_place import InPlaceOfAttention
 from .mixers import Mixer, register_mixer
 from .model import GKAForCausalLM, GKAModel, GKAPreTrainedModel
+from .name_lists import join_lists
 
 __all__ = [
     "GKAConfig",
@@ -40,3 +41,4 @@ AutoModelForCausalLM.register(GKAConfig, GKAForCausalLM)
 AutoModelForSequenceClassification.register(GKAConfig, GKAForSequenceClassification)
 AutoModelForTokenClassification.register(GKAConfig, GKAForTokenClassification)
 AutoModelForQuestionAnswering.register(GKAConfig, GKAForQuestionAnswering)
+join_lists()

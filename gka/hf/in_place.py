@@ -22,7 +22,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from ..nn.layer import GatedKalmaNet
+from ..nn.padding import check_mask
+from ..ops.checks import require
 from .cache_name import takes_cache
+from .inputs import LOSS_KEYWORDS, check_keywords
+from .packing import refuse_packing
 
 _STATES = 3  # of convolutions, of q, k and v
 
@@ -60,7 +64,8 @@ class InPlaceOfAttention(nn.Module):
             attention_mask: None, [B, P + T] with 0 for a pad, or [B or 1, 1, T, P + T] of bool or to be added,
                 causal but for pads.
             past_key_values: the model's cache, a DynamicCache.
-            **kwargs: transformers' for attention; cu_seq_lens_q tells packed sequences.
+            **kwargs: what blocks and models of transformers hand on; cu_seq_lens_q tells packed sequences.
+                position_ids are read to refuse those of a packed batch that is told in no other way.
 
         Returns:
             [B, T, hidden_size], and None for the attention weights.
@@ -69,14 +74,16 @@ class InPlaceOfAttention(nn.Module):
             TypeError, ValueError: the mask is another, a keyword asks the impossible, or the cache has no place
                 for the layer. On a GPU a mask with other values ends in an assertion of the device.
         """
-        if kwargs.get("is_causal") is False:
-            raise ValueError("is_causal is False; expected True: a GKA layer sees the past only")
+        check_keywords(kwargs, also=("use_cache", *LOSS_KEYWORDS))  # what blocks hand on
         held = None if past_key_values is None else self._place_in(past_key_values)
         past = None if held is None or not held.is_initialized else held.keys[:, 0, :, 0]
         real = self._real_tokens(attention_mask, hidden_states, past)
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is not None:
             return self.layer(hidden_states, real, past_key_values, cu_seqlens), None
+        if kwargs.get("seq_idx") is not None:
+            raise ValueError("seq_idx is given without cu_seq_lens_q; expected both, or rows of one sequence each")
+        refuse_packing(real, kwargs.get("position_ids"), "pass cu_seq_lens_q, or rows of one sequence each")
         out = self.layer(hidden_states, real, past_key_values)
         if held is not None:
             known = (
@@ -108,6 +115,7 @@ class InPlaceOfAttention(nn.Module):
             raise TypeError(f"attention_mask is a {type(mask).__name__}; expected None or a torch.Tensor")
         (B, T), P = x.shape[:2], 0 if past is None else past.shape[1]
         if mask.ndim == 2 and tuple(mask.shape) == (B, P + T):
+            check_mask(mask[:, P:], "pass cu_seq_lens_q for packed sequences")
             return mask[:, P:] != 0
         if mask.ndim != 4 or mask.shape[0] not in (1, B) or tuple(mask.shape[1:]) != (1, T, P + T):
             raise ValueError(
@@ -123,17 +131,9 @@ class InPlaceOfAttention(nn.Module):
         fits = ((sees == expected) | pad.unsqueeze(2)).all()
         if past is not None:
             fits = fits & (real[:, :P] == (past != 0)).all()
-        self._require(fits)
-        return real[:, P:]
-
-    @staticmethod
-    def _require(fits: Tensor) -> None:
-        wrong = (
+        require(
+            fits,
             "attention_mask has values of another kind; expected a causal mask with pads: a GKA layer sees all "
-            "tokens before its own"
+            "tokens before its own",
         )
-        if fits.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not fits:
-                raise ValueError(wrong)
-        else:
-            torch._assert_async(fits, wrong)
+        return real[:, P:]

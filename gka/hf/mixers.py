@@ -18,10 +18,15 @@ class Mixer(nn.Module):
     Args:
         config: of the model, a GKAConfig.
         layer_idx: the layer's place in the cache.
+
+    Raises:
+        ValueError: layer_idx is no place in a cache.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
+        if type(layer_idx) is not int or layer_idx < 0:
+            raise ValueError(f"layer_idx is {layer_idx!r}; expected the number of the block")
 
     @classmethod
     def check(cls, config: Any) -> None:

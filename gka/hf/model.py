@@ -37,13 +37,12 @@ from .block import GKABlock, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .checkpoint import is_published, load_published
 from .config import GKAConfig
-from .inputs import check_keywords, padding_mask, positions
-from .length import add_counter, count_tokens
+from .inputs import LOSS_KEYWORDS, check_keywords, packing_of_call, padding_mask, positions
+from .length import add_counter, check_mask_length, check_prompt, count_tokens
 from .mixers import OURS, registered_mixer
-from .packing import Packing, find_packing
+from .packing import Packing
 
 GATES = ("a_proj", "b_proj", "alpha_proj")  # projections to one number per head
-_LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class GKAPreTrainedModel(PreTrainedModel):
@@ -188,15 +187,17 @@ class GKAModel(GKAPreTrainedModel):
         Args:
             input_ids: [B, T] of int64; or inputs_embeds: [B, T, hidden_size]. One of the two.
             attention_mask: [B, P + T], 0 for a pad, which may stand anywhere (but a sliding window counts the
-                pads that stand between its tokens); or transformers' masks by layer type.
+                pads that stand between its tokens), and 1 for a token, or the number of its packed sequence; or
+                transformers' masks by layer type.
             position_ids: [B, T] or [1, T], for the rotary embedding. None means counting the tokens that are no
-                pads. Without mask and cache, a 0 inside a row starts a packed sequence.
+                pads. Where they do not rise inside a row, a packed sequence starts (`gka.hf.packing`).
             past_key_values: a cache to go on from, `DynamicCache(config=config)`; brought up to date in place.
                 `cache` is another name of this argument, transformers' own from 5.24 on.
             use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
             **kwargs: those of transformers' models: output_hidden_states, output_attentions, and for packed
                 batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx. And no_pads: True where
-                the T tokens are known to be none, whatever attention_mask says of those before.
+                the T tokens are known to be none, whatever attention_mask says of those before. cache_position
+                and token_type_ids, which some callers send to every model, change nothing.
 
         Raises:
             TypeError: an unknown keyword, or past_key_values is no Cache.
@@ -212,11 +213,17 @@ class GKAModel(GKAPreTrainedModel):
         check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packing = self._find_packing(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        packing = packing_of_call(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+        )
+        if packing is not None:
+            attention_mask = None  # its pads are sequences of their own
         if use_cache and past_key_values is None and packing is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and not self.config.has_attention:
             add_counter(past_key_values)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            check_mask_length(attention_mask, past_key_values, inputs_embeds.shape[1])
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
@@ -245,31 +252,6 @@ class GKAModel(GKAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             **named(past_key_values if use_cache else None),
         )
-
-    def _find_packing(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Any] | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> Packing | None:
-        told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
-        if told and attention_mask is not None:
-            raise ValueError(f"{told[0]} and attention_mask are both given; leave the pads out of a packed batch")
-        if told and past_key_values is not None:
-            raise ValueError(
-                f"{told[0]} and past_key_values are both given; a cache has one state per row: "
-                "pass the sequences as rows, padded, with an attention_mask"
-            )
-        if attention_mask is not None or past_key_values is not None:
-            position_ids = None
-        B, T = inputs_embeds.shape[:2]
-        packing = find_packing((B, T), kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), position_ids)
-        attention = self.config._attn_implementation or ""
-        if packing is not None and B > 1 and self.config.has_attention and "flash" in attention:
-            raise ValueError(f"a packed batch has {B} rows; {attention} takes 1: concatenate them")
-        return packing
 
     def _masks(
         self,
@@ -334,13 +316,15 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T] of int64, the tokens themselves (they are shifted here), -100 where there is no loss.
             logits_to_keep: how many of the last positions get logits, 0 for all; or their indices.
-            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index.
+            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index;
+                num_logits_to_keep is the former name of logits_to_keep.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the mean loss (or the sum over num_items_in_batch) if
             labels are given, and the cache.
         """
-        loss_kwargs = {name: kwargs.pop(name) for name in _LOSS_KEYWORDS if name in kwargs}
+        logits_to_keep = kwargs.pop("num_logits_to_keep", logits_to_keep)  # type: ignore[typeddict-item]
+        loss_kwargs = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -375,6 +359,18 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and not self.config.has_attention:
             add_counter(cache)
         return result
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', for `generate`; a prompt that does not go on from the cache is an error."""
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        tokens = columns = (input_ids if embeds is None else embeds).shape[1]
+        if embeds is None:  # of a mask of ones transformers keeps the length alone
+            columns = getattr(generation_config, "_mask_length", tokens) if mask is None else mask.shape[1]
+        check_prompt(tokens, model_kwargs.get(CACHE), columns)
+        prefill: Any = super()._prefill  # type: ignore[misc]
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     # transformers reads the signature: it must stay that of the method that is replaced
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)

@@ -2,10 +2,16 @@
 
 - `cu_seq_lens_q` [N + 1]: where the sequences of the only row start, and its length.
 - `seq_idx` [B, T]: the number of each token's sequence; it changes where a sequence starts.
-- `position_ids` [B, T], neither with a mask nor with a cache: 0 where a sequence starts.
+- `position_ids` [B, T]: they do not rise where a sequence starts. A jump forward starts none.
+- `attention_mask` [B, T] with sequence numbers, such as 1 1 2 2 3 0: rising, 0 for a pad.
 
-Every row's first token starts a sequence. The first of the three that is there decides. With `cu_seq_lens_q`
-nothing waits for a GPU. With the others the GPU has to say how many sequences there are, the size of a tensor.
+Every row's first token starts a sequence. The first of the first three that is there decides; with an
+`attention_mask`, its numbers, or `position_ids` if it has none. Each run of pads in a packed row is a sequence of
+its own. A cache has one state per row, so with a cache a packed batch is an error.
+
+With `cu_seq_lens_q` nothing waits for a GPU. With `seq_idx`, or `position_ids` alone, the GPU has to say how many
+sequences there are, the size of a tensor. Every padded batch has an `attention_mask`, so its values are not read
+on a GPU: packing told in it or beside it ends in an assertion of the device, or works with GKA_CHECK_VALUES=1.
 
 Legend: B batch, T time, N sequences in all rows together.
 """
@@ -17,7 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..nn.padding import check_mask
 from ..nn.short_conv import sequence_of_tokens
+from ..ops.checks import require, values_may_be_read
 
 
 class Packing(NamedTuple):
@@ -63,8 +71,70 @@ def find_packing(
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {shape}")
         return _from_inner_starts(seq_idx[:, 1:] != seq_idx[:, :-1], shape)
     if position_ids is not None:
-        return _from_inner_starts(position_ids[:, 1:] == 0, shape)
+        return _from_inner_starts(position_ids[:, 1:] <= position_ids[:, :-1], shape)
     return None
+
+
+def find_packing_in_mask(attention_mask: Tensor, position_ids: Tensor | None) -> Packing | None:
+    """Where the sequences are that a mask numbers, or positions beside a mask tell; None if every row is one.
+
+    Args:
+        attention_mask: [B, T], 0 for a pad, and 1 for a token or the number of its sequence.
+        position_ids: [B, T] or [1, T], integers, or None.
+
+    Raises:
+        ValueError: the numbers do not rise or are none, or a pad stands within a sequence of a packed row.
+    """
+    if not values_may_be_read(attention_mask):
+        refuse_packing(attention_mask, position_ids, "leave attention_mask out of a packed batch")
+        return None
+    shape = (attention_mask.shape[0], attention_mask.shape[1])
+    if (attention_mask > 1).any():
+        number = attention_mask
+    elif position_ids is not None and (starts := _restarts(attention_mask, position_ids)).any():
+        number = (starts.cumsum(1) + 1) * (attention_mask != 0)
+    else:
+        check_mask(attention_mask)
+        return None
+    last, seen = _last_real(attention_mask != 0)
+    before = number.gather(1, last)
+    adjacent = last == torch.arange(shape[1], device=last.device) - 1
+    rises = (number > before) | ((number == before) & adjacent) | (number == 0) | ~seen
+    if not (rises & (number >= 0) & (number == number.long())).all():
+        raise ValueError(
+            "attention_mask and position_ids tell sequences that are not in one piece; expected whole numbers "
+            "that rise along a row, such as 1 1 2 2 3 0, with pads (0) between sequences only"
+        )
+    return _from_inner_starts(number[:, 1:] != number[:, :-1], shape)
+
+
+def refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, remedy: str) -> None:
+    """ValueError for a packed batch, told in an attention_mask [B, T] or by position_ids [B or 1, T].
+
+    On a GPU an assertion of the device.
+    """
+    if attention_mask is not None:
+        check_mask(attention_mask, remedy)
+    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] > 1:
+        real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+        message = f"position_ids do not rise along a row, as those of a packed batch; {remedy}"
+        require(~_restarts(real, position_ids).any(), message)
+
+
+def _last_real(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Of real [B, T] of bool: the index of the last real token before each token, or 0, and if there is one."""
+    index = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    last = torch.where(real, index, -1).cummax(dim=1).values
+    last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    return last.clamp(min=0), last >= 0
+
+
+def _restarts(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """[B, T] of bool: real tokens whose position is not above that of the real token before."""
+    real = attention_mask != 0
+    last, seen = _last_real(real)
+    position_ids = position_ids.expand(real.shape)
+    return real & seen & (position_ids <= position_ids.gather(1, last))
 
 
 def _from_lengths(cu_seqlens: Tensor, T: int) -> Packing:

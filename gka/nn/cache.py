@@ -31,6 +31,12 @@ class LayerState(NamedTuple):
     conv: list[Tensor]
     state: State
 
+    def detach(self) -> LayerState:
+        """The same numbers, through which no gradient flows: for backpropagation through a part of a sequence."""
+        S_kk, S_kv = self.state
+        sums = State(None if S_kk is None else S_kk.detach(), S_kv.detach())
+        return LayerState([part.detach() for part in self.conv], sums)
+
 
 def checked_layer_state(given: Any, conv_shapes: Sequence[tuple[int, ...]]) -> LayerState:
     """A pair of three inputs of convolutions, of those shapes, and (S_kk, S_kv), as a LayerState.
@@ -107,3 +113,19 @@ def write_cache(cache: Cache, layer_idx: int, new: LayerState) -> None:
     for number, sums in enumerate(new.state):
         if sums is not None and sums is not held.recurrent_states[number]:  # a decode step wrote what it holds
             cache.update_recurrent_state(sums, layer_idx, state_idx=number)
+
+
+def detach_cache(cache: Cache) -> None:
+    """Stop gradients at what a cache of transformers holds, in place; the numbers stay.
+
+    For backpropagation through a part of a sequence: between the backward pass of one part and the forward pass of
+    the next. Softmax attention's keys and values are detached, too.
+    """
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            for number, tensor in states.items():
+                if tensor is not None:  # the next call writes to it in place: the graph of the last keeps its own
+                    states[number] = tensor.detach().clone()
+        for name in ("keys", "values"):
+            if isinstance(tensor := getattr(layer, name, None), Tensor):
+                setattr(layer, name, tensor.detach())

@@ -36,7 +36,7 @@ from .cache import LayerState, check_cache, checked_layer_state, read_cache, wri
 from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
-from .padding import RealFirst
+from .padding import RealFirst, check_mask
 from .projections import LowRank, ZeroLinear, project
 from .short_conv import ShortConv, last_inputs, packing
 
@@ -262,8 +262,9 @@ class GatedKalmaNet(DecayParameters):
 
         Args:
             hidden_states: [B, T, hidden_size], any float dtype.
-            attention_mask: [B, T], 0 for a pad, which may stand anywhere; any dtype. A pad changes nothing for
-                the other tokens and for the cache, and gives 0.
+            attention_mask: [B, T], 0 for a pad, which may stand anywhere, and 1 for a token; any dtype. A pad
+                changes nothing for the other tokens and for the cache, and gives 0. On a GPU other values end in
+                an assertion of the device.
             past_key_values: a cache of transformers, `DynamicCache(config=config)`: the rows go on from what it
                 holds for this layer, and it is brought up to date, in place. Gradients flow through it.
             cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
@@ -431,6 +432,8 @@ class GatedKalmaNet(DecayParameters):
             raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {self.hidden_size}]")
         if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
+        if mask is not None:
+            check_mask(mask)
         if cu_seqlens is not None and mask is not None:
             raise ValueError("cu_seqlens and attention_mask are both given; leave the pads out of a packed batch")
         if cu_seqlens is not None and cache is not None:

@@ -12,6 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.checks import require
+
+
+def check_mask(attention_mask: Tensor, remedy: str = "pass packed sequences by cu_seqlens") -> None:
+    """ValueError for a mask with values other than 0 and 1; on a GPU an assertion of the device.
+
+    Some callers number packed sequences in the mask: 1 1 2 2 3. For one who reads it as "0 or not" they would be
+    one sequence.
+    """
+    if attention_mask.dtype != torch.bool:
+        fits = ((attention_mask == 0) | (attention_mask == 1)).all()
+        require(
+            fits, f"attention_mask has values other than 0 and 1; expected 0 for a pad, 1 for a token; {remedy}"
+        )
+
 
 class RealFirst:
     """The permutation of every row that puts its real tokens first, in their order.

@@ -134,6 +134,15 @@ def values_may_be_read(tensor: Tensor) -> bool:
     return tensor.device.type in NEVER_WAITING or os.environ.get("GKA_CHECK_VALUES") == "1"
 
 
+def require(fits: Tensor, error: str) -> None:
+    """ValueError if `fits`, a bool, is False; where its value may not be read, an assertion of the device."""
+    if values_may_be_read(fits):
+        if not fits:
+            raise ValueError(error)
+    elif fits.device.type != "meta":
+        torch._assert_async(fits, error)
+
+
 _told_slow: set[tuple[str, torch.dtype, int, int | None]] = set()
 
 

@@ -90,7 +90,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 def evaluate(checkpoint: Path, tasks: TaskManager, batch_size: int) -> dict[str, Any]:
     return lm_eval.simple_evaluate(
         model="hf",
-        model_args=f"pretrained={checkpoint},dtype=float64,backend=causal",
+        model_args=f"pretrained={checkpoint},dtype=float64",
         tasks=["gka_choice", "gka_write"],
         task_manager=tasks,
         batch_size=batch_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from model_helpers import tiny_config
 
@@ -17,3 +19,9 @@ def test_the_librarys_own_names_are_taken(name: str) -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"mixer is 'rwkv'; expected one of \('gka', 'gla'"):
         tiny_config(mixer="rwkv")
+
+
+@pytest.mark.parametrize("layer_idx", [None, -1, True])
+def test_a_mixer_needs_a_place_in_the_cache(layer_idx: Any) -> None:
+    with pytest.raises(ValueError, match=f"layer_idx is {layer_idx}"):
+        Mixer(tiny_config(), layer_idx)

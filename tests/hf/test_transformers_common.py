@@ -9,7 +9,6 @@ Their tests of `generate` and of torch.export are not in transformers' source di
 from __future__ import annotations
 
 import unittest
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,28 +40,6 @@ CANNOT_RUN_WITHOUT_ATTENTION = {
         "there is no rotary embedding without attention layers",
     ),
 }
-
-# Their test classes tell what a model is for by looking its name up in transformers' lists of its own models.
-OURS = (
-    (common.MODEL_MAPPING_NAMES, GKAModel.__name__),
-    (common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GKAForCausalLM.__name__),
-    (common.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GKAForSequenceClassification.__name__),
-    (common.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GKAForTokenClassification.__name__),
-    (common.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, GKAForQuestionAnswering.__name__),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def listed() -> Iterator[None]:
-    """Our models are in those lists."""
-    theirs = common.get_values
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common,
-            "get_values",
-            lambda names: [*theirs(names), *(name for mapping, name in OURS if mapping is names)],
-        )
-        yield
 
 
 class Sizes:

@@ -73,9 +73,15 @@ def test_refuses_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_cache_needs_a_layer_idx() -> None:
-    layer = GatedKalmaNet.from_config(tiny_config())
-    with pytest.raises(ValueError, match="layer_idx is None"):
-        layer(random_inputs(1, 2, 36).float(), past_key_values=new_cache(tiny_config()))
+    """So two layers made by default cannot share a place; those with places of their own go on from it."""
+    cache, x = new_cache(tiny_config()), random_inputs(1, 7, 36).float()
+    for layer in (GatedKalmaNet.from_config(tiny_config()), GatedKalmaNet(36, 4)):
+        with pytest.raises(ValueError, match="layer_idx is None"):
+            layer(x, past_key_values=cache)
+    for index in range(2):
+        layer = GatedKalmaNet.from_config(tiny_config(), index)
+        parts = [layer(part, past_key_values=cache) for part in x.split([4, 3], dim=1)]
+        assert_near(torch.cat(parts, dim=1), layer(x), 1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_v_conv": False}, {"mixer": "gla"}, {"conv_size": 1}], ids=str)
