@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
+import gka.hf.model
 from gka import GKAForCausalLM
 from gka.cli.loading import find_checkpoint, load_checkpoint
-from gka.hf.model import GATES, GKAPreTrainedModel
 from gka.training.data import encode, validation_texts
 
 TOKENS = 512
+GATES = ("a_proj", "b_proj", "alpha_proj")
 LINEAR = (*GATES, "q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -43,7 +44,7 @@ def logits(source: Path, tokens: Tensor, quantised: set[str], bits: int) -> Tens
         4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
         8: {"load_in_8bit": True},
     }
-    with mock.patch.object(GKAPreTrainedModel, "_keep_in_fp32_modules", None):
+    with mock.patch.object(gka.hf.model, "_GATES", ()):
         settings = BitsAndBytesConfig(llm_int8_skip_modules=spared, **kinds[bits])
         model = GKAForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.float32)
     found: Tensor = model(tokens).logits

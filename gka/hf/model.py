@@ -42,7 +42,7 @@ from .length import add_counter, check_mask_length, check_prompt, count_tokens
 from .mixers import OURS, registered_mixer
 from .packing import Packing
 
-GATES = ("a_proj", "b_proj", "alpha_proj")  # projections to one number per head
+_GATES = (".a_proj", ".b_proj", ".alpha_proj")  # the ends of their names: projections to one number per head
 
 
 class GKAPreTrainedModel(PreTrainedModel):
@@ -58,7 +58,6 @@ class GKAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _is_stateful = True
-    _keep_in_fp32_modules = [f".{name}" for name in GATES]  # noqa: RUF012  # what no quantisation converts
     _can_record_outputs = {"hidden_states": GKABlock, "attentions": SoftmaxAttention}  # noqa: RUF012
 
     @classmethod
@@ -94,10 +93,16 @@ class GKAPreTrainedModel(PreTrainedModel):
         with whole_decay(self):
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
+    def post_init(self) -> None:
+        """As transformers'; no quantisation converts the gates."""
+        super().post_init()
+        if getattr(self.config, "quantization_config", None) is not None:
+            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *_GATES}
+
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """As transformers'; but `_keep_in_fp32_modules`, which spares the gates, makes no float32 of float16."""
+        """As transformers', which would make the gates of a float16 model float32, too."""
         plan: dict[str, torch.dtype] = super()._get_dtype_plan(dtype)
-        return {name: wide for name, wide in plan.items() if name.removeprefix(".") not in GATES}
+        return {name: wide for name, wide in plan.items() if name not in _GATES}
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
