@@ -15,8 +15,9 @@ from reads import Reads
 from gka import GKAForCausalLM
 from gka.hf import inputs
 from gka.hf.inputs import padding_mask
-from gka.hf.packing import find_packing
+from gka.hf.packing import find_packing, find_packing_in_mask
 from gka.nn import layer
+from gka.nn.padding import check_mask
 from gka.ops import checks
 
 
@@ -45,6 +46,13 @@ def test_on_the_cpu_a_mask_without_pads_is_dropped(monkeypatch: pytest.MonkeyPat
 def test_lengths_of_a_packed_batch_are_not_read_on_a_gpu(reads: list[str]) -> None:
     packing = find_packing((1, 9), torch.tensor([0, 4, 9]), None, None)
     assert packing is not None and packing.positions.shape == (1, 9) and not reads
+
+
+def test_masks_and_positions_of_a_padded_batch_are_not_read_on_a_gpu(reads: list[str]) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert find_packing_in_mask(mask, (mask.cumsum(1) - 1).clamp(min=0)) is None
+    check_mask(mask)
+    assert not reads
 
 
 @pytest.mark.parametrize("types", [[GKA, GKA], [GKA, FULL]])
