@@ -1,8 +1,8 @@
-"""The models are known to transformers' Auto classes wherever gka is imported, and `import gka` costs nothing.
+"""Make the models known to transformers' Auto classes, without importing transformers in `import gka`.
 
-The way from a folder or a name to a model of transformers begins with `AutoConfig.from_pretrained`. Its first
-call imports `gka.hf`, which registers the models; transformers is not imported for it. Where transformers' module
-of AutoConfig is not imported yet, a finder in front of `sys.meta_path` waits for it.
+Loading a model from a folder or a name starts with `AutoConfig.from_pretrained`. Its first call imports `gka.hf`,
+which registers the models. If the module of AutoConfig is not imported yet, a finder in front of `sys.meta_path`
+waits for its import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register_when_used() -> None:
-    """Have `gka.hf` imported at the first use of AutoConfig, whether transformers is imported before or after."""
+    """Import `gka.hf` at the first use of AutoConfig, whether transformers is imported before or after gka."""
     module = sys.modules.get(_MODULE)
     if module is None:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -1,4 +1,4 @@
-"""What callers of the models may pass besides tokens: masks, positions, keywords.
+"""Arguments of the models besides tokens: masks, positions, keywords.
 
 Legend: B batch, T time of this call, P tokens in the cache.
 """
@@ -20,10 +20,10 @@ _KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__
 
 
 def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
-    """The mask of a GKA layer: the last T columns of a 2-D mask [B, P + T]; None if they are known to hold no pad.
+    """The mask for GKA layers: the last T columns of a mask [B, P + T]; None if they surely have no padding.
 
-    A mask without pads gives the same numbers and costs a little more. Reading it would make a GPU wait, so it is
-    read there only if the environment variable GKA_CHECK_VALUES is 1.
+    A mask without padding gives the same numbers and costs a little more time. Reading it would make a GPU wait,
+    so on a GPU it is read only if the environment variable GKA_CHECK_VALUES is 1.
     """
     if attention_mask is None:
         return None
@@ -44,7 +44,7 @@ def positions(
     past_key_values: Cache | None,
     packing: Packing | None,
 ) -> Tensor:
-    """Positions for the rotary embedding, [B or 1, T]: pads do not count."""
+    """Positions for the rotary embedding, [B or 1, T]; padding does not count."""
     if packing is not None:
         return packing.positions
     T = inputs_embeds.shape[1]
@@ -55,7 +55,7 @@ def positions(
 
 
 def check_keywords(kwargs: dict[str, Any]) -> None:
-    """TypeError for a keyword that no model of transformers has, ValueError for one that asks the impossible."""
+    """Raise TypeError for an unknown keyword, ValueError for a keyword with an impossible value."""
     for name in kwargs:
         if name not in _KNOWN_KEYWORDS:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")

@@ -1,11 +1,12 @@
-"""Packed batches: several sequences behind each other in a row, told in any of the ways that collators use.
+"""Packed batches: several sequences in one row, one after the other, described in one of the ways of collators.
 
-- `cu_seq_lens_q` [N + 1]: where the sequences of the only row start, and its length.
-- `seq_idx` [B, T]: the number of each token's sequence; it changes where a sequence starts.
-- `position_ids` [B, T], neither with a mask nor with a cache: 0 where a sequence starts.
+- `cu_seq_lens_q` [N + 1]: the starts of the sequences in a single row, and its length.
+- `seq_idx` [B, T]: the sequence number of each token; it changes at the start of a sequence.
+- `position_ids` [B, T], without a mask and without a cache: 0 at the start of a sequence.
 
-Every row's first token starts a sequence. The first of the three that is there decides. With `cu_seq_lens_q`
-nothing waits for a GPU. With the others the GPU has to say how many sequences there are, the size of a tensor.
+The first token of every row starts a sequence. The first of the three arguments that is given decides. With
+`cu_seq_lens_q` nothing waits for a GPU. With the others the host must wait for the number of sequences, because it
+is the size of a tensor.
 
 Legend: B batch, T time, N sequences in all rows together.
 """
@@ -21,11 +22,11 @@ from ..nn.short_conv import sequence_of_tokens
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a packed batch are.
+    """The sequences of a packed batch.
 
-    cu_seqlens: [N + 1] of int64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] of the rows, one behind
-        the other.
-    positions: [B, T] of int64: of each token in its sequence.
+    cu_seqlens: [N + 1] int64; sequence n has the tokens from cu_seqlens[n] to cu_seqlens[n + 1] - 1 of all rows,
+        joined one after the other.
+    positions: [B, T] int64, the position of each token in its sequence.
     """
 
     cu_seqlens: Tensor
@@ -38,7 +39,7 @@ def find_packing(
     seq_idx: Tensor | None,
     position_ids: Tensor | None,
 ) -> Packing | None:
-    """Where the sequences are, or None if every row is one sequence.
+    """Find the sequences of a packed batch; None if every row is one sequence.
 
     Args:
         shape: (B, T).
