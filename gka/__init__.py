@@ -1,8 +1,7 @@
 """Gated KalmaNet (arXiv 2511.21016): a sequence layer that solves a ridge regression over its past at every token.
 
-The operation and the layer need torch alone; the models need transformers, the extra `hf`. Every name is imported
-when it is first asked for, so `gka --help` waits for neither. transformers' Auto classes know the models once gka
-is imported.
+The operation and the layer need only torch; the models need transformers (the extra `hf`). Every name is imported
+at its first use, so `gka --help` imports neither. After `import gka`, transformers' Auto classes know the models.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""The models are known to transformers' Auto classes wherever gka is imported, and `import gka` costs nothing.
+"""Make the models known to transformers' Auto classes, without importing transformers in `import gka`.
 
-The way from a folder or a name to a model of transformers begins with `AutoConfig.from_pretrained`. Its first
-call imports `gka.hf`, which registers the models; transformers is not imported for it.
+Loading a model from a folder or a name starts with `AutoConfig.from_pretrained`. Its first call imports `gka.hf`,
+which registers the models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MODULE = "transformers.models.auto.configuration_auto"
 
 
 def register_when_used() -> None:
-    """Have `gka.hf` imported at the first use of AutoConfig, whether transformers is imported before or after."""
+    """Import `gka.hf` at the first use of AutoConfig, whether transformers is imported before or after gka."""
     when_imported(_MODULE, _import_ours_at_first_use)
 
 

@@ -39,8 +39,8 @@ class GKABlock(GradientCheckpointingLayer):
     """One block of the model.
 
     Args:
-        config: of the model; config.layer_types[layer_idx] says what the block mixes tokens with.
-        layer_idx: the block's number.
+        config: the configuration of the model; config.layer_types[layer_idx] decides the mixer of the block.
+        layer_idx: number of the block.
     """
 
     def __init__(self, config: GKAConfig, layer_idx: int) -> None:
@@ -72,10 +72,11 @@ class GKABlock(GradientCheckpointingLayer):
 
         Args:
             hidden_states: [B, T, hidden_size].
-            attention_mask: of this kind of layer: [B, T] for GKA, transformers' own for softmax attention.
-            past_key_values: the model's cache.
-            packing: where the sequences of a packed batch are.
-            attention_arguments: what softmax attention needs besides, position_embeddings above all.
+            attention_mask: the mask for this kind of layer: [B, T] for GKA, that of transformers for softmax
+                attention.
+            past_key_values: the cache of the model.
+            packing: the sequences of a packed batch.
+            attention_arguments: other arguments of softmax attention, e.g. position_embeddings.
         """
         x = self.input_layernorm(hidden_states)
         if self.layer_type != "linear_attention":

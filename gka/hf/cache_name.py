@@ -1,9 +1,10 @@
-"""What transformers calls a model's cache: `cache` from 5.24 on, `past_key_values` before.
+"""The name of a model's cache in transformers: `cache` from 5.24 on, `past_key_values` before.
 
-`forward` of this library's models takes both. Outputs, and arguments of `generate`, have the name of the
-transformers there is; from 5.24 on transformers itself takes the old one, too.
+`forward` of the models accepts both names. Outputs, and arguments of `generate`, use the name of the installed
+transformers. From 5.24 on, transformers also accepts the old name.
 
-This file goes when transformers 5.24 is the oldest supported, at the latest on 1 July 2027: `cache` stays.
+Delete this file when transformers 5.24 is the oldest supported version, at the latest on 1 July 2027; `cache`
+stays.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def takes_cache(function: _Function) -> _Function:
-    """Let a method with an argument `past_key_values` take it as `cache`, too.
+    """Let a method with an argument `past_key_values` also accept it as `cache`.
 
-    Its signature, which transformers reads, has the name of the transformers there is.
+    transformers reads the signature of the method; it has the name of the installed transformers.
     """
 
     @functools.wraps(function)

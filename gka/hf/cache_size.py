@@ -1,4 +1,4 @@
-"""How many bytes a model's cache takes: attention layers keep every token, GKA layers a state of constant size."""
+"""The size of a model's cache in bytes. Attention layers keep every token, GKA layers a state of constant size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .cache_name import CACHE
 
 @torch.no_grad()
 def cache_bytes(model: Any, tokens: int) -> int:
-    """Bytes of the cache of one sequence of that many tokens.
+    """Bytes of the cache for one sequence.
 
-    What one token leaves in the cache is measured; keys and values are as many times that as a layer keeps tokens.
+    The function measures the cache after one token. Keys and values are then multiplied by the number of tokens
+    that a layer keeps.
 
     Args:
         model: a causal language model of transformers.

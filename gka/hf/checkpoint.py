@@ -1,8 +1,9 @@
-"""Checkpoints looked at before they are believed: names, shapes and dtypes from the files' headers, then values.
+"""Check checkpoints: first names, shapes and dtypes from the headers of the files, then the values.
 
-A checkpoint in the published format (`published.py`) loads by transformers' own `from_pretrained`, between two
-checks. First the headers of its safetensors files, which cost nothing to read: every tensor that the configuration
-asks for is there, nothing else is, all are floats of one dtype, no file is cut short. Then the values: all finite.
+A checkpoint in the published format (`published.py`) is loaded by `from_pretrained` of transformers, between two
+checks. The first check reads the headers of the safetensors files, which is fast: all tensors of the configuration
+are there and no others, all are floats of one dtype, and no file is truncated. The second check is that all values
+are finite.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class BadCheckpoint(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor. dtype: as safetensors writes it, "BF16"."""
+    """The header of a tensor in a file. dtype is written as in safetensors, e.g. "BF16"."""
 
     file: Path
     dtype: str
@@ -262,13 +263,13 @@ def export_published(
 
     Args:
         model: a GKAForCausalLM.
-        folder: where to; it must not hold anything yet. It appears when all of it is written.
-        num_iter: iterations to write; None takes it from the model's steps.
-        shard_bytes: size of a weights file at most.
+        folder: the folder to write; it must be empty or must not exist. It appears only when it is complete.
+        num_iter: number of iterations to write; None derives it from the solver steps of the model.
+        shard_bytes: maximum size of a weights file in bytes.
 
     Raises:
-        ValueError: the model has what the format cannot say.
-        FileExistsError: the folder holds something.
+        ValueError: the format does not support something in the model.
+        FileExistsError: the folder is not empty.
     """
     config = write_config(model.config, num_iter)
     partial = begin_folder(Path(folder))

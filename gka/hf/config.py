@@ -1,4 +1,4 @@
-"""The one list of hyperparameters: every default of the layer and of the model stands here.
+"""The configuration: all hyperparameters of the layer and of the model, with their defaults.
 
 Section numbers are those of the paper (arXiv 2511.21016).
 """
@@ -21,7 +21,7 @@ from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
 from .recipe import read_recipe
 
-_FORMER = {"steps": "solver_steps"}  # names that saved configurations may still have
+_FORMER = {"steps": "solver_steps"}  # former names in saved configurations
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 _COUNTS = (
@@ -49,7 +49,7 @@ _SWITCHES = (
     "use_cache",
     "tie_word_embeddings",
 )
-# What only a GKA layer has, beside solver_steps.
+# Fields that only a GKA layer has, besides solver_steps.
 _OWN = (
     "ridge_ratio",
     "chunk_size",
@@ -73,48 +73,48 @@ class GKAConfig(PreTrainedConfig):
         hidden_size: width of the residual stream.
         intermediate_size: width of the SwiGLU feed-forward block.
         num_hidden_layers: number of blocks.
-        num_attention_heads: query heads H, of GKA layers and of softmax attention layers alike.
+        num_attention_heads: query heads H, in GKA layers and in softmax attention layers.
         num_key_value_heads: key/value heads Hk, a divisor of H; None means H.
         head_dim: dim of queries, keys and values of a head; None means hidden_size // H.
         layer_types: one of "linear_attention" (a GKA layer), "full_attention" and
-            "sliding_attention" (softmax attention) for each block; None means GKA everywhere.
-        mixer: what a "linear_attention" block is: "gka", or "gla", the same layer without the solve
-            (alpha = 0 and no S_kk); or the name of a layer given to `register_mixer`, which takes none of the
-            fields that are a GKA layer's own.
+            "sliding_attention" (softmax attention) for each block; None means GKA in all blocks.
+        mixer: the layer in "linear_attention" blocks: "gka", or "gla" (the same layer without the solve,
+            alpha = 0 and no S_kk), or a name given to `register_mixer`. A registered layer does not use the
+            fields that belong to GKA layers only.
         ridge_ratio: a of the paper: lambda_t = a * ||S_kk_t||_F, greater than 0.
         solver_steps: Chebyshev nodes of each stage of the solve, e.g. [31] (the paper's 30 iterations) or
-            [16, 16] (two stages with one refinement); None means what suits the input's dtype.
-        chunk_size: tokens per chunk of the training form; None means what suits the device. The
+            [16, 16] (two stages with one refinement); None means the default for the dtype of the input.
+        chunk_size: tokens per chunk in training and prefill; None means the default of the device. The
             result does not depend on it.
         conv_size: width of the causal depthwise convolutions of q, k and v.
         use_v_conv: whether v has a convolution too.
-        use_alpha_connection: whether the alpha-connection is there; without it alpha = 1.
-        use_beta_gate: whether the write strength is there; without it beta = 1.
-        use_forget_gate: whether the state fades; without it g = 0.
+        use_alpha_connection: whether to use the alpha connection; without it alpha = 1.
+        use_beta_gate: whether to use the write strength; without it beta = 1.
+        use_forget_gate: whether the state decays; without it g = 0.
         use_output_gate: whether SiLU(x W_g) multiplies the normalised output.
-        kv_proj_rank: rank of a learned map that gives every query head keys and values of its own, added to the
-            repeated key/value heads; needs Hk < H. None means none.
-        kv_learnable_residual: whether those repeated heads are learned mixtures of all; needs kv_proj_rank.
+        kv_proj_rank: rank of a learned map that gives every query head its own keys and values, added to the
+            repeated key/value heads; needs Hk < H. None means no such map.
+        kv_learnable_residual: whether the repeated heads are learned mixtures of all heads; needs kv_proj_rank.
         hidden_act: activation of the feed-forward block.
-        max_position_embeddings: longest sequence that the rotary embedding of attention layers is
-            made for; GKA layers have no such limit.
+        max_position_embeddings: length of the longest sequence for the rotary embedding of attention layers;
+            GKA layers have no such limit.
         rope_parameters: rotary embedding of the attention layers, as in transformers.
         sliding_window: tokens that a "sliding_attention" layer sees.
         attention_bias: whether q, k, v and o of the attention layers have a bias.
         attention_output_bias: whether o of the attention layers has a bias; None means attention_bias.
         mlp_bias: whether the projections of the feed-forward block have a bias.
-        attention_dropout: dropout of the attention weights while training.
+        attention_dropout: dropout of the attention weights in training.
         use_qk_norm: whether queries and keys of the attention layers are RMS-normalised.
-        initializer_range: standard deviation of the weights at initialisation, the same for all. None means
-            1 / sqrt(hidden_size), and projections into the residual stream smaller by sqrt(2 num_hidden_layers).
+        initializer_range: standard deviation of all initial weights. None means 1 / sqrt(hidden_size), and
+            projections into the residual stream are smaller by sqrt(2 num_hidden_layers).
         rms_norm_eps: epsilon of every RMSNorm.
-        use_cache: whether `forward` returns its states for decoding.
-        tie_word_embeddings: whether the output projection is the embedding's matrix.
+        use_cache: whether `forward` returns a cache for decoding.
+        tie_word_embeddings: whether the output projection uses the matrix of the embedding.
         pad_token_id, bos_token_id, eos_token_id: special token ids.
 
     Raises:
-        ValueError: naming the field, its value and what is expected, for a value that does not fit and for
-            an unknown keyword that is nearly the name of a field.
+        ValueError: a value is invalid, or an unknown keyword is similar to the name of a field. The message
+            names the field, its value and the expected value.
     """
 
     model_type = "gka"
@@ -197,23 +197,23 @@ class GKAConfig(PreTrainedConfig):
 
     @classmethod
     def from_recipe(cls, path: str | Path, **fields: Any) -> GKAConfig:
-        """The model that a recipe, a YAML file of `gka train` options such as configs/440m.yaml, describes.
+        """Make the configuration from a recipe, a YAML file of `gka train` options such as configs/440m.yaml.
 
         Args:
-            path: the file; what it says of data and training is not read.
-            **fields: further fields such as vocab_size, which a recipe leaves to the tokenizer; they win.
+            path: the file; its options for data and training are not used.
+            **fields: other fields, which override the file; e.g. vocab_size, which is not in a recipe.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it does not describe a model.
+            ValueError: the file does not describe a model.
         """
         return cls(**{**read_recipe(path), **fields})
 
     def check(self) -> None:
-        """Check every field against the others; the model does so once more, for fields set later.
+        """Check all fields. The model calls this again, because fields can be set later.
 
         Raises:
-            ValueError: naming the field, its value and what is expected.
+            ValueError: a field is invalid; the message names it, its value and the expected value.
         """
         self._check_counts(*_COUNTS)
         self._check_counts(*(name for name in _OPTIONAL_COUNTS if getattr(self, name) is not None))
@@ -274,7 +274,7 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("sliding_window", "a number of tokens, as a layer is sliding_attention")
 
     def _check_mixer(self) -> None:
-        """Refuse fields of a GKA layer, changed, with a layer that does not have them."""
+        """Refuse changed fields of a GKA layer if the mixer does not have them."""
         if self.mixer in OURS:
             return
         for name in _OWN:
@@ -284,7 +284,7 @@ class GKAConfig(PreTrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """Convolution states of a layer in the cache: 0, 1, 2 of q, k, v; of the other mixers one of them all.
+        """Number of convolution states of a layer in the cache: three (q, k, v), or one with other mixers.
 
         Recurrent states are 0 S_kk and 1 S_kv.
         """
@@ -292,12 +292,12 @@ class GKAConfig(PreTrainedConfig):
 
     @property
     def initializer_std(self) -> float:
-        """The standard deviation that initializer_range asks for."""
+        """The standard deviation of the initial weights, from initializer_range."""
         return default_std(self.hidden_size) if self.initializer_range is None else self.initializer_range
 
     @property
     def output_factor(self) -> float:
-        """What first weights of projections into the residual stream are multiplied by."""
+        """The factor of the initial weights of projections into the residual stream."""
         return residual_factor(self.num_hidden_layers) if self.initializer_range is None else 1.0
 
     @property
@@ -318,7 +318,7 @@ class GKAConfig(PreTrainedConfig):
         raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
     def _refuse_misspelt(self, unknown: dict[str, Any]) -> None:
-        """transformers keeps unknown keywords as attributes; a misspelt field must not pass as one."""
+        """Raise ValueError for a misspelt field; transformers would keep it as an attribute."""
         fields = [name for name in GKAConfig.__annotations__ if not name.endswith("_token_id")]
         for name in unknown:
             if name in _FORMER:
@@ -328,7 +328,7 @@ class GKAConfig(PreTrainedConfig):
 
 
 class PublishedConfig(GKAConfig):
-    """What transformers' AutoConfig finds for the published model type: it makes a GKAConfig."""
+    """The class for the published model type in transformers' AutoConfig; it makes a GKAConfig."""
 
     model_type = PUBLISHED
 

@@ -1,12 +1,12 @@
-"""A Transformer's attention layers replaced by GKA layers.
+"""Convert a Transformer: replace attention layers with GKA layers.
 
     W_q, W_k, W_v, W_o   copied from the attention layer
     W_g                  = (W_o^T + W_v, its rows repeated for the query heads of a group) / 2
-    everything else      of the new layer is initialised afresh
+    other weights        new initial values
 
-A GKA layer has no place for biases of q, k, v and o (Qwen2; Llama and Qwen3 with attention_bias), for the norms
-of queries and keys (Qwen3) and for the rotary embedding: in replaced layers they are left out, in layers that stay
-they stay. All four families are `GKAForCausalLM` with other switches, under the same parameter names.
+A GKA layer has no biases of q, k, v and o (Qwen2; Llama and Qwen3 with attention_bias), no norms of queries and
+keys (Qwen3) and no rotary embedding. Replaced layers lose them; other layers keep them. All four families are
+`GKAForCausalLM` with different switches and the same parameter names.
 
 Legend: H query heads, Hk key/value heads, D head dim.
 """
@@ -54,34 +54,35 @@ logger = logging.get_logger(__name__)
 
 
 def convert(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> Any:
-    """A copy of a model in which GKA layers stand in place of chosen attention layers.
+    """Copy a model and replace chosen attention layers with GKA layers.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 of transformers, or a model of this library with attention layers:
-            ForCausalLM, ForSequenceClassification or ForTokenClassification. It stays as it is.
-        layers: numbers of the layers to replace, from 0; [] replaces none. What the new layers do not take over
-            is random: `torch.manual_seed` decides it.
+        model: a Llama, Mistral, Qwen2 or Qwen3 model of transformers, or a model of this library with attention
+            layers: ForCausalLM, ForSequenceClassification or ForTokenClassification. It does not change.
+        layers: numbers of the layers to replace, from 0; [] replaces none. Weights of new layers that are not
+            copied are random; `torch.manual_seed` decides them.
         **settings: fields of GKAConfig for the new layers, such as ridge_ratio, solver_steps or use_v_conv.
 
     Returns:
-        a GKAForCausalLM, GKAForSequenceClassification or GKAForTokenClassification of the same dtype, on the same
-        device and in the same mode; it shares no memory with `model`.
+        A GKAForCausalLM, GKAForSequenceClassification or GKAForTokenClassification with the same dtype, device and
+        mode; it shares no memory with `model`.
 
     Raises:
-        TypeError: a model of another family, with another head or with adapters, or layers are no integers.
-        ValueError: a layer that is not there or no attention layer, sizes that a GKA layer does not take, a
-            quantised model, or a setting that does not fit.
+        TypeError: the model belongs to another family, has another head or PEFT adapters, or layers are not
+            integers.
+        ValueError: a layer does not exist or is not an attention layer, a GKA layer does not support its sizes,
+            the model is quantised, or a setting is invalid.
     """
     return _replace(model, layers, settings, with_projections=True)
 
 
 def replace_by_fresh(model: PreTrainedModel, layers: Sequence[int], **settings: Any) -> Any:
-    """As `convert`, but nothing is taken over into the new layers: what copied projections are compared with."""
+    """As `convert`, but with random weights in the new layers; a baseline for copied projections."""
     return _replace(model, layers, settings, with_projections=False)
 
 
 def attention_layers(model: PreTrainedModel) -> list[int]:
-    """The numbers of a model's softmax attention layers. Errors: as `convert`."""
+    """The numbers of the softmax attention layers of a model. Raises the errors of `convert`."""
     return [index for index, kind in enumerate(_config(model).layer_types) if kind != _LINEAR]
 
 
@@ -132,11 +133,11 @@ def _take_over(layer: GatedKalmaNet, attention: nn.Module, index: int) -> None:
 
 
 def _config(model: PreTrainedModel) -> GKAConfig:
-    """The configuration under which GKAForCausalLM is this model."""
+    """The configuration with which a model of this library equals this model."""
     if isinstance(model, nn.Module) and any(hasattr(module, "base_layer") for module in model.modules()):
         raise TypeError(
-            f"model is a {type(model).__name__} with adapters of PEFT; merge them by merge_and_unload(), and "
-            "convert the model that it returns"
+            f"model is a {type(model).__name__} with PEFT adapters; call merge_and_unload() and convert the model "
+            "that it returns"
         )
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in FAMILIES or not isinstance(model, FAMILIES[family]) or _converted_class(model) is None:
@@ -201,7 +202,7 @@ def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any])
 
 
 def _is_replaced(name: str, chosen: list[int]) -> bool:
-    """Whether the parameter is of the mixing part of a chosen layer."""
+    """Whether the parameter belongs to the attention of a chosen layer."""
     return any(
         name.startswith(f"model.layers.{index}.{part}.") for index in chosen for part in ("self_attn", "gka")
     )

@@ -1,12 +1,12 @@
-"""Files and folders that appear whole: written beside their place and put there by renames.
+"""Write files and folders under a temporary name and rename them, so that they appear only when complete.
 
-    NAME             the folder, always whole
-    .NAME.partial    the new one while it is written
-    .NAME.old        the one before, while the new one takes its place
+    NAME             the folder, always complete
+    .NAME.partial    the new folder while it is written
+    .NAME.old        the old folder while the new one takes its place
     .partial-NAME    a new file while it is written
 
-A process that is killed leaves NAME as it was or as it shall be. Killed between the two renames of the end it
-leaves no NAME, and both others whole; the next write puts the one before back first.
+If the process is killed, NAME is the old or the new folder, and complete. If it is killed between the last two
+renames, there is no NAME, but both other folders are complete; the next write first restores the old folder.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+    """Write a text file; it appears only when it is complete."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def partial_of(path: Path) -> Path:
-    """Where `whole_file` writes a file."""
+    """The temporary path at which `whole_file` writes a file."""
     return path.with_name(".partial-" + path.name)
 
 
@@ -62,7 +62,7 @@ def begin_folder(folder: Path, *, overwrite: bool = False) -> Path:
 
 
 def end_folder(partial: Path, folder: Path) -> None:
-    """The folder that `begin_folder` gave takes its place."""
+    """Move the folder of `begin_folder` to its final place."""
     to_disk(partial)
     folder = folder.resolve()
     old = _beside(folder, "old")
@@ -74,13 +74,13 @@ def end_folder(partial: Path, folder: Path) -> None:
 
 
 def replaced(folder: Path) -> Path | None:
-    """The folder that was here before, if a write was killed while it took its place."""
+    """The old folder, if a write was killed while the new folder took its place."""
     old = _beside(folder.resolve(), "old")
     return old if old.is_dir() else None
 
 
 def to_disk(folder: Path) -> None:
-    """Have the operating system write all files of a folder, so that they survive a power cut too."""
+    """Flush all files of a folder to disk, so that they survive a power failure."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_file() or os.name == "posix":
             handle = os.open(path, os.O_RDONLY)

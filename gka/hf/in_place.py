@@ -1,14 +1,14 @@
-"""The layer in place of `self_attn` in the blocks of a model of transformers, whose code stays as it is.
+"""A GKA layer as `self_attn` in the blocks of any transformers model, without a change to the model's code.
 
     for index in (1, 3):
         layer = GatedKalmaNet(config.hidden_size, num_heads=4, layer_idx=index)
         model.model.layers[index].self_attn = InPlaceOfAttention(layer)
 
-A block calls it with transformers' mask, which for softmax attention is one of pairs of tokens. A layer
-that sees the whole past can honour such a mask only if it is causal but for pads; others are an error.
+A block passes the mask of transformers, which for softmax attention has an entry for each pair of tokens. A GKA
+layer reads the whole past, so it accepts such a mask only if it is causal with padding. Other masks are an error.
 
-In the model's cache the layer has a place as transformers' layers that are both linear and softmax attention: the
-states, and as `keys` of one dim which token was no pad, by which the model counts its tokens.
+In the cache of the model, the layer is stored like transformers' layers with both linear and softmax attention:
+the states, and `keys` with one dim that tell the real tokens. The model counts its tokens by these keys.
 
 Legend: B batch, T time of this call, P tokens in the cache.
 """
@@ -32,10 +32,10 @@ _STATES = 3  # of convolutions, of q, k and v
 
 
 class InPlaceOfAttention(nn.Module):
-    """A `GatedKalmaNet` that is called as `self_attn` is, in blocks such as Llama's or Qwen3's.
+    """A `GatedKalmaNet` with the interface of `self_attn` in blocks such as those of Llama or Qwen3.
 
     Args:
-        layer: made with the block's number as its layer_idx.
+        layer: the layer; its layer_idx must be the number of the block.
 
     Raises:
         ValueError: the layer has no layer_idx.

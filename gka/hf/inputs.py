@@ -1,4 +1,4 @@
-"""What callers of the models may pass besides tokens: masks, positions, keywords.
+"""Arguments of the models besides tokens: masks, positions, keywords.
 
 Legend: B batch, T time of this call, P tokens in the cache.
 """
@@ -76,10 +76,10 @@ def _packing_with_mask_or_cache(
 
 
 def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
-    """The mask of a GKA layer, of bool: the last T columns of a 2-D mask [B, P + T]; None without pads, if known.
+    """The mask for GKA layers, bool: the last T columns of a mask [B, P + T]; None if they surely have no padding.
 
-    A mask without pads gives the same numbers and costs a little more. Reading it would make a GPU wait, so it is
-    read there only if the environment variable GKA_CHECK_VALUES is 1.
+    A mask without padding gives the same numbers and costs a little more time. Reading it would make a GPU wait,
+    so on a GPU it is read only if the environment variable GKA_CHECK_VALUES is 1.
     """
     if attention_mask is None:
         return None
@@ -100,7 +100,7 @@ def positions(
     past_key_values: Cache | None,
     packing: Packing | None,
 ) -> Tensor:
-    """Positions for the rotary embedding, [B or 1, T]: pads do not count."""
+    """Positions for the rotary embedding, [B or 1, T]; padding does not count."""
     if packing is not None:
         return packing.positions
     T = inputs_embeds.shape[1]
@@ -111,10 +111,9 @@ def positions(
 
 
 def check_keywords(kwargs: dict[str, Any], also: Sequence[str] = ()) -> None:
-    """TypeError for a keyword that no model of transformers has, ValueError for one that asks the impossible.
+    """Raise TypeError for an unknown keyword, ValueError for a keyword with an impossible value.
 
-    `cache_position` and `token_type_ids` change nothing: a cache knows how many tokens it holds, and there are no
-    types of tokens. transformers' own models ignore them, too.
+    `cache_position` and `token_type_ids` have no effect, as in transformers' own models.
     """
     for name in kwargs:
         if name not in _KNOWN_KEYWORDS and name not in also:

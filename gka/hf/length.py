@@ -1,8 +1,8 @@
-"""How many tokens a cache has seen: counted for models of GKA layers alone, and compared with what callers pass.
+"""The number of tokens in a cache: counted for models with GKA layers only, and compared with the call.
 
-transformers asks an attention layer of the cache how many tokens it holds (`generate` does so before every
-prompt), and raises if there is none. Behind the layers of a model without attention, the cache gets one more: an
-attention layer of zero width, which counts the tokens and holds no bytes.
+transformers asks an attention layer of the cache for the number of tokens (`generate` does so before every
+prompt), and raises an error if there is none. For a model without attention, the cache gets one more layer at the
+end: an attention layer of zero width, which counts the tokens and stores nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _WINDOW = 2**62  # a window that never fills: only layers with a window count to
 
 
 def add_counter(cache: Cache) -> None:
-    """Give a cache without any attention layer the layer that counts."""
+    """Add the counting layer to a cache without attention layers."""
     if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         cache.layers.append(DynamicSlidingWindowLayer(sliding_window=_WINDOW))
 
 
 def count_tokens(cache: Cache, inputs_embeds: Tensor) -> None:
-    """Count the tokens of [B, T, hidden_size] in the layer that `add_counter` gave."""
+    """Count the tokens of [B, T, hidden_size] in the layer of `add_counter`."""
     nothing = inputs_embeds.new_empty(inputs_embeds.shape[0], 1, inputs_embeds.shape[1], 0)
     counter = cache.layers[-1]
     assert isinstance(counter, CacheLayerMixin)

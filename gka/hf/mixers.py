@@ -1,4 +1,4 @@
-"""What a "linear_attention" block may be: a GKA layer, or a layer that is registered under a name of its own."""
+"""The layers for "linear_attention" blocks: GKA layers, and other layers that are registered by name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ OURS = ("gka", "gla")  # those that are GatedKalmaNet
 
 
 class Mixer(nn.Module):
-    """Another recurrent layer, which a model takes in the place of its GKA layers.
+    """Base class for another recurrent layer in place of GKA layers.
 
     Args:
-        config: of the model, a GKAConfig.
-        layer_idx: the layer's place in the cache.
+        config: the GKAConfig of the model.
+        layer_idx: index of the layer in the cache.
 
     Raises:
-        ValueError: layer_idx is no place in a cache.
+        ValueError: layer_idx is not the index of a layer.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -30,11 +30,11 @@ class Mixer(nn.Module):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise ValueError for a configuration that does not fit the layer."""
+        """Raise ValueError if the configuration does not fit the layer."""
 
     @classmethod
     def initialise(cls, module: nn.Module) -> None:
-        """Set first values of `module`, any module of the model that has parameters of its own."""
+        """Set the initial values of `module`, which can be any module of the model with its own parameters."""
 
     def forward(
         self,
@@ -43,7 +43,7 @@ class Mixer(nn.Module):
         past_key_values: Cache | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, hidden_size] -> the same, as GatedKalmaNet."""
+        """[B, T, hidden_size] -> [B, T, hidden_size], as GatedKalmaNet."""
         raise NotImplementedError
 
 
@@ -51,10 +51,10 @@ _REGISTERED: dict[str, type[Mixer]] = {}
 
 
 def register_mixer(name: str, mixer: type[Mixer]) -> None:
-    """Let `GKAConfig.mixer` be `name`, which makes every "linear_attention" block a `mixer`.
+    """Register a layer class: with `GKAConfig.mixer = name`, every "linear_attention" block uses `mixer`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already in use.
     """
     if name in OURS or _REGISTERED.get(name, mixer) is not mixer:
         raise ValueError(f"name is {name!r}, which is taken; expected none of {known_mixers()}")
@@ -62,10 +62,10 @@ def register_mixer(name: str, mixer: type[Mixer]) -> None:
 
 
 def known_mixers() -> tuple[str, ...]:
-    """The names that `GKAConfig.mixer` may have."""
+    """The valid names for `GKAConfig.mixer`."""
     return (*OURS, *_REGISTERED)
 
 
 def registered_mixer(name: str) -> type[Mixer]:
-    """The layer that is registered under that name."""
+    """The layer class registered under a name."""
     return _REGISTERED[name]

@@ -1,9 +1,9 @@
 """Language models of Gated KalmaNet layers, alone or with softmax attention at chosen layers, for transformers.
 
-Each block is pre-norm: x + mix(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); mix is a GKA layer (`.gka`), softmax
-attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`), or another
-recurrent layer that is registered (`.peer`). All but the GKA layer is Qwen3's, with its module names; the cache,
-the masks, generation and loading are transformers'.
+Each block is pre-norm: x + mix(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). mix is a GKA layer (`.gka`), softmax
+attention with rotary embedding, grouped heads and an optional sliding window (`.self_attn`), or another registered
+recurrent layer (`.peer`). Everything except the GKA layer comes from Qwen3, with the same module names. The cache,
+the masks, generation and loading come from transformers.
 
 Legend: B batch, T time of this call, P tokens in the cache, N packed sequences.
 """
@@ -46,7 +46,7 @@ _GATES = (".a_proj", ".b_proj", ".alpha_proj")  # the ends of their names: proje
 
 
 class GKAPreTrainedModel(PreTrainedModel):
-    """What all models of this package share: flags for transformers, initial weights."""
+    """Base class of all models: flags for transformers, loading, initial weights."""
 
     config: GKAConfig
     config_class = GKAConfig
@@ -64,12 +64,12 @@ class GKAPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers'; of a checkpoint in the published format every tensor is checked first.
+        """As in transformers. For a checkpoint in the published format, every tensor is checked first.
 
         Raises:
             gka.hf.checkpoint.BadCheckpoint: a published checkpoint is damaged, does not fit its configuration,
-                or has its weights in pickle files alone and `use_safetensors=False` does not ask for them.
-            ValueError: its configuration holds what this library does not have.
+                or has only pickle files and `use_safetensors=False` is not given.
+            ValueError: its configuration has something that this library does not support.
         """
         load = super().from_pretrained
         if pretrained_model_name_or_path is None or not is_published(pretrained_model_name_or_path, kwargs):
@@ -105,19 +105,19 @@ class GKAPreTrainedModel(PreTrainedModel):
         return {name: wide for name, wide in plan.items() if name not in _GATES}
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
-        """Change how many Chebyshev nodes every GKA layer solves with: from the next call on, and when saved.
+        """Set the number of Chebyshev nodes in every GKA layer, from the next call on; it is also saved.
 
-        Setting `model.config.solver_steps` reaches no layer. A cache stays valid: states do not
-        depend on it.
+        Do not set `model.config.solver_steps` instead: the layers do not read it again. A cache stays valid,
+        because states do not depend on the steps.
 
         Args:
             solver_steps: as `GKAConfig.solver_steps`, such as [31], [16, 16] or None.
 
         Raises:
-            ValueError: solver_steps do not fit, or no layer solves; the model stays as it was.
+            ValueError: solver_steps are invalid, or no layer has a solve; the model does not change.
         """
         if "linear_attention" not in self.config.layer_types or self.config.mixer not in OURS:
-            raise ValueError("solver_steps are of no use: no layer of the model is a GKA layer")
+            raise ValueError("solver_steps have no effect: no layer of the model is a GKA layer")
         config = copy.copy(self.config)
         config.solver_steps = list(solver_steps) if isinstance(solver_steps, tuple) else solver_steps  # type: ignore[assignment]
         config.check()
@@ -191,22 +191,22 @@ class GKAModel(GKAPreTrainedModel):
 
         Args:
             input_ids: [B, T] of int64; or inputs_embeds: [B, T, hidden_size]. One of the two.
-            attention_mask: [B, P + T], 0 for a pad, which may stand anywhere (but a sliding window counts the
-                pads that stand between its tokens), and 1 for a token, or the number of its packed sequence; or
+            attention_mask: [B, P + T], 0 for padding, and 1 for a token or the number of its packed sequence.
+                Padding may be anywhere, but a sliding window counts the padding between its tokens. Or
                 transformers' masks by layer type.
-            position_ids: [B, T] or [1, T], for the rotary embedding. None means counting the tokens that are no
-                pads. Where they do not rise inside a row, a packed sequence starts (`gka.hf.packing`).
-            past_key_values: a cache to go on from, `DynamicCache(config=config)`; brought up to date in place.
-                `cache` is another name of this argument, transformers' own from 5.24 on.
-            use_cache: whether a cache is returned, a new one if none is given. A packed batch returns none.
-            **kwargs: those of transformers' models: output_hidden_states, output_attentions, and for packed
-                batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx. And no_pads: True where
-                the T tokens are known to be none, whatever attention_mask says of those before. cache_position
-                and token_type_ids, which some callers send to every model, change nothing.
+            position_ids: [B, T] or [1, T], for the rotary embedding. None counts the real tokens. A packed
+                sequence starts where they do not rise (`gka.hf.packing`).
+            past_key_values: a cache to continue from, `DynamicCache(config=config)`; it is updated in place.
+                `cache` is another name of this argument, the name in transformers from 5.24 on.
+            use_cache: whether to return a cache, a new one if none is given. A packed batch returns none.
+            **kwargs: keywords of transformers' models: output_hidden_states, output_attentions, and for packed
+                batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx. Also no_pads: True if
+                none of the T tokens is padding, whatever attention_mask says about earlier tokens. cache_position
+                and token_type_ids have no effect.
 
         Raises:
-            TypeError: an unknown keyword, or past_key_values is no Cache.
-            ValueError: arguments that do not fit, or a packed batch with a mask or a cache.
+            TypeError: a keyword is unknown, or past_key_values is not a Cache.
+            ValueError: arguments do not fit, or a packed batch has a mask or a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds are both given or both missing; expected one of them")
@@ -266,7 +266,7 @@ class GKAModel(GKAPreTrainedModel):
         packing: Packing | None,
         no_pads: bool,
     ) -> dict[str, Any]:
-        """The mask of each kind of layer that the model has."""
+        """The mask for each kind of layer in the model."""
         makers = {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
@@ -288,7 +288,7 @@ class GKAModel(GKAPreTrainedModel):
 
 
 class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
-    """The language model: the blocks and the projection to the logits of the next token.
+    """The language model: the blocks, and the projection to the logits of the next token.
 
     Args:
         config: sizes, layers and solver.
@@ -319,9 +319,9 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         """Run the model; arguments as in `GKAModel.forward`, and:
 
         Args:
-            labels: [B, T] of int64, the tokens themselves (they are shifted here), -100 where there is no loss.
-            logits_to_keep: how many of the last positions get logits, 0 for all; or their indices.
-            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index;
+            labels: [B, T] int64, the input tokens (the model shifts them), with -100 at positions without a loss.
+            logits_to_keep: number of last positions that get logits, 0 for all; or their indices.
+            **kwargs: as in `GKAModel.forward`, and for the loss num_items_in_batch, shift_labels, ignore_index.
                 num_logits_to_keep is the former name of logits_to_keep.
 
         Returns:
@@ -357,7 +357,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers', for `generate`; a cache of GKA layers alone learns to count tokens."""
+        """As in transformers, for `generate`. A cache with GKA layers only also gets a counter of tokens."""
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
@@ -382,9 +382,10 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers'; without the tokenizers that `generate`, given them for stop strings, hands on.
+        """As in transformers, without the tokenizers that `generate` passes on for stop strings.
 
-        A token that `generate` has made is no pad: the model is told, as the mask is not read on a GPU.
+        A generated token is never padding. The model gets this information, because it does not read the mask on a
+        GPU.
         """
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
@@ -395,7 +396,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, and with it `generate_batch`: its cache has pages of keys and values, and none for states.
+        """Not supported, like `generate_batch`: its cache has pages for keys and values, but none for states.
 
         Raises:
             NotImplementedError: always.

@@ -1,17 +1,18 @@
-"""Packed batches: several sequences behind each other in a row, told in any of the ways that collators use.
+"""Packed batches: several sequences in one row, one after the other, described in one of the ways of collators.
 
-- `cu_seq_lens_q` [N + 1]: where the sequences of the only row start, and its length.
-- `seq_idx` [B, T]: the number of each token's sequence; it changes where a sequence starts.
-- `position_ids` [B, T]: they do not rise where a sequence starts. A jump forward starts none.
-- `attention_mask` [B, T] with sequence numbers, such as 1 1 2 2 3 0: rising, 0 for a pad.
+- `cu_seq_lens_q` [N + 1]: the starts of the sequences in a single row, and its length.
+- `seq_idx` [B, T]: the sequence number of each token; it changes at the start of a sequence.
+- `position_ids` [B, T]: they do not rise at the start of a sequence. A jump forward does not start one.
+- `attention_mask` [B, T] with sequence numbers, such as 1 1 2 2 3 0: rising, 0 for padding.
 
-Every row's first token starts a sequence. The first of the first three that is there decides; with an
-`attention_mask`, its numbers, or `position_ids` if it has none. Each run of pads in a packed row is a sequence of
-its own. A cache has one state per row, so with a cache a packed batch is an error.
+The first token of every row starts a sequence. The first of `cu_seq_lens_q`, `seq_idx` and `position_ids` that is
+given decides. With an `attention_mask`, its numbers decide, or `position_ids` if it has none. Each run of padding
+in a packed row is a sequence of its own. A cache has one state per row, so a packed batch with a cache is an error.
 
-With `cu_seq_lens_q` nothing waits for a GPU. With `seq_idx`, or `position_ids` alone, the GPU has to say how many
-sequences there are, the size of a tensor. Every padded batch has an `attention_mask`, so its values are not read
-on a GPU: packing told in it or beside it ends in an assertion of the device, or works with GKA_CHECK_VALUES=1.
+With `cu_seq_lens_q` nothing waits for a GPU. With `seq_idx`, or `position_ids` alone, the host must wait for the
+number of sequences, because it is the size of a tensor. Every padded batch has an `attention_mask`, so its values
+are not read on a GPU: a packing in the mask, or in `position_ids` beside a mask, fails there with an assertion of
+the device, or works with GKA_CHECK_VALUES=1.
 
 Legend: B batch, T time, N sequences in all rows together.
 """
@@ -29,11 +30,11 @@ from ..ops.checks import require, values_may_be_read
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a packed batch are.
+    """The sequences of a packed batch.
 
-    cu_seqlens: [N + 1] of int64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] of the rows, one behind
-        the other.
-    positions: [B, T] of int64: of each token in its sequence.
+    cu_seqlens: [N + 1] int64; sequence n has the tokens from cu_seqlens[n] to cu_seqlens[n + 1] - 1 of all rows,
+        joined one after the other.
+    positions: [B, T] int64, the position of each token in its sequence.
     """
 
     cu_seqlens: Tensor
@@ -46,7 +47,7 @@ def find_packing(
     seq_idx: Tensor | None,
     position_ids: Tensor | None,
 ) -> Packing | None:
-    """Where the sequences are, or None if every row is one sequence.
+    """Find the sequences of a packed batch; None if every row is one sequence.
 
     Args:
         shape: (B, T).

@@ -22,11 +22,11 @@ def write_config(config: GKAConfig, num_iter: int | None = None) -> dict[str, An
     """The published config.json of a configuration.
 
     Args:
-        config: of the model.
-        num_iter: what to write; None takes it from config.solver_steps, 30 where that is None.
+        config: the configuration of the model.
+        num_iter: number of iterations to write; None derives it from config.solver_steps (30 if that is None).
 
     Raises:
-        ValueError: the model has what the format cannot say.
+        ValueError: the format does not support something in the model.
     """
     _check_exportable(config)
     if num_iter is None:

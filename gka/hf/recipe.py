@@ -1,10 +1,10 @@
-"""Recipes: YAML files of `gka train` options (configs/), as the fields of a GKAConfig.
+"""Recipes: from YAML files of `gka train` options (configs/) to the fields of a GKAConfig.
 
     layers            num_hidden_layers          attention_layers   layer_types
     heads             num_attention_heads        tie_embeddings     tie_word_embeddings
     kv_heads          num_key_value_heads        the others         the same name
 
-`gka train` makes its model by `model_fields`, too, so one file means one model to both.
+`gka train` also uses `model_fields`, so the same file gives the same model.
 """
 
 from __future__ import annotations

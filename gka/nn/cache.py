@@ -1,7 +1,7 @@
-"""What a layer keeps between calls: a state that is passed and returned, or its place in a cache of transformers.
+"""The state of a layer between calls: passed and returned, or stored in a transformers cache.
 
-The cache holds it as transformers' linear attention layers do: convolution states 0, 1, 2 of q, k, v; recurrent
-states 0 S_kk and 1 S_kv. transformers is imported where a cache is given, and only there.
+The cache stores it as for transformers' linear attention layers: convolution states 0, 1, 2 of q, k, v; recurrent
+states 0 S_kk and 1 S_kv. transformers is imported only if a cache is given.
 
 Legend: B batch, H query heads, Hk key/value heads, D head dim, W width of the convolutions.
 """
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class LayerState(NamedTuple):
-    """The past of every row.
+    """The state of every row after its last token.
 
-    conv: the last inputs of the convolutions of q, k and v, [B, H D or Hk D, W - 1] each; of v without a
-        convolution none, [B, Hk D, 0].
+    conv: the last inputs of the convolutions of q, k and v, [B, H D or Hk D, W - 1] each; if v has no
+        convolution, the third is empty, [B, Hk D, 0].
     state: the sums S_kk and S_kv, [B, H, D, D] each.
     """
 
@@ -39,10 +39,10 @@ class LayerState(NamedTuple):
 
 
 def checked_layer_state(given: Any, conv_shapes: Sequence[tuple[int, ...]]) -> LayerState:
-    """A pair of three inputs of convolutions, of those shapes, and (S_kk, S_kv), as a LayerState.
+    """Check a state (three convolution inputs with the given shapes, and (S_kk, S_kv)) and return a LayerState.
 
     Raises:
-        TypeError, ValueError: it is none. The op checks the sums.
+        TypeError, ValueError: it is not such a state. The op checks the sums.
     """
     for name, value, expected in (
         ("state", given, "a pair of the convolutions' inputs and (S_kk, S_kv), as return_state=True gives"),
@@ -63,7 +63,7 @@ def checked_layer_state(given: Any, conv_shapes: Sequence[tuple[int, ...]]) -> L
 
 
 def check_cache(cache: Any, layer_idx: int | None) -> None:
-    """TypeError or ValueError for what is no cache, or none that has a place for the layer."""
+    """Raise TypeError or ValueError if `cache` is not a cache, or has no place for the layer."""
     try:
         from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
     except ModuleNotFoundError:
@@ -91,7 +91,7 @@ def check_cache(cache: Any, layer_idx: int | None) -> None:
 
 
 def read_cache(cache: Cache, layer_idx: int, batch: int, solves: bool) -> LayerState | None:
-    """What the cache holds for a layer; None if it holds nothing yet."""
+    """The state of a layer in the cache; None if there is none yet."""
     if not cache.has_previous_state(layer_idx):
         return None
     held: Any = cache.layers[layer_idx]
@@ -100,18 +100,18 @@ def read_cache(cache: Cache, layer_idx: int, batch: int, solves: bool) -> LayerS
         raise ValueError(
             f"hidden_states has {batch} rows and past_key_values {S_kv.shape[0]}; expected the same number"
         )
-    if torch.is_grad_enabled():  # the cache is written in place, autograd may still need what it held
+    if torch.is_grad_enabled():  # the cache is written in place, and autograd may still need the old values
         S_kk, S_kv = None if S_kk is None else S_kk.clone(), S_kv.clone()
     return LayerState([held.conv_states[number] for number in range(3)], State(S_kk, S_kv))
 
 
 def write_cache(cache: Cache, layer_idx: int, new: LayerState) -> None:
-    """Bring the cache up to date."""
+    """Write the new state to the cache."""
     for number, inputs in enumerate(new.conv):
         cache.update_conv_state(inputs, layer_idx, state_idx=number)
     held: Any = cache.layers[layer_idx]
     for number, sums in enumerate(new.state):
-        if sums is not None and sums is not held.recurrent_states[number]:  # a decode step wrote what it holds
+        if sums is not None and sums is not held.recurrent_states[number]:  # a decode step has written it in place
             cache.update_recurrent_state(sums, layer_idx, state_idx=number)
 
 

@@ -1,7 +1,7 @@
-"""First weights of the layer.
+"""Initial weights of the layer.
 
-    matrices       normal, standard deviation 1 / sqrt(hidden_size), or what is asked for
-    convolutions   U(-1, 1) / sqrt(W): the size of the inputs stays
+    matrices       normal, standard deviation 1 / sqrt(hidden_size) or initializer_range
+    convolutions   U(-1, 1) / sqrt(W), which keeps the size of the inputs
     A_log          log U(0, 16)                       dt_bias    softplus^{-1}(dt), log dt uniform
     biases, ZeroLinear    0                           norms      1
 
@@ -18,34 +18,34 @@ from torch import Tensor
 
 
 def default_std(hidden_size: int) -> float:
-    """The standard deviation that keeps the size of what a matrix of `hidden_size` inputs is multiplied with."""
+    """The standard deviation with which a matrix of `hidden_size` inputs keeps the size of its input."""
     return hidden_size**-0.5
 
 
 def residual_factor(blocks: int) -> float:
-    """The factor of projections into the residual stream of a model of that many blocks, which has two a block."""
+    """The factor of projections into the residual stream, for a model with `blocks` blocks (two per block)."""
     return 1 / math.sqrt(2 * blocks)
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, with_values: Callable[[Tensor], object]) -> None:
-    """Call `with_values` on a parameter, unless transformers has marked it as loaded from a checkpoint."""
+    """Call `with_values` on a parameter, except if transformers has marked it as loaded from a checkpoint."""
     if not getattr(parameter, "_is_hf_initialized", False):
         with_values(parameter)
 
 
 def fresh_A_log(heads: int, device: torch.device | None = None) -> Tensor:
-    """[heads] in float32: log U(0, 16), kept away from log 0."""
+    """Initial A_log, [heads] float32: log U(0, 16), without values near log 0."""
     return torch.empty(heads, device=device, dtype=torch.float32).uniform_(0.01, 16.0).log()
 
 
 def fresh_dt_bias(heads: int, device: torch.device | None = None) -> Tensor:
-    """[heads] in float32: softplus^{-1}(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4."""
+    """Initial dt_bias, [heads] float32: softplus^{-1}(dt), dt log-uniform in [1e-3, 1e-1], at least 1e-4."""
     low, high, floor = math.log(1e-3), math.log(1e-1), 1e-4
     dt = torch.empty(heads, device=device, dtype=torch.float32).uniform_(low, high).exp().clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
 
 
 def repeated_heads(heads: int, kv_heads: int, device: torch.device | None = None) -> Tensor:
-    """[heads, kv_heads] in float32, ones and zeros: query head h reads key/value head h // (heads / kv_heads)."""
+    """[heads, kv_heads] float32 of ones and zeros: query head h reads key/value head h // (heads / kv_heads)."""
     return torch.eye(kv_heads, device=device).repeat_interleave(heads // kv_heads, dim=0)

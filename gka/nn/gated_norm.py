@@ -1,4 +1,4 @@
-"""RMSNorm times SiLU of a gate (paper, figure 2): by our kernels on a GPU, else by PyTorch.
+"""RMSNorm times SiLU of a gate (paper, figure 2): with kernels on a GPU, otherwise in PyTorch.
 
 y = o / sqrt(mean(o^2) + eps) * weight * SiLU(gate)
 """
@@ -15,7 +15,7 @@ from ..ops.triton import norm
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x itself if it has 32 or 64 bits, else x in float32."""
+    """x if it has 32 or 64 bits, otherwise x converted to float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -34,7 +34,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
-        """o, gate: [B, T, ..., dim] -> [B, T, ..., dim] in o's dtype; without a gate that factor is 1."""
+        """o, gate: [B, T, ..., dim] -> [B, T, ..., dim] in the dtype of o; without a gate its factor is 1."""
         if gate is not None and norm.usable(o):
             return norm.gated_rms_norm(o, gate, self.weight, self.eps)
         wide = at_least_float32(o)

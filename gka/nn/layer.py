@@ -7,9 +7,9 @@
     y     = RMSNorm(gated_kalmanet(q, k, v, g, alpha, beta)) SiLU(x W_g)   per head
     out   = y W_o
 
-With `solve=False` nothing is solved (alpha = 0): gated linear attention, the same layer otherwise.
+With `solve=False` there is no solve (alpha = 0): gated linear attention, otherwise the same layer.
 
-With `kv_proj_rank` every query head has keys and values of its own, expanded behind the convolution (e: k or v; R
+With `kv_proj_rank` every query head has its own keys and values, expanded after the convolution (e is k or v; R
 repeats the heads, or is learned, `k_rep` and `v_rep`):
 
     e <- R e + SiLU(e A^T) B^T      over heads; over channels, of all heads together
@@ -62,30 +62,30 @@ class GatedKalmaNet(DecayParameters):
         head_dim: dim D of queries, keys and values of a head, at most 256; None means hidden_size / H.
         conv_size: width W of the causal depthwise convolutions of q, k and v.
         use_v_conv: whether v has a convolution too.
-        use_alpha_connection: whether the alpha-connection is there; without it alpha = 1.
-        use_beta_gate: whether the write strength is there; without it beta = 1.
-        use_forget_gate: whether the state fades; without it g = 0.
+        use_alpha_connection: whether to use the alpha connection; without it alpha = 1.
+        use_beta_gate: whether to use the write strength; without it beta = 1.
+        use_forget_gate: whether the state decays; without it g = 0.
         use_output_gate: whether SiLU(x W_g) multiplies the normalised output.
-        solve: whether the ridge regression is solved; False is gated linear attention, alpha = 0.
+        solve: whether to solve the ridge regression; False is gated linear attention, alpha = 0.
         ridge_ratio: a of the paper: lambda_t = a ||S_kk_t||_F, greater than 0.
-        solver_steps: Chebyshev nodes of each stage of the solve, such as [31] or [16, 16]; None means what suits
-            the dtype of the input.
-        chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
-        kv_proj_rank: rank of a learned map that gives every query head keys and values of its own, added to the
-            repeated key/value heads; needs Hk < H. None means none.
-        kv_learnable_residual: whether those repeated heads are learned mixtures of all; needs kv_proj_rank.
+        solver_steps: Chebyshev nodes of each stage of the solve, such as [31] or [16, 16]; None means the default
+            for the dtype of the input.
+        chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it.
+        kv_proj_rank: rank of a learned map that gives every query head its own keys and values, added to the
+            repeated key/value heads; needs Hk < H. None means no such map.
+        kv_learnable_residual: whether the repeated heads are learned mixtures of all heads; needs kv_proj_rank.
         norm_eps: epsilon of the RMSNorm of the output.
-        initializer_range: standard deviation of the first weights; None means 1 / sqrt(hidden_size).
-        output_factor: what the first weights of the output projection are multiplied by; a model of L blocks
-            takes 1 / sqrt(2 L).
-        layer_idx: the layer's place in `past_key_values`; None means that it is called without.
-        device, dtype: of the parameters.
+        initializer_range: standard deviation of the initial weights; None means 1 / sqrt(hidden_size).
+        output_factor: factor of the initial weights of the output projection; a model of L blocks uses
+            1 / sqrt(2 L).
+        layer_idx: index of the layer in `past_key_values`; None for a layer that is called without a cache.
+        device, dtype: device and dtype of the parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, its value and the expected value.
 
-    The parameters are named as in the published checkpoints. `A_log` and `dt_bias` carry the attribute
-    `_no_weight_decay = True`. With weights of 16 bits, buffers keep what rounding leaves out of the two
+    The names of the parameters are those of the published checkpoints. `A_log` and `dt_bias` have the attribute
+    `_no_weight_decay = True`. With 16-bit weights, buffers keep the part of both that rounding leaves out
     (`gka.nn.decay`).
     """
 
@@ -158,15 +158,15 @@ class GatedKalmaNet(DecayParameters):
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int | None = None, **place: Any) -> GatedKalmaNet:
-        """The layer of a model.
+        """Make a layer from the configuration of a model.
 
         Args:
-            config: sizes, solver and switches, a `gka.GKAConfig`.
-            layer_idx: the layer's place in `past_key_values`.
+            config: a `gka.GKAConfig` with sizes, solver and switches.
+            layer_idx: index of the layer in `past_key_values`.
             **place: device and dtype.
 
         Raises:
-            ValueError: the configuration's own, for a field that does not fit.
+            ValueError: a field of the configuration is invalid.
         """
         config.check()
         return cls(
@@ -195,7 +195,7 @@ class GatedKalmaNet(DecayParameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the first weights, those that a model gives its layers (`gka.nn.first_weights`)."""
+        """Set the initial weights, as a model does for its layers (`gka.nn.first_weights`)."""
         std = default_std(self.hidden_size) if self.initializer_range is None else self.initializer_range
         for module in self.modules():
             if isinstance(module, ZeroLinear):
@@ -236,10 +236,12 @@ class GatedKalmaNet(DecayParameters):
             raise ValueError(f"layer_idx is {self.layer_idx!r}; expected None or an integer of at least 0")
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
-        """Solve with other steps from the next call on, as in the constructor; without the solve there are none.
+        """Change the solver steps from the next call on; the argument is that of the constructor.
+
+        A layer with `solve=False` has no steps and stays as it is.
 
         Raises:
-            ValueError: no steps, or one that is no integer of at least 1.
+            ValueError: solver_steps is empty, or has a value that is not an integer of at least 1.
         """
         if solver_steps is not None and not (solver_steps and all(type(n) is int and n > 0 for n in solver_steps)):
             raise ValueError(
@@ -258,27 +260,27 @@ class GatedKalmaNet(DecayParameters):
         state: LayerState | Sequence[Any] | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
-        """Mix the tokens of every row, each with its past.
+        """Mix every token with the earlier tokens of its row.
 
         Args:
             hidden_states: [B, T, hidden_size], any float dtype.
-            attention_mask: [B, T], 0 for a pad, which may stand anywhere, and 1 for a token; any dtype. A pad
-                changes nothing for the other tokens and for the cache, and gives 0. On a GPU other values end in
-                an assertion of the device.
-            past_key_values: a cache of transformers, `DynamicCache(config=config)`: the rows go on from what it
-                holds for this layer, and it is brought up to date, in place. Gradients flow through it.
-            cu_seqlens: [N + 1] int32 or int64, for packed sequences: sequence n is tokens cu_seqlens[n] to
-                cu_seqlens[n + 1] of the only row.
-            state: what an earlier call returned, for rows that continue; it is left as it was. None means no past.
-            return_state: whether the state behind the last token is returned.
+            attention_mask: [B, T], any dtype, 0 for padding and 1 for a token. Padding may be anywhere. It does
+                not change the other tokens or the cache, and its output is 0. Other values are an error; on a GPU this
+                is an assertion of the device.
+            past_key_values: a transformers cache, `DynamicCache(config=config)`. The rows continue from its states
+                for this layer, and it is updated in place. Gradients flow through it.
+            cu_seqlens: [N + 1] int32 or int64, for packed sequences in a single row: sequence n has the tokens
+                from cu_seqlens[n] to cu_seqlens[n + 1] - 1.
+            state: the state from an earlier call, to continue its rows; it is not changed. None means no past.
+            return_state: whether to return the state after the last token.
 
         Returns:
-            [B, T, hidden_size] in the dtype of the weights, or that of autocast; with `return_state` a pair of
-            that and a `LayerState`, for the next call. Gradients flow through the state.
+            [B, T, hidden_size] in the dtype of the weights, or in that of autocast. With `return_state` a pair of
+            this tensor and a `LayerState` for the next call. Gradients flow through the state.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; packed sequences with a mask, a cache or a state; a
-                cache with a state, or for a layer without layer_idx.
+            TypeError, ValueError: an argument does not fit; packed sequences are combined with a mask, a cache or
+                a state; a cache is combined with a state; a cache is given to a layer without layer_idx.
         """
         self._check(hidden_states, attention_mask, past_key_values, cu_seqlens)
         past = self._given_state(state, return_state, hidden_states, past_key_values, cu_seqlens)
@@ -315,7 +317,7 @@ class GatedKalmaNet(DecayParameters):
     def _given_state(
         self, state: Any, return_state: bool, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None
     ) -> LayerState | None:
-        """The state of the call, checked but for its sums, which the op checks."""
+        """The state of the call. The op checks its sums; everything else is checked here."""
         if (state is not None or return_state) and cu_seqlens is not None:
             raise ValueError("cu_seqlens is given with state or return_state; pass the sequences as rows, padded")
         if state is None:
@@ -372,7 +374,7 @@ class GatedKalmaNet(DecayParameters):
         return residual + low_rank(x.flatten(2)).unflatten(2, (-1, self.head_dim))
 
     def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """g, alpha and beta, [B, T, H] each, in at least 32 bits; at pads g = 0 and beta = 0."""
+        """g, alpha and beta, [B, T, H] each, in at least 32 bits; at padding g = 0 and beta = 0."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         alpha = beta = None
         raw_g, raw_beta, raw_alpha = project(x, self.a_proj, self.b_proj, self.alpha_proj)
@@ -403,7 +405,7 @@ class GatedKalmaNet(DecayParameters):
         cu_seqlens: Tensor | None,
         state_wanted: bool,
     ) -> tuple[Tensor, State | None]:
-        """o [B, T, H, D] in q's dtype and, if wanted, the state behind the last token."""
+        """o [B, T, H, D] in the dtype of q and, if requested, the state after the last token."""
         options: dict[str, Any] = dict(
             ridge_ratio=self.ridge_ratio, solver_steps=self.solver_steps, normalize_qk=True
         )
@@ -435,7 +437,7 @@ class GatedKalmaNet(DecayParameters):
         if mask is not None:
             check_mask(mask)
         if cu_seqlens is not None and mask is not None:
-            raise ValueError("cu_seqlens and attention_mask are both given; leave the pads out of a packed batch")
+            raise ValueError("cu_seqlens and attention_mask are both given; leave padding out of a packed batch")
         if cu_seqlens is not None and cache is not None:
             raise ValueError(
                 "cu_seqlens and past_key_values are both given; a cache has one state per row: "

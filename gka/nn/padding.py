@@ -1,8 +1,8 @@
-"""Padding taken out of the way: in every row the real tokens move to the front, and back afterwards.
+"""Move padding behind the real tokens of every row, and back afterwards.
 
-A pad may stand anywhere in a row. In front of the pads, and in their order, the real tokens are what a row without
-padding would be, so a causal convolution and a recurrence need to know of the pads only how many there are. All
-shapes stay as they are, and nothing waits for the device.
+Padding may be anywhere in a row. After the move, the real tokens are in front and in order, as in a row without
+padding. A causal convolution and a recurrence then need only the number of real tokens. All shapes stay the same,
+and nothing waits for the device.
 
 Legend: B batch, T time.
 """
@@ -31,12 +31,12 @@ def check_mask(attention_mask: Tensor, remedy: str = "pass packed sequences by c
 class RealFirst:
     """The permutation of every row that puts its real tokens first, in their order.
 
-    real: [B, T] of bool, which tokens are real, after the permutation.
-    lengths: [B] of int64, the real tokens of each row.
+    real: [B, T] bool, True for real tokens, after the permutation.
+    lengths: [B] int64, number of real tokens of each row.
     """
 
     def __init__(self, attention_mask: Tensor) -> None:
-        """attention_mask: [B, T] of any dtype, 0 for a pad."""
+        """attention_mask: [B, T] of any dtype, 0 for padding."""
         is_real = attention_mask != 0
         self._order = torch.argsort(~is_real, dim=1, stable=True)
         self._back = torch.argsort(self._order, dim=1)
@@ -44,11 +44,11 @@ class RealFirst:
         self.real = torch.arange(is_real.shape[1], device=is_real.device) < self.lengths.unsqueeze(1)
 
     def compress(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> the same with real tokens first and zeros behind them."""
+        """[B, T, dim] -> [B, T, dim] with real tokens first and zeros after them."""
         moved = x.gather(1, self._order.unsqueeze(2).expand_as(x))
         return moved.masked_fill(~self.real.unsqueeze(2), 0.0)
 
     def restore(self, x: Tensor) -> Tensor:
-        """[B, T, dim], as `compress` orders it -> the original order, zero at pads."""
+        """[B, T, dim] in the order of `compress` -> [B, T, dim] in the original order, zero at padding."""
         cleared = x.masked_fill(~self.real.unsqueeze(2), 0.0)
         return cleared.gather(1, self._back.unsqueeze(2).expand_as(x))

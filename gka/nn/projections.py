@@ -1,4 +1,4 @@
-"""Linear maps of the layer: one that starts at zero, a low-rank one, and small ones that share a product."""
+"""Linear maps of the layer: a map that starts at zero, a low-rank map, and small maps that share one product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LowRank(nn.Module):
     """y = SiLU(x A^T) B^T.
 
     Args:
-        inputs, rank, outputs: sizes of x, of what lies between, and of y.
+        inputs, rank, outputs: sizes of x, of the inner vector, and of y.
         **place: device and dtype.
     """
 
@@ -33,7 +33,7 @@ class LowRank(nn.Module):
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether only its weight and bias make its output: no adapter, quantised weight, hook or offloading."""
+    """Whether only weight and bias decide the output: no adapter, quantised weight, hook or offloading."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     if type(linear) is not nn.Linear or any(hooks) or "forward" in linear.__dict__:
         return False
@@ -41,10 +41,10 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 
 def project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
-    """What each of the small projections makes of x [B, T, hidden]; None for None.
+    """The outputs of several small projections of x [B, T, hidden]; None for None.
 
-    Together they read x once, and add to its gradient once: at hidden 2048 each costs more in bytes than its few
-    columns in arithmetic.
+    Together they read x once and add to its gradient once. At hidden size 2048, reading x costs more than the
+    arithmetic of the few columns.
     """
     given = [linear for linear in projections if linear is not None]
     if len(given) < 2 or x.shape[1] == 1 or not all(map(_is_plain, given)):

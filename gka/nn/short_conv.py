@@ -1,10 +1,10 @@
-"""Short causal convolution over time, channel by channel, and SiLU after it (paper, figure 2).
+"""Short causal convolution over time, separate for each channel, followed by SiLU (paper, figure 2).
 
     y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t - W + 1 + j} )
 
-What lies before the first token is zero, or the last W - 1 inputs of an earlier call (its state). Packed sequences
-do not see each other: in PyTorch, the convolution runs over a row with W - 1 zeros in front of every sequence; the
-kernels of `gka.ops.triton.conv`, where they are usable, take the sequences as they lie.
+The inputs before the first token are zero, or the last W - 1 inputs of an earlier call (its state). Packed
+sequences do not see each other. In PyTorch, the convolution runs over a row with W - 1 zeros in front of every
+sequence. The kernels of `gka.ops.triton.conv`, if they can be used, read the packed sequences directly.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
@@ -22,9 +22,9 @@ from ..ops.triton import conv as conv_kernels
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[tokens] of int64, the number of each token's sequence; cu_seqlens [N + 1] of int32 or int64, N at least 1.
+    """The sequence number of each token, [tokens] int64, from cu_seqlens [N + 1] int32 or int64, N at least 1.
 
-    Wrong cu_seqlens, which the op refuses, give some number from 0 to N - 1.
+    Invalid cu_seqlens give numbers from 0 to N - 1; the op refuses them later.
     """
     token = torch.arange(tokens, device=cu_seqlens.device)
     # Not in cu_seqlens[1:]: torch.compile of PyTorch 2.11 forgets on a GPU where such a view starts.
@@ -33,9 +33,10 @@ def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 class Gaps(NamedTuple):
-    """Where the tokens of packed sequences lie in a row that has W - 1 zeros in front of every sequence.
+    """Positions of packed tokens in a row with W - 1 zeros in front of every sequence.
 
-    slots: [T] of int64; length: of the row, T + N (W - 1).
+    slots: [T] int64, the positions.
+    length: length of the row, T + N (W - 1).
     """
 
     slots: Tensor
@@ -43,7 +44,7 @@ class Gaps(NamedTuple):
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int, width: int) -> Gaps:
-        """Build it for `tokens` tokens, packed by `cu_seqlens` [N + 1] of int32 or int64."""
+        """The positions for `tokens` tokens, packed by `cu_seqlens` [N + 1] of int32 or int64."""
         token, sequence = torch.arange(tokens, device=cu_seqlens.device), sequence_of_tokens(cu_seqlens, tokens)
         number = max(cu_seqlens.shape[0] - 1, 1)
         return cls(token + (width - 1) * (sequence + 1), tokens + (width - 1) * number)
@@ -52,7 +53,7 @@ class Gaps(NamedTuple):
 class ShortConv(nn.Conv1d):
     """The convolution and SiLU; weight [C, 1, W], no bias.
 
-    Whatever computes it, it is called as a module, for those who watch or move modules by hooks on `forward`.
+    It is always called as a module, so that hooks on `forward` work with every implementation.
 
     Args:
         channels: C.
@@ -71,7 +72,7 @@ class ShortConv(nn.Conv1d):
         Args:
             x: [B, T, C], T at least 1; B is 1 with `packed`.
             state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros. Not with `packed`.
-            packed: what `packing` gives.
+            packed: the result of `packing`.
 
         Returns:
             [B, T, C].
@@ -90,7 +91,7 @@ class ShortConv(nn.Conv1d):
         return self._in_pytorch(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)).transpose(1, 2)
 
     def _in_pytorch(self, inputs: Tensor) -> Tensor:
-        """[B, C, W - 1 + T] -> [B, C, T]: what lies before the first token stands in front."""
+        """[B, C, W - 1 + T] -> [B, C, T]; the first W - 1 inputs are those before the first token."""
         if inputs.shape[2] == self.kernel_size[0]:  # one token: a dot product costs less than a convolution's call
             return F.silu((inputs * self.weight[:, 0]).sum(dim=2, keepdim=True).to(inputs.dtype))
         on_cpu = inputs.device.type == "cpu"
@@ -99,10 +100,10 @@ class ShortConv(nn.Conv1d):
         return F.silu(super().forward(inputs))
 
     def _by_shifts(self, inputs: Tensor) -> Tensor:
-        """The convolution as W shifted products in at least float32, fused by a compiler with what is around them.
+        """The convolution as W shifted products in at least float32, which a compiler fuses with other operations.
 
-        For a model with a convolution, Inductor on the CPU wants layouts that it cannot order where the number of
-        tokens may change (torch 2.13, pytorch issue 185510).
+        With a convolution, Inductor on the CPU fails if the number of tokens can change: it needs layouts that it
+        cannot order (torch 2.13, pytorch issue 185510).
         """
         width = self.kernel_size[0]
         T = inputs.shape[2] - width + 1
@@ -113,9 +114,9 @@ class ShortConv(nn.Conv1d):
 
 
 def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | Tensor:
-    """What convolutions of width `width` need to know of packed sequences, for several x of one shape and dtype.
+    """Information on packed sequences for convolutions of width `width`, for several x of one shape and dtype.
 
-    Where the gaps are, or for the kernels the number of each token in its sequence, [T] of int32.
+    Returns `Gaps`, or for the kernels the position of each token in its sequence, [T] int32.
     """
     if not conv_kernels.usable(x, width):
         return Gaps.of(cu_seqlens, x.shape[1], width)
@@ -128,13 +129,13 @@ def last_inputs(x: Tensor, state: Tensor | None, width: int, lengths: Tensor | N
     """The state after a call of the convolution: the last W - 1 inputs of every row.
 
     Args:
-        x: [B, T, C], as the convolution took it.
+        x: [B, T, C], the input of the convolution.
         state: the W - 1 inputs before x, [B, C, W - 1]; None means zeros.
         width: W.
-        lengths: [B] of int64, how many of the T inputs of each row count; None means all.
+        lengths: [B] int64, the number of inputs of each row that count; None means all T.
 
     Returns:
-        [B, C, W - 1], in x's dtype.
+        [B, C, W - 1], in the dtype of x.
     """
     (B, T, C), kept = x.shape, width - 1
     if lengths is None and kept <= T:

@@ -127,8 +127,8 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
     mask = torch.ones(1, sum(LENGTHS))
     cache = new_cache(tiny_model().config)
     return {
-        "lengths and mask": (dict(cu_seq_lens_q=edges(), attention_mask=mask), "leave the pads out"),
-        "numbers and mask": (dict(seq_idx=numbers(), attention_mask=mask), "leave the pads out"),
+        "lengths and mask": (dict(cu_seq_lens_q=edges(), attention_mask=mask), "leave padding out"),
+        "numbers and mask": (dict(seq_idx=numbers(), attention_mask=mask), "leave padding out"),
         "lengths and cache": (dict(cu_seq_lens_q=edges(), past_key_values=cache), "as rows, padded"),
         "lengths of the wrong shape": (dict(cu_seq_lens_q=edges().view(1, -1)), r"expected \[N \+ 1\]"),
         "lengths of nothing": (dict(cu_seq_lens_q=edges()[:1]), r"expected \[N \+ 1\]"),

@@ -287,7 +287,7 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "packed mask": (
             dict(cu_seqlens=edges, attention_mask=torch.ones(1, 7)),
             ValueError,
-            "leave the pads out",
+            "leave padding out",
         ),
         "packed cache": (dict(cu_seqlens=edges, past_key_values=new_cache(config)), ValueError, "as rows, padded"),
         "packed rows": (
