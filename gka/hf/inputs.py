@@ -14,6 +14,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs, is_tracing
 
 from ..ops.checks import values_may_be_read
+from ..ops.transforms import unwrapped
 from .packing import Packing
 
 _KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
@@ -33,7 +34,7 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
             f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
         )
     recent = attention_mask[:, -T:]
-    if values_may_be_read(recent) and not is_tracing(recent) and bool((recent != 0).all()):
+    if values_may_be_read(recent) and not is_tracing(recent) and bool((unwrapped(recent) != 0).all()):
         return None
     return recent
 

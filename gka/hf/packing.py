@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..nn.short_conv import sequence_of_tokens
+from ..ops.transforms import has_values
 
 
 class Packing(NamedTuple):
@@ -75,6 +76,8 @@ def _from_lengths(cu_seqlens: Tensor, T: int) -> Packing:
 def _from_inner_starts(inner: Tensor, shape: tuple[int, int]) -> Packing | None:
     """inner: [B or 1, T - 1] of bool, whether a sequence starts at a token that is not its row's first."""
     B, T = shape
+    if not torch.compiler.is_compiling() and not has_values(inner):
+        return None  # shapes are all that is asked for, and they do not depend on it
     if not inner.any():
         return None
     starts = torch.nn.functional.pad(inner.expand(B, -1), (1, 0), value=True)

@@ -30,8 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
+from ..ops.autocast import autocast_off
 from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers
 from ..ops.solvers import RIDGE_RATIO
+from ..ops.transforms import transforms_active
 from .cache import LayerState, check_cache, checked_layer_state, read_cache, write_cache
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
@@ -42,7 +44,6 @@ from .short_conv import ShortConv, last_inputs, packing
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-BETA_FLOOR = 1e-6
 UNDECAYED = ("A_log", "dt_bias")
 
 
@@ -386,7 +387,7 @@ class GatedKalmaNet(nn.Module):
         else:
             g = -torch.exp(self.A_log.to(wide)) * F.softplus(raw_g.to(wide) + self.dt_bias.to(wide))
         if raw_beta is not None:
-            beta = torch.sigmoid(raw_beta.to(wide)) + BETA_FLOOR
+            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # in place: see `NEAR_ONE`
         if raw_alpha is not None:
             alpha = torch.sigmoid(raw_alpha.to(wide))
         if rows is not None:
@@ -411,10 +412,11 @@ class GatedKalmaNet(nn.Module):
         options: dict[str, Any] = dict(
             ridge_ratio=self.ridge_ratio, solver_steps=self.solver_steps, normalize_qk=True
         )
-        with torch.autocast(q.device.type, enabled=False):  # dtypes are explicit from here on
+        with autocast_off(q.device):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
-                inplace = not torch.is_grad_enabled()  # else `read_cache` copied the states
+                # Else `read_cache` copied the states.
+                inplace = not torch.is_grad_enabled() and not transforms_active()
                 o, state = gated_kalmanet_step(*token, state=past.state, inplace=inplace, **options)
                 return o.unsqueeze(1), state
             return gated_kalmanet(

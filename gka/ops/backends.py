@@ -18,13 +18,15 @@ from torch import Tensor
 
 from . import reference
 from .checks import warn_slow
-from .torch import chunked
+from .torch import chunked, differentiable
 from .torch import step as torch_step
+from .transforms import transforms_active
 from .triton import step as triton_step
 from .triton.config import runs_kernels, supports, supports_step
 from .types import Arguments, Gradients, Outputs, Saved, State
 
 _NO_KERNELS = "the kernels need Triton and an NVIDIA GPU of compute capability 8.0 or above"
+_FEW_DERIVATIVES = "without transforms of torch.func, forward-mode derivatives and create_graph=True"
 
 
 class Backend(Protocol):
@@ -72,6 +74,7 @@ def _triton() -> Backend:
 BACKENDS: dict[str, Entry] = {
     "triton": Entry(_triton),
     "chunked": Entry(lambda: chunked),
+    "differentiable": Entry(lambda: differentiable, by_autograd=True),
     "reference": Entry(lambda: reference, by_autograd=True),
 }
 
@@ -79,14 +82,23 @@ BACKENDS: dict[str, Entry] = {
 def backend_for(arguments: Arguments, name: str | None) -> str:
     """The backend of that name; for None kernels where there are some for the tensors, else PyTorch.
 
-    A GPU that gets PyTorch warns once, and says what would be fast.
+    Under a transform of torch.func and in forward mode it is "differentiable". A GPU that gets PyTorch warns once,
+    and says what would be fast.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it has no derivatives for the transform that is active.
     """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected one of {sorted(BACKENDS)} or None")
+    if transforms_active() and name != "reference":
+        if name == "triton":
+            raise ValueError(
+                "backend is 'triton', which runs under no transform of torch.func and has no forward-mode "
+                "derivatives; expected None, 'differentiable' or 'reference'"
+            )
+        warn_slow_derivatives(arguments)
+        return "differentiable"
     if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend is {name!r}; expected one of {sorted(BACKENDS)} or None")
         return name
     q, chunk_size = arguments.q, arguments.chunk_size
     if q.device.type != "cuda":
@@ -98,10 +110,17 @@ def backend_for(arguments: Arguments, name: str | None) -> str:
     return "chunked"
 
 
-def step_backend_for(arguments: Arguments) -> Callable[..., tuple[Tensor, State]]:
-    """The kernel of a step where there is one for the tensors and nobody wants gradients, else PyTorch."""
+def warn_slow_derivatives(arguments: Arguments) -> None:
+    """Warn once that a GPU computes in PyTorch, for derivatives that kernels do not have."""
     q = arguments.q
-    if q.device.type != "cuda" or arguments.needs_gradient():
+    if q.device.type == "cuda":
+        warn_slow("gated_kalmanet", q.dtype, q.shape[3], arguments.chunk_size, _FEW_DERIVATIVES)
+
+
+def step_backend_for(arguments: Arguments) -> Callable[..., tuple[Tensor, State]]:
+    """The kernel of a step where there is one for the tensors and nobody wants derivatives, else PyTorch."""
+    q = arguments.q
+    if q.device.type != "cuda" or arguments.needs_gradient() or transforms_active():
         return torch_step.gated_kalmanet_step
     supported, running = supports_step(q.dtype, q.shape[2]), runs_kernels(q.device.index)
     if supported and running:

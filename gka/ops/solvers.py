@@ -30,6 +30,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from .transforms import batch_in_front, transforms_active
+
 RIDGE_RATIO = 0.02
 Matvec = Callable[[Tensor], Tensor]
 Form = Literal["nodes", "three_term"]
@@ -289,37 +291,69 @@ class ConjugateGradient:
 # --------------------------------------------------------------------------- implicit differentiation
 
 
-def _normalised_solve(S: Tensor, norm: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-    inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1 / norm, and 0, without a derivative, for 0."""
+    positive = norm > 0
+    return torch.where(positive, torch.where(positive, norm, torch.ones_like(norm)).reciprocal(), 0.0)
+
+
+def _normalised_solve(S: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
+    inverse_norm = _reciprocal(torch.linalg.matrix_norm(S))
     return solver.solve(S * inverse_norm[..., None, None], rhs * inverse_norm[..., None], ridge_ratio)
+
+
+def _inverse_norm(S: Tensor) -> Tensor:
+    """1 / ||S||_F with derivatives of any order; 0, without one, for S = 0."""
+    squared = S.square().sum((-1, -2))
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, torch.ones_like(squared)).rsqrt(), 0.0)
 
 
 class _RidgeSolve(torch.autograd.Function):
     """Paper, lemma 2 and section 4.3: z = A^{-1} dx; dq = z; dA = -(z x^T + x z^T) / 2, and through
-    lambda = a ||S||_F: dS = dA - a <z, x> / ||S||_F * S."""
+    lambda = a ||S||_F: dS = dA - a <z, x> / ||S||_F * S. Made of this function and of products, all that has
+    derivatives in turn.
+    """
 
     @staticmethod
-    def forward(ctx: Any, S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-        norm = torch.linalg.matrix_norm(S)
-        x = _normalised_solve(S, norm, q, ridge_ratio, solver)
-        ctx.save_for_backward(S, norm, x)
-        ctx.ridge_ratio, ctx.solver = ridge_ratio, solver
-        return x
+    def forward(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:  # type: ignore[override]
+        return _normalised_solve(S, q, ridge_ratio, solver)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+        ctx.ridge_ratio, ctx.solver = inputs[2:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (dx,) = gradients
-        S, norm, x = ctx.saved_tensors
-        z = _normalised_solve(S, norm, dx, ctx.ridge_ratio, ctx.solver)
-        inverse_norm = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
-        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * inverse_norm
+        S, x = ctx.saved_tensors
+        z = ridge_solve(S, gradients[0], ctx.ridge_ratio, ctx.solver)
+        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * _inverse_norm(S)
         outer = z.unsqueeze(-1) * x.unsqueeze(-2)
         dS = -0.5 * (outer + outer.transpose(-1, -2)) - through_ridge[..., None, None] * S
         return dS, z, None, None
 
 
+class _TransformedRidgeSolve(_RidgeSolve):
+    """The same under transforms and in forward mode: x' = A^{-1} (q' - A' x). torch.compile refuses such rules."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        S, x = ctx.saved_tensors
+        dS, dq = (torch.zeros_like(of) if d is None else d for of, d in zip((S, x), tangents[:2], strict=True))
+        dridge = ctx.ridge_ratio * (S * dS).sum((-1, -2)) * _inverse_norm(S)
+        change = 0.5 * ((dS + dS.transpose(-1, -2)) @ x.unsqueeze(-1)).squeeze(-1) + dridge.unsqueeze(-1) * x
+        return ridge_solve(S, dq - change, ctx.ridge_ratio, ctx.solver)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        S, q = batch_in_front(info.batch_size, in_dims[:2], inputs[:2])
+        return ridge_solve(S, q, *inputs[2:]), 0
+
+
 def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-    """x = (S + a ||S||_F I)^{-1} q, differentiated implicitly with the same solver.
+    """x = (S + a ||S||_F I)^{-1} q, differentiated implicitly with the same solver, in both modes, at any order.
 
     Args:
         S: [..., D, D], symmetric positive semidefinite, float32 or float64.
@@ -330,5 +364,6 @@ def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Ten
     Returns:
         x [..., D]; zero, without a gradient, where S is zero.
     """
-    result: Tensor = _RidgeSolve.apply(S, q, ridge_ratio, solver)  # type: ignore[no-untyped-call]
+    function = _TransformedRidgeSolve if transforms_active() else _RidgeSolve
+    result: Tensor = function.apply(S, q, ridge_ratio, solver)  # type: ignore[no-untyped-call]
     return result
