@@ -1,8 +1,8 @@
 """Floating point operations of the op and of a decode step, for `torch.utils.flop_counter.FlopCounterMode`.
 
-Products alone count, as PyTorch counts them: 2 m n k for one of [m, k] and [k, n]. They are those of the chunk-wise
-form (`torch/chunk_math.py`), chunks filled up to C tokens. A product of the solver takes 2 C D^2 + 4 C^2 D for every
-chunk and head, and a solve of n_1 + n_2 + ... nodes takes n_1 + n_2 + ... - 1 of them.
+Products alone count, as PyTorch counts them: 2 m n k for one of [m, k] and [k, n]. They are those of the
+chunk-wise form (`torch/chunk_math.py`), chunks filled up to C tokens. A product of the solver takes 2 C D^2 + 4 C^2 D
+for every chunk and head, and a solve of n_1 + n_2 + ... nodes takes n_1 + n_2 + ... - 1 of them.
 
 Legend: D key dim, V value dim, C tokens per chunk, n chunks of all sequences, H query heads, Hk key/value heads.
 """
@@ -66,7 +66,7 @@ def step_flops(q: Any, v: Any, solver_steps: Any) -> int:
 
 
 def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
-    """Give the formulas to PyTorch's counter, for operators of `custom_op`, whose packed arguments `unpack` takes."""
+    """Give PyTorch's counter the formulas of the operators of `custom_op`; `unpack` takes their arguments."""
 
     @register_flop_formula(forward, get_raw=True)
     def _(*packed: Any, out_val: Any = None) -> int:
@@ -81,7 +81,7 @@ def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
 
 
 def register_steps(*operators: Any) -> None:
-    """The same for operators of a decode step: q, k, v, g, alpha, beta, S_kk, S_kv, ridge_ratio, solver_steps, …"""
+    """The same for operators of a decode step: eight tensors, q and v among them, ridge_ratio, solver_steps, …"""
 
     @register_flop_formula(list(operators), get_raw=True)
     def _(*packed: Any, out_val: Any = None) -> int:

@@ -2,8 +2,8 @@
 
 The equations are those of `chunk_math`. Autograd records them; `chunk_solve` differentiates the solve implicitly.
 Nothing is written in place and no value is read but the length of the longest packed sequence, so torch.vmap maps
-all of it. Autograd keeps what enters each product: more memory than `chunked`, whose backward pass computes most of
-it anew.
+all of it. Autograd keeps what enters each product: more memory than `chunked`, whose backward pass computes most
+of it anew.
 
 Legend: B batch, T time, H query heads, Hk key/value heads, R = H / Hk, D key dim, V value dim, N sequences,
 L tokens of the longest one, C tokens per chunk.
