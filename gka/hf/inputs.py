@@ -15,6 +15,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs, is_tracing
 
 from ..ops.checks import values_may_be_read
+from ..ops.transforms import unwrapped
 from .config import GKAConfig
 from .packing import Packing, find_packing, find_packing_in_mask, refuse_packing
 
@@ -89,7 +90,7 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
             "a GKA layer has no use for a mask of pairs of tokens"
         )
     recent = attention_mask[:, -T:] != 0
-    if values_may_be_read(recent) and not is_tracing(recent) and bool(recent.all()):
+    if values_may_be_read(recent) and not is_tracing(recent) and bool(unwrapped(recent).all()):
         return None
     return recent
 

@@ -6,8 +6,9 @@
 - `attention_mask` [B, T] with sequence numbers, such as 1 1 2 2 3 0: rising, 0 for padding.
 
 The first token of every row starts a sequence. The first of `cu_seq_lens_q`, `seq_idx` and `position_ids` that is
-given decides. With an `attention_mask`, its numbers decide, or `position_ids` if it has none. Each run of padding
-in a packed row is a sequence of its own. A cache has one state per row, so a packed batch with a cache is an error.
+given decides. With an `attention_mask`, its numbers decide, or `position_ids` if it has none. Each run of
+padding in a packed row is a sequence of its own. Packing with a cache is an error: a
+cache has one state per row.
 
 With `cu_seq_lens_q` nothing waits for a GPU. With `seq_idx`, or `position_ids` alone, the host must wait for the
 number of sequences, because it is the size of a tensor. Every padded batch has an `attention_mask`, so its values
@@ -27,6 +28,7 @@ from torch import Tensor
 from ..nn.padding import check_mask
 from ..nn.short_conv import sequence_of_tokens
 from ..ops.checks import require, values_may_be_read
+from ..ops.transforms import has_values
 
 
 class Packing(NamedTuple):
@@ -146,6 +148,8 @@ def _from_lengths(cu_seqlens: Tensor, T: int) -> Packing:
 def _from_inner_starts(inner: Tensor, shape: tuple[int, int]) -> Packing | None:
     """inner: [B or 1, T - 1] of bool, whether a sequence starts at a token that is not its row's first."""
     B, T = shape
+    if not torch.compiler.is_compiling() and not has_values(inner):
+        return None  # shapes are all that is asked for, and they do not depend on it
     if not inner.any():
         return None
     starts = torch.nn.functional.pad(inner.expand(B, -1), (1, 0), value=True)

@@ -30,8 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
+from ..ops.autocast import autocast_off
 from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers
 from ..ops.solvers import RIDGE_RATIO
+from ..ops.transforms import transforms_active
 from .cache import LayerState, check_cache, checked_layer_state, read_cache, write_cache
 from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
@@ -42,8 +44,6 @@ from .short_conv import ShortConv, last_inputs, packing
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
-
-BETA_FLOOR = 1e-6
 
 
 def _check_counts(**counts: Any) -> None:
@@ -265,8 +265,8 @@ class GatedKalmaNet(DecayParameters):
         Args:
             hidden_states: [B, T, hidden_size], any float dtype.
             attention_mask: [B, T], any dtype, 0 for padding and 1 for a token. Padding may be anywhere. It does
-                not change the other tokens or the cache, and its output is 0. Other values are an error; on a GPU this
-                is an assertion of the device.
+                not change the other tokens or the cache, and its output is 0. Other values are an error; on a GPU
+                this is an assertion of the device.
             past_key_values: a transformers cache, `DynamicCache(config=config)`. The rows continue from its states
                 for this layer, and it is updated in place. Gradients flow through it.
             cu_seqlens: [N + 1] int32 or int64, for packed sequences in a single row: sequence n has the tokens
@@ -384,7 +384,7 @@ class GatedKalmaNet(DecayParameters):
             A_log, dt_bias = self.decay_parameter("A_log", wide), self.decay_parameter("dt_bias", wide)
             g = -torch.exp(A_log) * F.softplus(raw_g.to(wide) + dt_bias)
         if raw_beta is not None:
-            beta = torch.sigmoid(raw_beta.to(wide)) + BETA_FLOOR
+            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # in place: see `NEAR_ONE`
         if raw_alpha is not None:
             alpha = torch.sigmoid(raw_alpha.to(wide))
         if rows is not None:
@@ -409,10 +409,11 @@ class GatedKalmaNet(DecayParameters):
         options: dict[str, Any] = dict(
             ridge_ratio=self.ridge_ratio, solver_steps=self.solver_steps, normalize_qk=True
         )
-        with torch.autocast(q.device.type, enabled=False):  # dtypes are explicit from here on
+        with autocast_off(q.device):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
-                inplace = not torch.is_grad_enabled()  # else `read_cache` copied the states
+                # Else `read_cache` copied the states.
+                inplace = not torch.is_grad_enabled() and not transforms_active()
                 o, state = gated_kalmanet_step(*token, state=past.state, inplace=inplace, **options)
                 return o.unsqueeze(1), state
             return gated_kalmanet(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class ZeroLinear(nn.Linear):
@@ -35,7 +36,7 @@ class LowRank(nn.Module):
 def _is_plain(linear: nn.Linear) -> bool:
     """Whether only weight and bias decide the output: no adapter, quantised weight, hook or offloading."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if type(linear) is not nn.Linear or any(hooks) or "forward" in linear.__dict__:
+    if type(linear) is not nn.Linear or any(hooks) or _has_any_global_hook() or "forward" in linear.__dict__:
         return False
     return all(type(x) in (nn.Parameter, Tensor) for x in (linear.weight, linear.bias) if x is not None)
 

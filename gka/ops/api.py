@@ -34,6 +34,7 @@ from .checks import (
     checked_state,
 )
 from .solvers import RIDGE_RATIO
+from .transforms import transforms_active
 from .types import Arguments, State
 
 
@@ -203,6 +204,11 @@ def gated_kalmanet_step(
         scale=D**-0.5 if scale is None else float(scale),
         normalize_qk=normalize_qk,
     )
+    if inplace and transforms_active():
+        raise ValueError(
+            "inplace=True writes over the states, and a transform of torch.func or forward mode is active; "
+            "leave inplace out"
+        )
     if inplace and arguments.needs_gradient():
         raise ValueError(
             "inplace=True overwrites the states, but an argument requires a gradient; "

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from . import reference
 from .checks import warn_slow
-from .torch import chunked
+from .torch import chunked, differentiable
 from .torch import step as torch_step
+from .transforms import transforms_active
 from .triton import step as triton_step
 from .triton.config import runs_kernels, supports, supports_step
 from .types import Arguments, Gradients, Outputs, Saved, State
 
 _NO_KERNELS = "the kernels need Triton and an NVIDIA GPU of compute capability 8.0 or above"
+_FEW_DERIVATIVES = "without transforms of torch.func, forward-mode derivatives and create_graph=True"
 
 
 class Backend(Protocol):
@@ -74,6 +76,7 @@ def _triton() -> Backend:
 BACKENDS: dict[str, Entry] = {
     "triton": Entry(_triton),
     "chunked": Entry(lambda: chunked),
+    "differentiable": Entry(lambda: differentiable, by_autograd=True),
     "reference": Entry(lambda: reference, by_autograd=True),
 }
 
@@ -81,14 +84,23 @@ BACKENDS: dict[str, Entry] = {
 def backend_for(arguments: Arguments, name: str | None) -> str:
     """The name of the backend for a call. None chooses kernels if they support the tensors, otherwise PyTorch.
 
-    If a GPU gets PyTorch, a warning appears once and names the fast settings.
+    Under a transform of torch.func and in forward mode it is "differentiable". If a GPU gets PyTorch, a warning
+    appears once and names the fast settings.
 
     Raises:
-        ValueError: there is no backend with this name.
+        ValueError: there is no backend with this name, or it has no derivatives for the active transform.
     """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected one of {sorted(BACKENDS)} or None")
+    if transforms_active() and name != "reference":
+        if name == "triton":
+            raise ValueError(
+                "backend is 'triton', which runs under no transform of torch.func and has no forward-mode "
+                "derivatives; expected None, 'differentiable' or 'reference'"
+            )
+        warn_slow_derivatives(arguments)
+        return "differentiable"
     if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend is {name!r}; expected one of {sorted(BACKENDS)} or None")
         return name
     q, chunk_size = arguments.q, arguments.chunk_size
     if q.device.type != "cuda":
@@ -100,10 +112,17 @@ def backend_for(arguments: Arguments, name: str | None) -> str:
     return "chunked"
 
 
-def step_backend_for(arguments: Arguments) -> Callable[..., tuple[Tensor, State]]:
-    """The kernel of a step if it supports the tensors and no gradient is needed, otherwise the step in PyTorch."""
+def warn_slow_derivatives(arguments: Arguments) -> None:
+    """Warn once that a GPU computes in PyTorch, because kernels do not have these derivatives."""
     q = arguments.q
-    if q.device.type != "cuda" or arguments.needs_gradient():
+    if q.device.type == "cuda":
+        warn_slow("gated_kalmanet", q.dtype, q.shape[3], arguments.chunk_size, _FEW_DERIVATIVES)
+
+
+def step_backend_for(arguments: Arguments) -> Callable[..., tuple[Tensor, State]]:
+    """The kernel of a step if it supports the tensors and no derivative is needed, otherwise PyTorch."""
+    q = arguments.q
+    if q.device.type != "cuda" or arguments.needs_gradient() or transforms_active():
         return torch_step.gated_kalmanet_step
     supported, running = supports_step(q.dtype, q.shape[2]), runs_kernels(q.device.index)
     if supported and running:

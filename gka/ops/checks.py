@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .solvers import default_solver_steps
+from .transforms import has_values, transforms_active, unwrapped
 from .triton import config as triton_config
 from .types import State, state_dtype
 
@@ -129,7 +130,7 @@ def checked_state(
 
 def values_may_be_read(tensor: Tensor) -> bool:
     """Whether a check may read values: always on the CPU, on other devices only if GKA_CHECK_VALUES is 1."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or not has_values(tensor):
         return False
     return tensor.device.type in NEVER_WAITING or os.environ.get("GKA_CHECK_VALUES") == "1"
 
@@ -176,7 +177,7 @@ def warn_slow(name: str, dtype: torch.dtype, D: int, chunk_size: int | None = No
 
 def check_decay(g: Tensor) -> None:
     if g.numel() and values_may_be_read(g):
-        largest = g.detach().amax().item()
+        largest = unwrapped(g).detach().amax().item()
         if not largest <= 0.0:
             raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
 
@@ -188,9 +189,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [N + 1]")
+    if transforms_active() and torch._C._functorch.is_batchedtensor(cu_seqlens):
+        raise ValueError("cu_seqlens is mapped by torch.vmap; expected the same for all samples, in_dims=None")
     if B != 1:
         raise ValueError(f"q has batch size {B}; expected 1 with cu_seqlens: concatenate the sequences")
     if values_may_be_read(cu_seqlens):
-        edges = cu_seqlens.tolist()
+        edges = unwrapped(cu_seqlens).tolist()
         if edges[0] != 0 or edges[-1] != T or edges != sorted(edges):
             raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
+from . import flops
+from .autocast import autocast_off
+from .backends import BACKENDS, warn_slow_derivatives
+from .torch import differentiable
+from .transforms import gradients_with_graph
 from .types import Arguments, Saved, State, state_dtype
 
 
@@ -69,7 +73,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(q: Tensor, *others: Any) -> Any:
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q.device):
             return function(q, *others)
 
     return call
@@ -184,10 +188,29 @@ def _autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | No
     if dS_kv is not None and dS_kv.numel() == 0:
         dS_kv = None
     saved = ctx.saved_tensors  # only once: under activation checkpointing, unpacking recomputes the tensors
-    grads = _backward(*saved, do, dS_kk, dS_kv, *ctx.numbers)
-    found = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=False)]
-    numbers = len(ctx.numbers) + 2  # and output_final_state and save
-    return *found, *([None] * (1 + numbers))
+    found: list[Tensor | None]
+    if torch.is_grad_enabled():  # create_graph=True
+        found = _gradients_with_graph(saved, ctx.numbers, (do, dS_kk, dS_kv))
+    else:
+        grads = _backward(*saved, do, dS_kk, dS_kv, *ctx.numbers)
+        found = [None if tensor is None else grad for tensor, grad in zip(saved[:8], grads, strict=True)]
+    others = 1 + len(ctx.numbers) + 2  # cu_seqlens, the numbers, output_final_state and save
+    return *found, *([None] * others)
+
+
+def _gradients_with_graph(
+    saved: Sequence[Tensor | None], numbers: Sequence[Any], d_outputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the eight inputs, for autograd to differentiate again: by the differentiable form."""
+    arguments = _unpack(saved[:TENSORS], *numbers)
+    warn_slow_derivatives(arguments)
+
+    def function(*inputs: Tensor | None) -> Sequence[Tensor | None]:
+        again = Arguments._make((*inputs, *arguments[len(inputs) :]))
+        return differentiable.forward(again, output_final_state=True, save=False)[:3]
+
+    return gradients_with_graph(function, arguments.differentiable, d_outputs)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+flops.register(torch.ops.gka.forward, torch.ops.gka.backward, _unpack, TENSORS)

@@ -32,6 +32,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from .transforms import batch_in_front, transforms_active
+
 RIDGE_RATIO = 0.02
 NORM_FLOOR = 1e-12  # of ||S||_F: the beta^2 of the weakest key that the layer writes
 Matvec = Callable[[Tensor], Tensor]
@@ -299,40 +301,68 @@ def floored(norm: Tensor) -> Tensor:
 
 
 def inverse_or_zero(norm: Tensor, above: float = 0.0) -> Tensor:
-    """1 / norm where norm > above, else 0."""
-    return torch.where(norm > above, norm.reciprocal(), torch.zeros_like(norm))
+    """1 / norm where norm > above, else 0, without a derivative."""
+    larger = norm > above
+    return torch.where(larger, torch.where(larger, norm, torch.ones_like(norm)).reciprocal(), 0.0)
 
 
-def _normalised_solve(S: Tensor, norm: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-    inverse_norm = inverse_or_zero(norm)
+def _normalised_solve(S: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
+    inverse_norm = inverse_or_zero(floored(torch.linalg.matrix_norm(S)))
     return solver.solve(S * inverse_norm[..., None, None], rhs * inverse_norm[..., None], ridge_ratio)
+
+
+def _inverse_norm(S: Tensor) -> Tensor:
+    """1 / ||S||_F with derivatives of any order; 0, without one, where the norm is not above the floor."""
+    squared = S.square().sum((-1, -2))
+    above = squared > NORM_FLOOR**2
+    return torch.where(above, torch.where(above, squared, torch.ones_like(squared)).rsqrt(), 0.0)
 
 
 class _RidgeSolve(torch.autograd.Function):
     """Paper, lemma 2 and section 4.3: z = A^{-1} dx; dq = z; dA = -(z x^T + x z^T) / 2, and through
-    lambda = a ||S||_F: dS = dA - a <z, x> / ||S||_F * S, where ||S||_F is above the floor."""
+    lambda = a ||S||_F above the floor: dS = dA - a <z, x> / ||S||_F * S. It consists of this function and of
+    products, which all have derivatives themselves.
+    """
 
     @staticmethod
-    def forward(ctx: Any, S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-        norm = floored(torch.linalg.matrix_norm(S))
-        x = _normalised_solve(S, norm, q, ridge_ratio, solver)
-        ctx.save_for_backward(S, norm, x)
-        ctx.ridge_ratio, ctx.solver = ridge_ratio, solver
-        return x
+    def forward(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:  # type: ignore[override]
+        return _normalised_solve(S, q, ridge_ratio, solver)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+        ctx.ridge_ratio, ctx.solver = inputs[2:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (dx,) = gradients
-        S, norm, x = ctx.saved_tensors
-        z = _normalised_solve(S, norm, dx, ctx.ridge_ratio, ctx.solver)
-        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * inverse_or_zero(norm, NORM_FLOOR)
+        S, x = ctx.saved_tensors
+        z = ridge_solve(S, gradients[0], ctx.ridge_ratio, ctx.solver)
+        through_ridge = ctx.ridge_ratio * (z * x).sum(-1) * _inverse_norm(S)
         outer = z.unsqueeze(-1) * x.unsqueeze(-2)
         dS = -0.5 * (outer + outer.transpose(-1, -2)) - through_ridge[..., None, None] * S
         return dS, z, None, None
 
 
+class _TransformedRidgeSolve(_RidgeSolve):
+    """The same under transforms and in forward mode: x' = A^{-1} (q' - A' x). torch.compile refuses such rules."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        S, x = ctx.saved_tensors
+        dS, dq = (torch.zeros_like(of) if d is None else d for of, d in zip((S, x), tangents[:2], strict=True))
+        dridge = ctx.ridge_ratio * (S * dS).sum((-1, -2)) * _inverse_norm(S)
+        change = 0.5 * ((dS + dS.transpose(-1, -2)) @ x.unsqueeze(-1)).squeeze(-1) + dridge.unsqueeze(-1) * x
+        return ridge_solve(S, dq - change, ctx.ridge_ratio, ctx.solver)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        S, q = batch_in_front(info.batch_size, in_dims[:2], inputs[:2])
+        return ridge_solve(S, q, *inputs[2:]), 0
+
+
 def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
-    """x = (S + a max(||S||_F, NORM_FLOOR) I)^{-1} q, differentiated implicitly with the same solver.
+    """x = (S + a max(||S||_F, NORM_FLOOR) I)^{-1} q, with implicit derivatives of any order, in both modes.
 
     Args:
         S: [..., D, D], symmetric positive semidefinite, float32 or float64.
@@ -343,5 +373,6 @@ def ridge_solve(S: Tensor, q: Tensor, ridge_ratio: float, solver: Solver) -> Ten
     Returns:
         x [..., D]; zero, without a gradient, if S is zero.
     """
-    result: Tensor = _RidgeSolve.apply(S, q, ridge_ratio, solver)  # type: ignore[no-untyped-call]
+    function = _TransformedRidgeSolve if transforms_active() else _RidgeSolve
+    result: Tensor = function.apply(S, q, ridge_ratio, solver)  # type: ignore[no-untyped-call]
     return result

@@ -80,7 +80,7 @@ def test_the_size_stays_and_then_falls_with_the_state() -> None:
     assert torch.allclose(falls, torch.full_like(falls, -0.5).exp(), rtol=0.05)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "differentiable"])
 def test_gradients_cross_the_floor(backend: str) -> None:
     """A loss of the tokens around and behind the crossing: finite, and that of float64."""
 

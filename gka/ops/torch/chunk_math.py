@@ -27,25 +27,25 @@ from ..solvers import NORM_FLOOR, Matvec, chebyshev, floored, inverse_or_zero
 def cross(left: Tensor, keys: Tensor) -> Tensor:
     """X K^T, [b, R, C, D] and [b, C, D] -> [b, R, C, C], without repeating K."""
     b, R, C, D = left.shape
-    return torch.bmm(left.reshape(b, R * C, D), keys.transpose(1, 2)).view(b, R, C, keys.shape[1])
+    return torch.bmm(left.reshape(b, R * C, D), keys.transpose(1, 2)).reshape(b, R, C, keys.shape[1])
 
 
 def mix(weights: Tensor, keys: Tensor) -> Tensor:
     """P K, [b, R, C, C] and [b, C, D] -> [b, R, C, D], without repeating K."""
     b, R, C, J = weights.shape
-    return torch.bmm(weights.reshape(b, R * C, J), keys).view(b, R, C, keys.shape[2])
+    return torch.bmm(weights.reshape(b, R * C, J), keys).reshape(b, R, C, keys.shape[2])
 
 
 def heads(left: Tensor, right: Tensor) -> Tensor:
     """One product for every query head, [b, R, i, j] and [b, R, j, k] -> [b, R, i, k]."""
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).reshape(*left.shape[:3], right.shape[3])
 
 
 def gather_outer(keys: Tensor, weight: Tensor, right: Tensor) -> Tensor:
     """K^T diag(weight) right, [b, C, D], [b, R, C] and [b, C, V] -> [b, R, D, V]."""
     b, R, C = weight.shape
     weighted = keys.unsqueeze(2) * weight.transpose(1, 2).contiguous().unsqueeze(-1)
-    return torch.bmm(weighted.reshape(b, C, -1).transpose(1, 2), right).view(b, R, -1, right.shape[2])
+    return torch.bmm(weighted.reshape(b, C, -1).transpose(1, 2), right).reshape(b, R, -1, right.shape[2])
 
 
 def decay_mask(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +66,17 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     divisor = norm + 1e-6
     return x / divisor, norm, divisor
+
+
+def root(squared: Tensor) -> Tensor:
+    """The square root; 0, without a derivative of any order, where it is not above 0."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, torch.ones_like(squared)).sqrt(), 0.0)
+
+
+def smooth_unit_rows(x: Tensor) -> Tensor:
+    """x / (||x||_2 + 1e-6), as `unit_rows`, with derivatives of any order at x = 0 too."""
+    return x / (root(x.square().sum(-1, keepdim=True)) + 1e-6)
 
 
 def unit_rows_backward(d_unit: Tensor, unit: Tensor, norm: Tensor, divisor: Tensor) -> Tensor:
@@ -107,12 +118,30 @@ def squared_norm(chunks: Chunks, S_0: Tensor, KS: Tensor) -> Tensor:
     """||S_c||_F^2, [b, R, C], up to rounding; KS [b, R, C, D] = K S_0."""
     K, Mb, zeta = chunks.K, chunks.Mb, chunks.zeta
     quadratic = (KS * K.unsqueeze(1)).sum(-1)
-    gram_squared = torch.bmm(K, K.transpose(1, 2)).square_()
+    gram_squared = torch.bmm(K, K.transpose(1, 2)).square()
     return (
         zeta.square() * S_0.square().sum((-1, -2)).unsqueeze(-1)
         + 2.0 * zeta * (Mb @ quadratic.unsqueeze(-1)).squeeze(-1)
         + (mix(Mb, gram_squared) * Mb).sum(-1)
     )
+
+
+def product_with_states(
+    K: Tensor, S_0: Tensor, Mb: Tensor, zeta: Tensor, inverse_norm: Tensor, dtype: torch.dtype
+) -> Matvec:
+    """X [b, R, C, D] -> X S_hat: row c times S_c / ||S_c||_F, products and result in `dtype`."""
+    K, S_0 = K.to(dtype), S_0.to(dtype)
+    mask = (Mb * inverse_norm.unsqueeze(-1)).to(dtype)
+    factor = (zeta * inverse_norm).unsqueeze(-1).to(dtype)
+    b, R, C, _ = mask.shape
+
+    def matvec(X: Tensor) -> Tensor:
+        X = X.to(dtype)
+        from_state = heads(X, S_0).mul_(factor).view(b, R * C, -1)
+        scores = cross(X, K).mul_(mask).view(b, R * C, C)
+        return from_state.baddbmm_(scores, K).view(b, R, C, -1)
+
+    return matvec
 
 
 @dataclass
@@ -146,18 +175,8 @@ class Systems:
 
     def matvec(self, dtype: torch.dtype) -> Matvec:
         """X [b, R, C, D] -> X S_hat, with products in `dtype`, which is that of the result."""
-        K, S_0 = self.chunks.K.to(dtype), self.S_0.to(dtype)
-        mask = (self.chunks.Mb * self.inverse_norm.unsqueeze(-1)).to(dtype)
-        zeta = (self.chunks.zeta * self.inverse_norm).unsqueeze(-1).to(dtype)
-        b, R, C, _ = mask.shape
-
-        def matvec(X: Tensor) -> Tensor:
-            X = X.to(dtype)
-            from_state = heads(X, S_0).mul_(zeta).view(b, R * C, -1)
-            scores = cross(X, K).mul_(mask).view(b, R * C, C)
-            return from_state.baddbmm_(scores, K).view(b, R, C, -1)
-
-        return matvec
+        chunks = self.chunks
+        return product_with_states(chunks.K, self.S_0, chunks.Mb, chunks.zeta, self.inverse_norm, dtype)
 
     def solve(self, Q: Tensor) -> Tensor:
         """X [b, R, C, D] with X_c = (S_c + lambda_c I)^{-1} Q_c; 0 where S_c = 0."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_off
 from ..solvers import Chebyshev, ridge_solve
+from ..transforms import transforms_active
 from ..types import Arguments, State, repeat_heads
-from .chunk_math import unit_rows
+from .chunk_math import smooth_unit_rows, unit_rows
 
 NEAR_ONE = -0.25  # log-decays above it fade a state by a difference
 
@@ -21,10 +23,10 @@ NEAR_ONE = -0.25  # log-decays above it fade a state by a difference
 def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
     """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
 
-    The arithmetic is in the states' dtype, or in float32 for bfloat16 states; gradients flow by autograd and
-    `ridge_solve`.
+    The arithmetic is in the states' dtype, or in float32 for bfloat16 states; derivatives, of any kind, are those
+    of PyTorch and of `ridge_solve`.
     """
-    with torch.autocast(arguments.q.device.type, enabled=False):
+    with autocast_off(arguments.q.device):
         o, (S_kk, S_kv) = _step(arguments)
     old_kk, old_kv = arguments.S_kk, arguments.S_kv
     assert old_kv is not None
@@ -39,9 +41,13 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
 def _step(a: Arguments) -> tuple[Tensor, State]:
     assert a.S_kv is not None
     heads, dtype = a.q.shape[1], torch.promote_types(a.S_kv.dtype, torch.float32)
+    differentiated = a.needs_gradient() or transforms_active()
     query, keys, values = a.q.to(dtype), a.k.to(dtype), a.v.to(dtype)
     if a.normalize_qk:
-        query, keys = unit_rows(query)[0], unit_rows(keys)[0]
+        if differentiated:
+            query, keys = smooth_unit_rows(query), smooth_unit_rows(keys)
+        else:
+            query, keys = unit_rows(query)[0], unit_rows(keys)[0]
     keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
     weighted = keys if a.beta is None else keys * a.beta.to(dtype).square().unsqueeze(-1)
     kept, rate = _decay_parts(a.g.to(dtype))
@@ -51,7 +57,7 @@ def _step(a: Arguments) -> tuple[Tensor, State]:
     if a.solver_steps:
         assert a.S_kk is not None
         S_kk = a.S_kk.to(dtype)
-        if S_kk.requires_grad:  # changes no value of a symmetric S_kk, and makes its gradient symmetric
+        if differentiated:  # changes no value of a symmetric S_kk, and makes its derivatives symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
         S_kk = _updated(S_kk, kept, rate, weighted, keys)
         x = ridge_solve(S_kk, query, a.ridge_ratio, Chebyshev(a.solver_steps))

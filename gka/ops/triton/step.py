@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..flops import register_steps
 from ..solvers import node_steps
 from ..types import Arguments, State
 from .config import INTERPRETED, step_config
@@ -26,8 +27,9 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
     """The kernel's form of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes."""
     S_kk, S_kv = arguments.S_kk, arguments.S_kv
     assert S_kv is not None
-    # The way through an operator takes longer than the launch: it is for whom only traces.
+    # The way through an operator takes longer than the launch: it is for whom traces or counts.
     traced = torch.compiler.is_compiling() or type(arguments.q) is not Tensor
+    traced = traced or torch._C._len_torch_dispatch_stack() > 0
     if inplace:
         state = State(S_kk, S_kv)
         if traced:
@@ -138,3 +140,6 @@ def _step_(*packed: Any) -> Tensor:
 @_step_.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: object) -> Tensor:
     return q.new_empty(*q.shape[:2], v.shape[2])
+
+
+register_steps(torch.ops.gka.step, torch.ops.gka.step_)

@@ -1,0 +1,13 @@
+"""Autocast kept away from what chooses its dtypes itself."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast, whatever surrounds it; the meta device knows none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
