@@ -30,7 +30,7 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
     if attention_mask.ndim != 2 or attention_mask.shape[1] < T:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; "
-            f"expected [B, at least {T}], 0 for a pad: a GKA layer has no use for a mask of pairs of tokens"
+            f"expected [B, at least {T}], 0 for padding: a GKA layer cannot use a mask of pairs of tokens"
         )
     recent = attention_mask[:, -T:]
     if values_may_be_read(recent) and not is_tracing(recent) and bool((recent != 0).all()):
