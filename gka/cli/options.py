@@ -225,7 +225,7 @@ def read_yaml(path: Path, cls: type) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold 'option: value' lines, got {type(values).__name__}")
+        raise UserError(f"{path} must contain 'option: value' lines, got {type(values).__name__}")
     all_kinds = kinds(cls)
     checked = {}
     for key, value in values.items():

@@ -56,10 +56,10 @@ def _is_wide(name: str) -> bool:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """The tensors in a folder's safetensors files, one file or those that the index names.
+    """The tensors in the safetensors files of a folder: one file, or the files in the index.
 
     Raises:
-        BadCheckpoint: no such file, pickle files alone, or damage.
+        BadCheckpoint: there is no such file, there are only pickle files, or a file is damaged.
     """
     if (folder / SINGLE).is_file():
         return _read_file(folder / SINGLE)
@@ -106,7 +106,7 @@ def _read_file(path: Path) -> dict[str, Header]:
 
 
 def check_headers(folder: Path, headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what the files hold with what the configuration asks for.
+    """Compare the tensors in the files with the tensors of the configuration.
 
     Raises:
         BadCheckpoint: listing the tensors that are missing, extra, of another shape, or of a wrong dtype.
@@ -140,7 +140,7 @@ def check_headers(folder: Path, headers: Mapping[str, Header], expected: Mapping
 
 
 def check_finite(model: nn.Module, source: Any) -> None:
-    """Raises BadCheckpoint, listing the parameters that hold NaN or infinity."""
+    """Raise BadCheckpoint with a list of the parameters that contain NaN or infinity."""
     bad = [
         name
         for name, value in model.named_parameters()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a place to write a file at; it replaces the file at `path` when the block ends without an error."""
+    """Yield a temporary path to write to; the file replaces `path` when the block ends without an error."""
     partial = partial_of(path)
     try:
         yield partial
@@ -42,13 +42,14 @@ def partial_of(path: Path) -> Path:
 
 
 def begin_folder(folder: Path, *, overwrite: bool = False) -> Path:
-    """An empty folder to write, beside the one to be; a link's is where it leads.
+    """Create an empty temporary folder next to `folder`; for a link, next to its target.
 
     Args:
-        folder: the one to be. overwrite: whether it may hold something, which `end_folder` then replaces.
+        folder: the final folder.
+        overwrite: whether the final folder may have content, which `end_folder` then replaces.
 
     Raises:
-        FileExistsError: it holds something and must not, or is a file.
+        FileExistsError: the final folder has content and overwrite is False, or it is a file.
     """
     folder = folder.resolve()
     if (before := replaced(folder)) is not None and not folder.exists():

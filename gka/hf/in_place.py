@@ -61,8 +61,8 @@ class InPlaceOfAttention(nn.Module):
         Args:
             hidden_states: [B, T, hidden_size].
             position_embeddings: not needed: the layer knows the order of tokens without.
-            attention_mask: None, [B, P + T] with 0 for a pad, or [B or 1, 1, T, P + T] of bool or to be added,
-                causal but for pads.
+            attention_mask: None, [B, P + T] with 0 for padding, or [B or 1, 1, T, P + T] bool or additive, causal
+                except for padding.
             past_key_values: the model's cache, a DynamicCache.
             **kwargs: what blocks and models of transformers hand on; cu_seq_lens_q tells packed sequences.
                 position_ids are read to refuse those of a packed batch that is told in no other way.
@@ -108,7 +108,7 @@ class InPlaceOfAttention(nn.Module):
         return cache.layers[self.layer_idx]
 
     def _real_tokens(self, mask: Any, x: Tensor, past: Tensor | None) -> Tensor | None:
-        """[B, T] of bool, False for a pad; None where there is no mask."""
+        """[B, T] bool, False for padding; None without a mask."""
         if mask is None:
             return None
         if not isinstance(mask, Tensor):
@@ -122,10 +122,10 @@ class InPlaceOfAttention(nn.Module):
                 f"attention_mask has shape {tuple(mask.shape)}; expected ({B}, {P + T}) or ({B}, 1, {T}, {P + T})"
             )
         sees = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(B, T, P + T)
-        real = sees[:, -1]  # the last token sees all but pads
+        real = sees[:, -1]  # the last token sees all real tokens
         causal = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
         expected = causal & real.unsqueeze(1)
-        # A pad does not see itself, or sees everything (transformers, where it would see nothing).
+        # Padding does not see itself, or sees everything (transformers does this if it would see nothing).
         own = sees[:, :, P:].diagonal(dim1=1, dim2=2)
         pad = ~real[:, P:] & (~own | sees.all(dim=2))
         fits = ((sees == expected) | pad.unsqueeze(2)).all()
@@ -133,7 +133,7 @@ class InPlaceOfAttention(nn.Module):
             fits = fits & (real[:, :P] == (past != 0)).all()
         require(
             fits,
-            "attention_mask has values of another kind; expected a causal mask with pads: a GKA layer sees all "
+            "attention_mask has values of another kind; expected a causal mask with padding: a GKA layer sees all "
             "tokens before its own",
         )
         return real[:, P:]

@@ -86,8 +86,8 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
         return None
     if attention_mask.ndim != 2:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected two dims, 0 for a pad: "
-            "a GKA layer has no use for a mask of pairs of tokens"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected two dims, 0 for padding: "
+            "a GKA layer cannot use a mask of pairs of tokens"
         )
     recent = attention_mask[:, -T:] != 0
     if values_may_be_read(recent) and not is_tracing(recent) and bool(unwrapped(recent).all()):

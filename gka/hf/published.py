@@ -7,7 +7,7 @@ a key of `gka_config` is called here:
     num_iter        solver_steps = [num_iter + 1]: updates after x_0, a polynomial of that degree (docs/math.md)
     ridge_strength  ridge_ratio: lambda_t = ridge_strength ||S_kk_t||_F
     use_gate        use_output_gate
-    chunk_size      nothing: the result does not depend on it, and what suits the device is taken
+    chunk_size      not used: the result does not depend on it, and the default of the device is used
     sizes, norm_eps the fields of the whole model, with which they must agree
 
 Switches that change the function, and are not here, are refused by name unless they have their usual value.

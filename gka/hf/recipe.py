@@ -59,7 +59,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}; expected 'option: value' lines")
+        raise ValueError(f"{path}: contains a {type(values).__name__}; expected 'option: value' lines")
     options = {str(key).replace("-", "_"): value for key, value in values.items()}
     for name in options:
         near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85)

@@ -187,7 +187,7 @@ def test_the_demo_settings_are_valid() -> None:
         ("mixer: mamba", ["mixer", "one of gka, gla"]),
         ("heads: 0", ["--heads", "at least 1"]),
         ("heads: 2\nseq_len: [1", ["bad YAML", "line 2"]),
-        ("- a\n- b", ["must hold 'option: value' lines"]),
+        ("- a\n- b", ["must contain 'option: value' lines"]),
         ("\xff", ["not UTF-8"]),
     ],
 )

@@ -103,7 +103,7 @@ def test_refuses_masks_that_are_not_causal(name: str, added: bool) -> None:
     if added:
         mask = torch.zeros(2, 1, 5, 5).masked_fill(~mask, torch.finfo(torch.float32).min)
     layer = InPlaceOfAttention(GatedKalmaNet(32, 4, layer_idx=0))
-    with pytest.raises(ValueError, match="expected a causal mask with pads"):
+    with pytest.raises(ValueError, match="expected a causal mask with padding"):
         layer(torch.randn(2, 5, 32), attention_mask=mask)
 
 
@@ -111,7 +111,7 @@ def test_refuses_a_window_in_a_decode_step() -> None:
     layer, cache = InPlaceOfAttention(GatedKalmaNet(32, 4, layer_idx=0)), DynamicCache()
     x = torch.randn(1, 4, 32)
     layer(x[:, :3], past_key_values=cache)
-    with pytest.raises(ValueError, match="expected a causal mask with pads"):
+    with pytest.raises(ValueError, match="expected a causal mask with padding"):
         layer(x[:, 3:], past_key_values=cache, attention_mask=torch.tensor([[[[False, True, True, True]]]]))
 
 

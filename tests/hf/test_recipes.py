@@ -74,7 +74,7 @@ def test_gka_train_builds_the_same_model_and_trains_as_the_paper(name: str, tmp_
         ("hidden_size: 64\nlayers: 2\nheads: 2\nfamily: qwen3", "family is 'qwen3'; expected gka"),
         ("hidden_size: 64\nlayers: 2\nheads: 2\nattention_layers: [2]", "expected blocks from 0 to 1"),
         ("hidden_size: 64\nlayers: 2\nheads: 3", "expected a multiple of num_attention_heads"),
-        ("- a", "holds a list"),
+        ("- a", "contains a list"),
         ("a: [", "not a YAML file"),
     ],
 )
