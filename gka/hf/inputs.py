@@ -45,7 +45,7 @@ def packing_of_call(
     B, T = inputs_embeds.shape[:2]
     told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
     if told and attention_mask is not None:
-        raise ValueError(f"{told[0]} and attention_mask are both given; leave the pads out of a packed batch")
+        raise ValueError(f"{told[0]} and attention_mask are both given; leave padding out of a packed batch")
     if told and past_key_values is not None:
         raise ValueError(f"{told[0]} and past_key_values are both given; {_AS_ROWS}")
     if position_ids is not None and tuple(position_ids.shape) not in ((B, T), (1, T)):

@@ -393,6 +393,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
         if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration", False):
             inputs["no_pads"] = True
+        if NEW in inputs:  # PEFT's prompt tuning (0.21) looks for the cache under its old name
+            inputs[OLD] = inputs.pop(NEW)
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -106,7 +106,7 @@ def find_packing_in_mask(attention_mask: Tensor, position_ids: Tensor | None) ->
     if not (rises & (number >= 0) & (number == number.long())).all():
         raise ValueError(
             "attention_mask and position_ids tell sequences that are not in one piece; expected whole numbers "
-            "that rise along a row, such as 1 1 2 2 3 0, with pads (0) between sequences only"
+            "that rise along a row, such as 1 1 2 2 3 0, with padding (0) between sequences only"
         )
     return _from_inner_starts(number[:, 1:] != number[:, :-1], shape)
 

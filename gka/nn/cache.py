@@ -78,6 +78,11 @@ def check_cache(cache: Any, layer_idx: int | None) -> None:
             "past_key_values is given and layer_idx is None; give the layer its layer_idx, the place in the cache"
         )
     held = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(held, LinearAttentionCacheLayerMixin) and getattr(held, "is_initialized", False):
+        raise ValueError(
+            f"past_key_values has keys and values at {layer_idx}, a GKA layer, as PEFT's prefix tuning does; "
+            "a recurrent state has no prefix to attend to: use prompt tuning instead"
+        )
     if not isinstance(held, LinearAttentionCacheLayerMixin):
         raise ValueError(
             f"past_key_values has no linear_attention layer at {layer_idx}; "

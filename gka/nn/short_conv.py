@@ -59,9 +59,17 @@ class ShortConv(nn.Conv1d):
         channels: C.
         width: W.
         **place: device and dtype.
+
+    Raises:
+        TypeError: other arguments, those of nn.Conv1d, which adapters give.
     """
 
-    def __init__(self, channels: int, width: int, **place: Any) -> None:
+    def __init__(self, channels: int, width: int, *others: Any, **place: Any) -> None:
+        if others or not place.keys() <= {"device", "dtype"}:
+            raise TypeError(
+                "a short convolution takes no adapter, such as LoRA, made of convolutions; leave it out of "
+                "target_modules, and train it by modules_to_save"
+            )
         super().__init__(channels, channels, width, groups=channels, bias=False, **place)
 
     def forward(  # type: ignore[override]

@@ -86,3 +86,49 @@ def test_saved_adapter_comes_back(kind: str, tmp_path: Path) -> None:
     onto = peft.PeftModel.from_pretrained(GKAForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     for loaded in (onto, peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")):
         assert torch.equal(logits(loaded.eval(), tokens), logits(model, tokens))
+
+
+def test_convolutions_train_by_modules_to_save() -> None:
+    rank = tiny_model("gka").model.layers[0].gka.q_conv1d.out_channels  # others are refused by PEFT itself
+    config = peft.LoraConfig(r=rank, target_modules=["q_conv1d"], task_type="CAUSAL_LM")
+    with pytest.raises(TypeError, match="leave it out of target_modules, and train it by modules_to_save"):
+        peft.get_peft_model(tiny_model("gka"), config)
+    saved = ["q_conv1d", "k_conv1d", "v_conv1d"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+    model, tokens = peft.get_peft_model(tiny_model("gka"), config), random_tokens(2, 13)
+    model(tokens, labels=tokens).loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "conv1d" in n}
+    assert len(trained) == 6 and all(p.grad is not None and p.grad.norm() > 0 for p in trained.values())
+
+
+@pytest.mark.parametrize("kind", ["gka", "hybrid"])
+def test_prefix_tuning_is_refused(kind: str) -> None:
+    config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model, tokens = peft.get_peft_model(tiny_model(kind, torch.float32), config), random_tokens(2, 13)
+    with pytest.raises(ValueError, match="a recurrent state has no prefix to attend to: use prompt tuning"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("kind", ["gka", "hybrid"])
+def test_prompt_tuning_trains_and_generates(kind: str, tmp_path: Path) -> None:
+    tiny_model(kind, torch.float32).save_pretrained(tmp_path / "base")
+    base = GKAForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model, tokens = peft.get_peft_model(base, config), random_tokens(2, 13)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    losses = []
+    for _ in range(15):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+    model.eval().save_pretrained(tmp_path / "prompt")
+    mask = torch.ones_like(tokens)
+    text = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():  # the same, without a cache
+        for position in range(tokens.shape[1], text.shape[1]):
+            assert torch.equal(logits(model, text[:, :position])[:, -1].argmax(-1), text[:, position])
+    again = peft.PeftModel.from_pretrained(GKAForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "prompt")
+    assert torch.equal(logits(again.eval(), tokens), logits(model, tokens))
