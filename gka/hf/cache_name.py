@@ -37,10 +37,11 @@ def takes_cache(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if (given := kwargs.pop(NEW, None)) is not None:
-            if kwargs.get(OLD) is not None:
+        if NEW in kwargs:
+            given = kwargs.pop(NEW)
+            if given is not None and kwargs.get(OLD) is not None:
                 raise ValueError(f"{OLD} and {NEW} are both given; they are two names of one argument")
-            kwargs[OLD] = given
+            kwargs[OLD] = kwargs.get(OLD) if given is None else given
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
