@@ -80,13 +80,18 @@ def gated_kalmanet(
         chunk_size: tokens per chunk; None means what suits the device. The result does not depend on it.
         normalize_qk: whether q and k are divided by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
         backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
-            "chunked" (PyTorch, any device) or "reference" (float64 token loop, slow). None takes the first that
-            serves the tensors.
+            "chunked" (PyTorch, any device), "differentiable" (the same, recorded by autograd: more memory) or
+            "reference" (float64 token loop, slow). None takes the first that serves the tensors.
 
     Returns:
         o [B, T, H, V] in q's dtype, and the final State or None. All floating inputs and both initial states
         have gradients; that of S_kk is symmetric. The solve is differentiated implicitly (section 4.3).
         Where S_kk is zero, x = 0 without a gradient.
+
+    Derivatives:
+        Forward mode, the transforms of torch.func, torch.vmap (cu_seqlens is shared by all samples) and gradients of
+        gradients (create_graph=True) are computed by "differentiable". Under torch.compile only a backward pass
+        is; for others pass backend="differentiable".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -168,11 +173,12 @@ def gated_kalmanet_step(
 
     Returns:
         o [B, H, V] in q's dtype, and the new State in the dtype of `state`. On an NVIDIA GPU, where no gradient is
-        asked for, one kernel does all of it (all dtypes but float64, D up to 128).
+        asked for, one kernel does all of it (all dtypes but float64, D up to 128). It has derivatives of every
+        kind, as `gated_kalmanet`.
 
     Raises:
         TypeError: as `gated_kalmanet`.
-        ValueError: as `gated_kalmanet`, or `inplace` where gradients are needed.
+        ValueError: as `gated_kalmanet`, or `inplace` where gradients are needed or a transform is active.
     """
     check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     check_same_dtype(q, k=k, v=v)

@@ -1,8 +1,8 @@
 """Floating point operations of the op and of a decode step, for `torch.utils.flop_counter.FlopCounterMode`.
 
 Products alone count, as PyTorch counts them: 2 m n k for one of [m, k] and [k, n]. They are those of the
-chunk-wise form (`torch/chunk_math.py`), chunks filled up to C tokens. A product of the solver takes 2 C D^2 + 4 C^2 D
-for every chunk and head, and a solve of n_1 + n_2 + ... nodes takes n_1 + n_2 + ... - 1 of them.
+chunk-wise form (`torch/chunk_math.py`), chunks filled up to C tokens. A product of the solver takes
+2 C D^2 + 4 C^2 D for every chunk and head, and a solve of n_1 + n_2 + ... nodes takes n_1 + n_2 + ... - 1 of them.
 
 Legend: D key dim, V value dim, C tokens per chunk, n chunks of all sequences, H query heads, Hk key/value heads.
 """
