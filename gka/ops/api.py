@@ -81,14 +81,20 @@ def gated_kalmanet(
         chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it.
         normalize_qk: whether to divide q and k by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
         backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
-            "chunked" (PyTorch, any device) or "reference" (float64 token loop, slow). None chooses "triton" if
-            it supports the tensors, otherwise "chunked".
+            "chunked" (PyTorch, any device), "differentiable" (the same, recorded by autograd: more memory) or
+            "reference" (float64 token loop, slow). None chooses "triton" if it supports the tensors, otherwise
+            "chunked"; "differentiable" for the derivatives below.
 
     Returns:
         o [B, T, H, V] in the dtype of q, and the final State or None. All floating inputs and both initial
         states have gradients; the gradient of S_kk is symmetric. The gradient of the solve is implicit
         (section 4.3). If S_kk is zero, x = 0 without a gradient. A norm ||S_kk||_F below 1e-12 counts as 1e-12,
         so the output of a faded state goes to 0 (docs/math.md).
+
+    Derivatives:
+        Forward mode, the transforms of torch.func, torch.vmap (cu_seqlens is shared by all samples) and gradients of
+        gradients (create_graph=True) are computed by "differentiable". Under torch.compile only a backward pass
+        is; for others pass backend="differentiable".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -171,11 +177,12 @@ def gated_kalmanet_step(
 
     Returns:
         o [B, H, V] in the dtype of q, and the new State in the dtype of `state`. On an NVIDIA GPU one kernel does
-        the whole step if no gradient is needed (all dtypes except float64, D up to 128).
+        the whole step if no gradient is needed (all dtypes except float64, D up to 128). The derivatives are those
+        of `gated_kalmanet`.
 
     Raises:
         TypeError: as `gated_kalmanet`.
-        ValueError: as `gated_kalmanet`, or `inplace` is True and gradients are needed.
+        ValueError: as `gated_kalmanet`, or `inplace` is True and gradients are needed or a transform is active.
     """
     check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
     check_same_dtype(q, k=k, v=v)

@@ -231,14 +231,28 @@ def test_norm_of_fake_tensors() -> None:
         assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
-def test_norm_has_no_second_derivatives(stand_in: pytest.MonkeyPatch) -> None:
-    x, gate, weight = (
-        x.requires_grad_()
-        for x in norm_inputs(3, 5, dict.fromkeys(("x", "gate", "weight"), torch.float32)).values()
-    )
-    (dx,) = torch.autograd.grad(norm.gated_rms_norm(x, gate, weight, 1e-5).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@pytest.mark.parametrize("packed", [False, True])
+def test_derivatives_beyond_the_kernels(packed: bool, stand_in: pytest.MonkeyPatch) -> None:
+    """Gradients of gradients, and forward mode, are those of PyTorch; x is longer than the span of a program."""
+    conv, rms = ShortConv(6, 3), GatedRMSNorm(6, 1e-6)
+    x, direction = random_inputs(1, 19, 6).float(), random_inputs(1, 19, 6, seed=5).float()
+
+    def function(x: Tensor, taps: Tensor) -> Tensor:
+        edges = torch.tensor([0, 2, 11, 19]) if packed else None
+        y = torch.func.functional_call(
+            conv, {"weight": taps}, (x,), {"packed": None if edges is None else packing(x, edges, 3)}
+        )
+        return rms(y, x)
+
+    found = []
+    for enabled in (True, False):
+        stand_in.setattr(fused, "ENABLED", enabled)
+        leaves = [x.clone().requires_grad_(), conv.weight.detach().clone().requires_grad_()]
+        first = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        tangent = torch.func.jvp(lambda x: function(x, conv.weight.detach()), (x,), (direction,))[1]
+        found.append(dict(enumerate((*first, *second, tangent))))
+    assert_close(found[0], found[1], 1e-4)
 
 
 @pytest.mark.parametrize("with_state", [False, True])

@@ -4,8 +4,8 @@
 
 They run for tensors on an NVIDIA GPU of compute capability 8.0 or later, packed or in rows, up to W = 8;
 everywhere else `short_conv.py` does the same in PyTorch. As custom operators they are opaque to torch.compile,
-which only traces shapes. Sums are made in one order, so that equal calls give equal bits. There are first
-derivatives backwards and no others.
+which only traces shapes. Sums are made in one order, so that equal calls give equal bits. The kernels
+have first derivatives backwards; gradients of gradients come from PyTorch.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
@@ -15,8 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..transforms import gradients_with_graph
 from . import fused
 from .config import conv_config
 
@@ -107,7 +109,21 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, place = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        return *gradients_with_graph(lambda *given: [_in_pytorch(*given, place)], (x, weight), (dy,)), None
     return *_short_conv_backward(dy, x, weight, place), None
+
+
+def _in_pytorch(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
+    """`short_conv` by W shifts, for derivatives that the kernels do not have."""
+    wide, W = x.float(), weight.shape[1]
+    y = wide * weight[:, -1]
+    for j in range(1, W):
+        shifted = F.pad(wide, (0, 0, j, 0))[:, : x.shape[1]]
+        if place is not None:
+            shifted = torch.where((place >= j).unsqueeze(1), shifted, 0.0)
+        y = y + shifted * weight[:, W - 1 - j]
+    return F.silu(y).to(x.dtype)
 
 
 _short_conv.register_autograd(_differentiate, setup_context=_save)

@@ -4,7 +4,8 @@
 
 They run for tensors on an NVIDIA GPU of compute capability 8.0 or later; `gka/nn/gated_norm.py` does the same in
 PyTorch elsewhere. torch.compile meets a custom operator, of which it only traces shapes. Sums are made in one
-order, so equal calls give equal bits. There are first derivatives backwards and no others.
+order, so equal calls give equal bits. The kernels have first derivatives backwards;
+gradients of gradients come from PyTorch.
 
 Legend: V size of the last dim, N rows: product of all others.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..transforms import gradients_with_graph
 from . import fused
 from .config import norm_config
 
@@ -105,15 +107,23 @@ class _GatedRMSNorm(torch.autograd.Function):
         return _forward(x, gate, weight, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, dy)
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, gate, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        eps = ctx.eps
+        return *gradients_with_graph(lambda *given: [_in_pytorch(*given, eps)], (x, gate, weight), (dy,)), None
     traced = torch.compiler.is_compiling() or type(dy) is not Tensor
     return *(_backward_operator if traced else _backward)(dy, x, gate, weight, ctx.eps), None
+
+
+def _in_pytorch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`gated_rms_norm` in PyTorch, for derivatives that the kernels do not have."""
+    y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps) * F.silu(gate.float())
+    return y.to(x.dtype)
 
 
 _LIBRARY = torch.library.Library("gka", "FRAGMENT")
