@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from model_helpers import PAD, assert_near, new_cache, random_tokens, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
+
+from gka import GKAForCausalLM
 
 BOUND = 1e-6
 LENGTHS = (5, 12, 1, 9)
@@ -151,3 +155,19 @@ def test_refuses_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
         tiny_model()(
             ids, attention_mask=torch.ones(shape), past_key_values=DynamicCache(config=tiny_model().config)
         )
+
+
+def test_a_new_pad_token(tmp_path: Path) -> None:
+    """A token behind the vocabulary: an error that says what to do, and doing it works."""
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "old")
+    new = model.config.vocab_size
+    with pytest.raises(ValueError, match=r"pad_token_id is 61; .*resize_token_embeddings first"):
+        GKAForCausalLM.from_pretrained(tmp_path / "old", pad_token_id=new)
+    model.resize_token_embeddings(new + 1)
+    model.config.pad_token_id = new
+    model.save_pretrained(tmp_path / "new")
+    loaded = GKAForCausalLM.from_pretrained(tmp_path / "new")
+    tokens = torch.tensor([[new, new, 3, 4], [5, 6, 7, 8]])
+    padded = loaded(tokens, attention_mask=(tokens != new).long()).logits
+    assert_near(padded[:1, 2:], loaded(tokens[:1, 2:]).logits, 1e-5)
