@@ -92,9 +92,9 @@ def gated_kalmanet(
         so the output of a faded state goes to 0 (docs/math.md).
 
     Derivatives:
-        Forward mode, the transforms of torch.func, torch.vmap (cu_seqlens is shared by all samples) and gradients of
-        gradients (create_graph=True) are computed by "differentiable". Under torch.compile only a backward pass
-        is; for others pass backend="differentiable".
+        The backend "differentiable" computes forward mode, the transforms of torch.func, torch.vmap (all samples
+        share cu_seqlens) and gradients of gradients (create_graph=True). Under torch.compile only a backward pass
+        chooses it; otherwise pass backend="differentiable".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
