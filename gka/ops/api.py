@@ -89,9 +89,8 @@ def gated_kalmanet(
         Where S_kk is zero, x = 0 without a gradient.
 
     Derivatives:
-        Forward mode, the transforms of torch.func, torch.vmap (cu_seqlens is shared by all samples) and gradients of
-        gradients (create_graph=True) are computed by "differentiable". Under torch.compile only a backward pass
-        is; for others pass backend="differentiable".
+        Forward mode, the transforms of torch.func, torch.vmap (cu_seqlens is shared by all samples) and gradients
+        of gradients (create_graph=True) are computed by "differentiable".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
