@@ -176,11 +176,12 @@ def test_what_cannot_be_says_so() -> None:
 
 
 def test_transforms_inside_a_compiled_function() -> None:
+    """The compiler differentiates the iterations of the solve, not the solve: equal where it has converged."""
     torch._dynamo.reset()
-    tensors, function = tensors_and_function(BARE, solver_steps=(2,))
+    tensors, function = tensors_and_function(BARE, solver_steps=(16,), ridge_ratio=1.0)
 
     def tangents(*given: Tensor) -> Tensor:
         return torch.func.jvp(lambda *x: function(*x)[0], given, given)[1]
 
     found = torch.compile(tangents, fullgraph=True, backend="aot_eager")(*tensors)
-    assert relative_error(found, tangents(*tensors)) < 1e-12
+    assert relative_error(found, tangents(*tensors)) < 1e-9
