@@ -93,8 +93,7 @@ def gated_kalmanet(
 
     Derivatives:
         The backend "differentiable" computes forward mode, the transforms of torch.func, torch.vmap (all samples
-        share cu_seqlens) and gradients of gradients (create_graph=True). Under torch.compile only a backward pass
-        chooses it; otherwise pass backend="differentiable".
+        share cu_seqlens) and gradients of gradients (create_graph=True).
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

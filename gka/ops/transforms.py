@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 def transforms_active() -> bool:
     """Whether a transform of torch.func or a level of forward-mode derivatives surrounds the call.
 
-    False under torch.compile and torch.export, which trace the ordinary operators.
+    Under torch.compile only the transforms inside the compiled function count.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -173,3 +173,15 @@ def test_what_cannot_be_says_so() -> None:
         torch.vmap(lambda e: gated_kalmanet(q, q, q, q[..., 0], cu_seqlens=e)[0])(edges)
     with pytest.raises(ValueError, match=r"g has a value of 1.0; expected"):
         torch.vmap(lambda g: gated_kalmanet(q, q, q, g)[0])(torch.ones(2, 1, 4, 1))
+
+
+def test_transforms_inside_a_compiled_function() -> None:
+    """The compiler differentiates the iterations of the solve, not the solve: equal where it has converged."""
+    torch._dynamo.reset()
+    tensors, function = tensors_and_function(BARE, solver_steps=(16,), ridge_ratio=1.0)
+
+    def tangents(*given: Tensor) -> Tensor:
+        return torch.func.jvp(lambda *x: function(*x)[0], given, given)[1]
+
+    found = torch.compile(tangents, fullgraph=True, backend="aot_eager")(*tensors)
+    assert relative_error(found, tangents(*tensors)) < 1e-9

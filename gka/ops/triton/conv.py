@@ -110,7 +110,7 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, place = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        return *gradients_with_graph(lambda *given: [_in_pytorch(*given, place)], (x, weight), (dy,)), None
+        return *gradients_with_graph(lambda x, weight: [_in_pytorch(x, weight, place)], (x, weight), (dy,)), None
     return *_short_conv_backward(dy, x, weight, place), None
 
 

@@ -115,7 +115,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, gate, weight = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         eps = ctx.eps
-        return *gradients_with_graph(lambda *given: [_in_pytorch(*given, eps)], (x, gate, weight), (dy,)), None
+        return *gradients_with_graph(
+            lambda x, gate, weight: [_in_pytorch(x, gate, weight, eps)], (x, gate, weight), (dy,)
+        ), None
     traced = torch.compiler.is_compiling() or type(dy) is not Tensor
     return *(_backward_operator if traced else _backward)(dy, x, gate, weight, ctx.eps), None
 
