@@ -387,7 +387,7 @@ class GatedKalmaNet(nn.Module):
         else:
             g = -torch.exp(self.A_log.to(wide)) * F.softplus(raw_g.to(wide) + self.dt_bias.to(wide))
         if raw_beta is not None:
-            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # in place: see `NEAR_ONE`
+            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # a global would be an input of a compiled graph
         if raw_alpha is not None:
             alpha = torch.sigmoid(raw_alpha.to(wide))
         if rows is not None:
