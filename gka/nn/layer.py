@@ -384,7 +384,7 @@ class GatedKalmaNet(DecayParameters):
             A_log, dt_bias = self.decay_parameter("A_log", wide), self.decay_parameter("dt_bias", wide)
             g = -torch.exp(A_log) * F.softplus(raw_g.to(wide) + dt_bias)
         if raw_beta is not None:
-            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # in place: see `NEAR_ONE`
+            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # a global would be an input of a compiled graph
         if raw_alpha is not None:
             alpha = torch.sigmoid(raw_alpha.to(wide))
         if rows is not None:

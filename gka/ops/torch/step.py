@@ -17,8 +17,6 @@ from ..transforms import transforms_active
 from ..types import Arguments, State, repeat_heads
 from .chunk_math import smooth_unit_rows, unit_rows
 
-NEAR_ONE = -0.25  # log-decays above it fade a state by a difference
-
 
 def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
     """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
@@ -72,7 +70,7 @@ def _decay_parts(g: Tensor) -> tuple[Tensor, Tensor]:
     e^g alone would be rounded, for a constant g the same way at every token, and that adds up over the 1 / |g|
     tokens that a state remembers: to 3e-8 / |g| of it in float32.
     """
-    near = g > NEAR_ONE
+    near = g > -0.25  # no global: it would be an input of a compiled graph
     rate = torch.where(near, torch.expm1(g), g.exp())
     return near.to(g.dtype)[..., None, None], rate[..., None, None]
 
