@@ -19,13 +19,13 @@ def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
     module = sys.modules.get(name)
     if module is not None:
         change(module)
-    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+    elif not any(isinstance(f, _Finder) and (f.name, f.change) == (name, change) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, change))
 
 
 class _Finder(MetaPathFinder):
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
-        self.name, self._change = name, change
+        self.name, self.change = name, change
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self.name:
@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                self._change(module)
+                self.change(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -9,11 +9,12 @@ Legend: D key dim, V value dim, C tokens per chunk, n chunks of all sequences, H
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
-from torch.utils.flop_counter import register_flop_formula
-
+from .._when_imported import when_imported
 from .transforms import has_values
 from .types import Arguments
 
@@ -68,21 +69,31 @@ def step_flops(q: Any, v: Any, solver_steps: Any) -> int:
 def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
     """Give PyTorch's counter the formulas of the operators of `custom_op`; `unpack` takes their arguments."""
 
-    @register_flop_formula(forward, get_raw=True)
-    def _(*packed: Any, out_val: Any = None) -> int:
+    def count_forward(*packed: Any, out_val: Any = None) -> int:
         a = unpack(packed[:tensors], *packed[tensors:-2])
         return forward_flops(a, a.chunk_size)
 
-    @register_flop_formula(backward, get_raw=True)
-    def _(*packed: Any, out_val: Any = None) -> int:
-        numbers = packed[-6:]
-        a = unpack(packed[:tensors], *numbers)
+    def count_backward(*packed: Any, out_val: Any = None) -> int:
+        a = unpack(packed[:tensors], *packed[-6:])
         return backward_flops(a, a.chunk_size)
+
+    _when_counted(forward, count_forward)
+    _when_counted(backward, count_backward)
 
 
 def register_steps(*operators: Any) -> None:
     """The same for operators of a decode step: eight tensors, q and v among them, ridge_ratio, solver_steps, …"""
 
-    @register_flop_formula(list(operators), get_raw=True)
-    def _(*packed: Any, out_val: Any = None) -> int:
+    def count(*packed: Any, out_val: Any = None) -> int:
         return step_flops(packed[0], packed[2], packed[9])
+
+    _when_counted(list(operators), count)
+
+
+def _when_counted(operators: Any, count: Callable[..., int]) -> None:
+    """Register once the counter is imported: its module imports Triton, which takes half a second."""
+
+    def change(flop_counter: ModuleType) -> None:
+        flop_counter.register_flop_formula(operators, get_raw=True)(count)
+
+    when_imported("torch.utils.flop_counter", change)
