@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import TextStreamer
 
 from ..training.data import document_token, encode
 from ..training.errors import UserError
@@ -71,7 +71,7 @@ def generate(
         The generated text, without the prompt.
     """
     if seed is not None:
-        set_seed(seed)
+        torch.manual_seed(seed)
     start = document_token(tokenizer)
     ids = [start, *encode(tokenizer, prompt.encode("utf-8")).tolist()]
     inputs = torch.tensor([ids], device=model.device)

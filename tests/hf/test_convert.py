@@ -363,6 +363,6 @@ def test_adapters_are_to_be_merged_first() -> None:
     base = small("llama")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     for one in (model, base):
-        with pytest.raises(TypeError, match=r"with adapters of PEFT; merge them by merge_and_unload\(\)"):
+        with pytest.raises(TypeError, match=r"with PEFT adapters; call merge_and_unload\(\)"):
             convert(one, [1])
     assert type(convert(model.merge_and_unload(), [1])) is GKAForCausalLM
