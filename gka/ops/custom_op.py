@@ -34,7 +34,8 @@ def gated_kalmanet(arguments: Arguments, *, backend: str, output_final_state: bo
         o, S_kk, S_kv, _ = computed
     else:
         save = arguments.needs_gradient()
-        o, S_kk, S_kv, *_ = _forward(*_pack(arguments, backend), output_final_state, save)
+        call = _forward_operator if _must_dispatch(arguments.q) else _Direct.apply if save else _forward
+        o, S_kk, S_kv, *_ = call(*_pack(arguments, backend), output_final_state, save)
     if not output_final_state:
         return o, None
     return o, State(S_kk if arguments.solver_steps else None, S_kv)
@@ -79,7 +80,6 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@torch.library.custom_op("gka::forward", mutates_args=())
 @_without_autocast
 def _forward(
     q: Tensor,
@@ -110,7 +110,10 @@ def _forward(
     return o, final_kk, final_kv, x, x_lo, norm, edge_kk, edge_kv
 
 
-@_forward.register_fake
+_forward_operator = torch.library.custom_op("gka::forward", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
 def _(*packed: Any) -> tuple[Tensor, ...]:
     backend, *numbers, output_final_state, save = packed[TENSORS:]
     arguments = _unpack(packed[:TENSORS], backend, *numbers)
@@ -124,7 +127,6 @@ def _(*packed: Any) -> tuple[Tensor, ...]:
     return q.new_empty(B, T, H, V), *_given(q, final_kk, final_kv, *saved)
 
 
-@torch.library.custom_op("gka::backward", mutates_args=())
 @_without_autocast
 def _backward(
     q: Tensor,
@@ -164,7 +166,10 @@ def _backward(
     return dq, dk, dv, dg, dalpha, dbeta, dS_kk_0, dS_kv_0
 
 
-@_backward.register_fake
+_backward_operator = torch.library.custom_op("gka::backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(*packed: Any) -> tuple[Tensor, ...]:
     like = (None if x is None else torch.empty_like(x).contiguous() for x in packed[:8])
     return tuple(_given(packed[0], *like))
@@ -192,7 +197,8 @@ def _autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | No
     if torch.is_grad_enabled():  # create_graph=True
         found = _gradients_with_graph(saved, ctx.numbers, (do, dS_kk, dS_kv))
     else:
-        grads = _backward(*saved, do, dS_kk, dS_kv, *ctx.numbers)
+        backward = _backward_operator if _must_dispatch(do) else _backward
+        grads = backward(*saved, do, dS_kk, dS_kv, *ctx.numbers)
         found = [None if tensor is None else grad for tensor, grad in zip(saved[:8], grads, strict=True)]
     others = 1 + len(ctx.numbers) + 2  # cu_seqlens, the numbers, output_final_state and save
     return *found, *([None] * others)
@@ -212,5 +218,33 @@ def _gradients_with_graph(
     return gradients_with_graph(function, arguments.differentiable, d_outputs)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_forward_operator.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *packed: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = _forward(*packed)
+        _setup_context(ctx, packed, outputs)
+        ctx.mark_non_differentiable(*outputs[3:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _autograd_backward(ctx, *gradients)
+
+
+def _must_dispatch(tensor: Tensor) -> bool:
+    """Whether a call must go through the operator: it is traced, counted, or has no numbers.
+
+    The operator takes most of a millisecond of the host, forward and backward; so other calls do without it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 flops.register(torch.ops.gka.forward, torch.ops.gka.backward, _unpack, TENSORS)
