@@ -154,6 +154,7 @@ def build_parser(cls: type, prog: str, summary: str, examples: str) -> OptionPar
         help_text = meta.get("help", "")
         if not (default is None or default is False or default == "" or default is dataclasses.MISSING):
             shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            shown = repr(shown) if isinstance(shown, str) and " " in shown else shown
             help_text += f" (default: {shown})"
         settings: dict[str, Any] = {"help": help_text.replace("%", "%%")}
         if kind.item is bool and not kind.is_list:

@@ -247,4 +247,6 @@ def _must_dispatch(tensor: Tensor) -> bool:
         or tensor.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
 flops.register(torch.ops.gka.forward, torch.ops.gka.backward, _unpack, TENSORS)
