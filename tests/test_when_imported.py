@@ -1,4 +1,4 @@
-"""A module of another package is changed right after its import, whenever that is, and once."""
+"""A module of another package is changed right after its import, once by each function."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,12 +21,19 @@ def test_changes_a_module_once(order: str, tmp_path: Path, monkeypatch: pytest.M
     finders, changes = list(sys.meta_path), []
     if order == "after":
         importlib.import_module(name)
+
+    def change(module: ModuleType) -> None:
+        changes.append(module.table)
+
     for _ in range(2):
-        when_imported(name, lambda module: changes.append(module.table))
+        when_imported(name, change)
+    others: list[ModuleType] = []
+    when_imported(name, others.append)
     if order == "looked for":
         assert importlib.util.find_spec(name) is not None and not changes
     module = importlib.import_module(name)
     assert all(table is module.table for table in changes) and len(changes) == (2 if order == "after" else 1)
+    assert others == [module]
     assert sys.meta_path == finders
 
 
