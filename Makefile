@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 help:
 	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
 	@echo "               make demo ARGS='--data my/texts'  takes your own files (gka train --help)"
-	@echo "make test      run the whole test suite, 6 minutes on 2 cores"
+	@echo "make test      run the whole test suite, 8 minutes on 2 cores"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make test-oldest  run the tests of the models on the oldest transformers that is supported, 3 minutes"
 	@echo "make lint      ruff, mypy and the layers of imports"

@@ -14,7 +14,7 @@ from torch import Tensor
 from gka.ops import State, gated_kalmanet
 from gka.ops.solvers import NORM_FLOOR
 
-WRITTEN, FADING = 10, 110
+WRITTEN, FADING = 10, 55
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU, Triton's interpreter
 NAMES = ("q", "k", "v", "g", "alpha", "beta")
 
@@ -23,7 +23,7 @@ def fading_inputs(dtype: torch.dtype) -> dict[str, Any]:
     """Tokens that write, then tokens that only fade the state, to e^-55."""
     arguments = converted(make_inputs(Case(lengths=(WRITTEN + FADING,), D=8, V=8, state=False)), dtype)
     arguments["beta"][:, WRITTEN:] = 0.0
-    arguments["g"][:, WRITTEN:] = -0.5
+    arguments["g"][:, WRITTEN:] = -1.0
     return {name: arguments[name].to(DEVICE) for name in NAMES}
 
 
@@ -70,14 +70,14 @@ def test_the_size_stays_and_then_falls_with_the_state() -> None:
     o, final = op(arguments, backend="reference", solver_steps=(60,))
     assert final.S_kk is not None
     tokens_left = torch.arange(FADING - 1, -1, -1)
-    norms = torch.linalg.matrix_norm(final.S_kk).amax().cpu() * torch.exp(0.5 * tokens_left)
+    norms = torch.linalg.matrix_norm(final.S_kk).amax().cpu() * torch.exp(tokens_left)
     size = sizes(o)[WRITTEN:]
     above, below = norms > 10 * NORM_FLOOR, norms < 1e-4 * NORM_FLOOR
-    assert above.sum() > 20 and below.sum() > 20
+    assert above.sum() > 20 and below.sum() > 10
     assert (size[above] / size[0] - 1).abs().max() < 1e-6
     assert size[-1] < 1e-8 * size[0]
     falls = size[below][1:] / size[below][:-1]
-    assert torch.allclose(falls, torch.full_like(falls, -0.5).exp(), rtol=0.05)
+    assert torch.allclose(falls, torch.full_like(falls, -1.0).exp(), rtol=0.05)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton", "differentiable"])
@@ -87,7 +87,7 @@ def test_gradients_cross_the_floor(backend: str) -> None:
     def gradients(arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
         leaves = {name: arguments[name].detach().clone().requires_grad_() for name in NAMES}
         o = op(leaves, **options)[0]
-        o.double()[:, WRITTEN + 40 :].sum().backward()
+        o.double()[:, WRITTEN + 20 :].sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     arguments = fading_inputs(torch.float32)
