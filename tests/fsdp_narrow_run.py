@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from fsdp_run import fsdp_on_cpus
 from helpers import relative_error
-from model_helpers import random_tokens, tiny_model
+from model_helpers import losses_of_training, random_tokens, tiny_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
@@ -103,13 +103,7 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
     model, optimizer = shard(functools.partial(make, folder))
     with torch.no_grad():
         error = relative_error(model(tokens).logits, expected)
-    losses = []
-    for _ in range(2):
-        loss = model(tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, tokens, optimizer, steps=2)
     found = {"error": error, "losses": losses}
     if isinstance(model, FullyShardedDataParallel):
         return found  # on a CPU FSDP1 gives no state_dict of bfloat16 weights

@@ -131,3 +131,17 @@ def layer_outcome(layer: torch.nn.Module, rows: str, T: int = 13) -> dict[str, T
     cotangent = random_inputs(*out.shape, seed=3).to(device, out.dtype)
     grads = torch.autograd.grad(out, [x, *parameters], cotangent)
     return {"out": out, **cache_tensors(cache), **dict(zip(["dx", *names], grads, strict=True))}
+
+
+def losses_of_training(
+    model: torch.nn.Module, tokens: Tensor, optimizer: torch.optim.Optimizer, steps: int
+) -> list[float]:
+    """The loss of each step that trains the model on the same tokens."""
+    losses = []
+    for _ in range(steps):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -20,7 +20,7 @@ from . import flops
 from .autocast import autocast_off
 from .backends import BACKENDS, warn_slow_derivatives
 from .torch import differentiable
-from .transforms import gradients_with_graph
+from .transforms import gradients_with_graph, must_dispatch
 from .types import Arguments, Saved, State, state_dtype
 
 
@@ -34,7 +34,7 @@ def gated_kalmanet(arguments: Arguments, *, backend: str, output_final_state: bo
         o, S_kk, S_kv, _ = computed
     else:
         save = arguments.needs_gradient()
-        call = _forward_operator if _must_dispatch(arguments.q) else _Direct.apply if save else _forward
+        call = _forward_operator if must_dispatch(arguments.q) else _Direct.apply if save else _forward
         o, S_kk, S_kv, *_ = call(*_pack(arguments, backend), output_final_state, save)
     if not output_final_state:
         return o, None
@@ -197,7 +197,7 @@ def _autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | No
     if torch.is_grad_enabled():  # create_graph=True
         found = _gradients_with_graph(saved, ctx.numbers, (do, dS_kk, dS_kv))
     else:
-        backward = _backward_operator if _must_dispatch(do) else _backward
+        backward = _backward_operator if must_dispatch(do) else _backward
         grads = backward(*saved, do, dS_kk, dS_kv, *ctx.numbers)
         found = [None if tensor is None else grad for tensor, grad in zip(saved[:8], grads, strict=True)]
     others = 1 + len(ctx.numbers) + 2  # cu_seqlens, the numbers, output_final_state and save
@@ -234,19 +234,6 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd_backward(ctx, *gradients)
-
-
-def _must_dispatch(tensor: Tensor) -> bool:
-    """Whether a call must go through the operator: it is traced, counted, or has no numbers.
-
-    The operator takes most of a millisecond of the host, forward and backward; so other calls do without it.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or tensor.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 flops.register(torch.ops.gka.forward, torch.ops.gka.backward, _unpack, TENSORS)

@@ -295,13 +295,19 @@ class ConjugateGradient:
 # --------------------------------------------------------------------------- implicit differentiation
 
 
+def root(squared: Tensor) -> Tensor:
+    """The square root; 0, without a derivative of any order, where it is not above 0."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, torch.ones_like(squared)).sqrt(), 0.0)
+
+
 def floored(norm: Tensor) -> Tensor:
     """max(||S||_F, NORM_FLOOR), and 0 where S is 0: what a system is divided by."""
     return torch.where(norm > 0, norm.clamp_min(NORM_FLOOR), norm)
 
 
 def inverse_or_zero(norm: Tensor, above: float = 0.0) -> Tensor:
-    """1 / norm where norm > above, else 0, without a derivative."""
+    """1 / norm where norm > above; else 0, without a derivative."""
     larger = norm > above
     return torch.where(larger, torch.where(larger, norm, torch.ones_like(norm)).reciprocal(), 0.0)
 
@@ -313,9 +319,7 @@ def _normalised_solve(S: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver
 
 def _inverse_norm(S: Tensor) -> Tensor:
     """1 / ||S||_F with derivatives of any order; 0, without one, where the norm is not above the floor."""
-    squared = S.square().sum((-1, -2))
-    above = squared > NORM_FLOOR**2
-    return torch.where(above, torch.where(above, squared, torch.ones_like(squared)).rsqrt(), 0.0)
+    return inverse_or_zero(root(S.square().sum((-1, -2))), NORM_FLOOR)
 
 
 class _RidgeSolve(torch.autograd.Function):

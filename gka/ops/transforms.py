@@ -40,6 +40,19 @@ def has_values(tensor: Tensor) -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
+def must_dispatch(tensor: Tensor) -> bool:
+    """Whether a call must go through its operator: it is traced, counted, or has no numbers.
+
+    Eager calls do without, because the way through an operator takes longer than the launches behind it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def batch_in_front(size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
     """The arguments of a rule for torch.vmap, each with the mapped dim of that size in front."""
     pairs = zip(tensors, in_dims, strict=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import PAD, assert_near, new_cache, random_tokens, tiny_model
+from model_helpers import PAD, assert_near, new_cache, parameter_gradients, random_tokens, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -127,7 +127,7 @@ def test_gradients_of_a_padded_batch() -> None:
         else:
             logits = torch.cat([model(row.unsqueeze(0), use_cache=False).logits[0] for row in rows])
         torch.nn.functional.cross_entropy(logits, labels[mask == 1]).backward()
-        grads.append({name: value.grad.clone() for name, value in model.named_parameters()})
+        grads.append(parameter_gradients(model))
     for name in grads[0]:
         assert_near(grads[0][name], grads[1][name], 1e-5, name)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import assert_near, random_tokens, tiny_model
+from model_helpers import assert_near, losses_of_training, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from gka import GKAForCausalLM
@@ -24,13 +24,7 @@ def adapted(base: GKAForCausalLM, steps: int = 25) -> tuple[peft.PeftModel, list
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model, tokens = peft.get_peft_model(base, config), random_tokens(2, 13)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, tokens, optimizer, steps)
     return model.eval(), losses
 
 
@@ -116,13 +110,7 @@ def test_prompt_tuning_trains_and_generates(kind: str, tmp_path: Path) -> None:
     config = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     model, tokens = peft.get_peft_model(base, config), random_tokens(2, 13)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3)
-    losses = []
-    for _ in range(15):
-        loss = model(tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, tokens, optimizer, steps=15)
     assert losses[-1] < 0.9 * losses[0], losses
     model.eval().save_pretrained(tmp_path / "prompt")
     mask = torch.ones_like(tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
-from model_helpers import random_tokens, tiny_model
+from model_helpers import losses_of_training, random_tokens, tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -80,13 +80,7 @@ def test_qlora_trains(folder: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(peft.prepare_model_for_kbit_training(base), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, tokens, optimizer, steps=8)
     assert losses[-1] < 0.9 * losses[0], losses
     moved = {n.split(".")[-4] for n, p in model.named_parameters() if "lora_B" in n and p.abs().max() > 1e-4}
     assert moved >= {*GATES, "q_proj", "down_proj"}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solvers import NORM_FLOOR, Matvec, chebyshev, floored, inverse_or_zero
+from ..solvers import NORM_FLOOR, Matvec, chebyshev, floored, inverse_or_zero, root
 
 
 def cross(left: Tensor, keys: Tensor) -> Tensor:
@@ -66,12 +66,6 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     divisor = norm + 1e-6
     return x / divisor, norm, divisor
-
-
-def root(squared: Tensor) -> Tensor:
-    """The square root; 0, without a derivative of any order, where it is not above 0."""
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, torch.ones_like(squared)).sqrt(), 0.0)
 
 
 def smooth_unit_rows(x: Tensor) -> Tensor:

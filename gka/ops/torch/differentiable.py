@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_off
-from ..solvers import floored
+from ..solvers import floored, root
 from ..transforms import has_values, unwrapped
 from ..types import Arguments, Outputs, Saved, state_dtype
-from .chunk_math import Chunks, readout, root, smooth_unit_rows, squared_norm
+from .chunk_math import Chunks, readout, smooth_unit_rows, squared_norm
 from .chunk_solve import chunk_solve
 from .chunked_inputs import default_chunk_size
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transforms import gradients_with_graph
+from ..transforms import gradients_with_graph, must_dispatch
 from . import fused
 from .config import norm_config
 
@@ -52,9 +52,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
         )
     if gate.device != x.device or weight.device != x.device:
         raise ValueError(f"gate and weight are on {gate.device} and {weight.device}; expected {x.device}, as x")
-    # The way through an operator takes longer than the launch: it is for whom only traces.
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor
-    y: Tensor = (_operator if traced else _GatedRMSNorm.apply)(x, gate, weight, eps)
+    y: Tensor = (_operator if must_dispatch(x) else _GatedRMSNorm.apply)(x, gate, weight, eps)
     return y
 
 
@@ -118,8 +116,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *gradients_with_graph(
             lambda x, gate, weight: [_in_pytorch(x, gate, weight, eps)], (x, gate, weight), (dy,)
         ), None
-    traced = torch.compiler.is_compiling() or type(dy) is not Tensor
-    return *(_backward_operator if traced else _backward)(dy, x, gate, weight, ctx.eps), None
+    return *(_backward_operator if must_dispatch(dy) else _backward)(dy, x, gate, weight, ctx.eps), None
 
 
 def _in_pytorch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..flops import register_steps
 from ..solvers import node_steps
+from ..transforms import must_dispatch
 from ..types import Arguments, State
 from .config import INTERPRETED, step_config
 
@@ -27,12 +28,10 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
     """The kernel's form of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes."""
     S_kk, S_kv = arguments.S_kk, arguments.S_kv
     assert S_kv is not None
-    # The way through an operator takes longer than the launch: it is for whom traces or counts.
-    traced = torch.compiler.is_compiling() or type(arguments.q) is not Tensor
-    traced = traced or torch._C._len_torch_dispatch_stack() > 0
+    by_operator = must_dispatch(arguments.q)
     if inplace:
         state = State(S_kk, S_kv)
-        if traced:
+        if by_operator:
             traced_o: Tensor = _step_(*_pack(arguments))
             return traced_o, state
         o = _launch(arguments, state)
@@ -40,7 +39,7 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
             if held is not None and not held.is_inference():
                 torch.autograd.graph.increment_version(held)
         return o, state
-    o, S_kk, S_kv = _step(*_pack(arguments)) if traced else _stepped(arguments)
+    o, S_kk, S_kv = _step(*_pack(arguments)) if by_operator else _stepped(arguments)
     return o, State(S_kk if arguments.solver_steps else None, S_kv)
 
 
