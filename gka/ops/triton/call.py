@@ -185,12 +185,16 @@ def solution_pair(call: Call, saved: Saved) -> Pair:
     return Pair(saved.x, saved.x if call.wide else saved.x_lo)
 
 
-def keys_and_values(call: Call, part: Part, scales: Scales) -> dict[str, Any]:
-    """Arguments of every kernel that reads the keys, values and gates of a part's chunks, by name."""
+def keys_and_values(call: Call, part: Part, scales: Scales, columns: int | None = None) -> dict[str, Any]:
+    """Arguments of every kernel that reads the keys, values and gates of a part's chunks, by name.
+
+    columns: of V at a time, if not the whole block.
+    """
+    BV = min(call.BV, columns or call.BV)
     return dict(
         k_ptr=call.k, v_ptr=call.v, g_ptr=call.g, beta_ptr=call.beta, key_scale_ptr=scales.key,
         chunk_ptr=call.chunks, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D, V=call.V,
-        C=call.C, BD=call.BD, BV=call.BV, BLOCKS=call.blocks,
+        C=call.C, BD=call.BD, BV=BV, BLOCKS=-(-call.V // BV),
         HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide,
     )  # fmt: skip
 

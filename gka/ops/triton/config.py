@@ -36,7 +36,8 @@ class Config:
     """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`,
     span_tile where it only sums;
     half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; query_rows: of `query_gradients`;
-    pipeline: chunks on their way in `scan_states`.
+    pipeline: chunks on their way in `scan_states`; local_pipeline, read_pipeline: pieces on their way in the
+    kernels of `local` and in the readers; o_columns, dy_columns: of V at a time in `read_states`, `read_gradients`.
 
     The others: num_warps and num_stages, by kernel.
     """
@@ -51,6 +52,10 @@ class Config:
     wide_row: int
     query_rows: int
     pipeline: int
+    local_pipeline: int
+    read_pipeline: int
+    o_columns: int
+    dy_columns: int
     scan: dict[str, int]
     spans: dict[str, int]
     solve: dict[str, int]
@@ -109,6 +114,7 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
     wide = _is_wide(dtype)
     BD, BV = _power_of_two(D), min(MAX_DIM[wide], _power_of_two(V))
     hopper = capability >= (9, 0)
+    ahead = capability[0] == 9 and not wide  # loads to shared memory run ahead of the products
     few, many = {"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}
     three = {**few, "maxnreg": 168}  # so many programs share a multiprocessor
     return Config(
@@ -122,6 +128,10 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
         wide_row=_power_of_two(max(D, V)),
         query_rows=16,
         pipeline=3,
+        local_pipeline=3 if ahead else 1,
+        read_pipeline=2 if ahead else 1,
+        o_columns=64 if hopper else BV,
+        dy_columns=64,
         scan=three if hopper else few,
         spans=few,
         solve=few if hopper else many,

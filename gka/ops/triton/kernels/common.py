@@ -279,21 +279,112 @@ def split(x, WIDE: tl.constexpr):
 @triton.jit
 def lo8_of(x, hi):
     """int8: how many steps of 2^-8 of hi's last bit x, in float32, lies beyond hi, its bfloat16."""
-    beyond = x.to(tl.int32, bitcast=True) - (hi.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return tl.minimum((beyond + 128) >> 8, 127).to(tl.int8)
+    if INTERPRETED:
+        beyond = x.to(tl.int32, bitcast=True) - (hi.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        return tl.minimum((beyond + 128) >> 8, 127).to(tl.int8)
+    else:
+        # Four numbers at a time: bits of x - hi, to the nearest step, packed with saturation.
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 a, b, c, d;
+                shl.b32 a, $5, 16;
+                and.b32 b, $5, 0xffff0000;
+                shl.b32 c, $6, 16;
+                and.b32 d, $6, 0xffff0000;
+                sub.s32 a, $1, a;
+                sub.s32 b, $2, b;
+                sub.s32 c, $3, c;
+                sub.s32 d, $4, d;
+                add.s32 a, a, 128;
+                add.s32 b, b, 128;
+                add.s32 c, c, 128;
+                add.s32 d, d, 128;
+                shr.s32 a, a, 8;
+                shr.s32 b, b, 8;
+                shr.s32 c, c, 8;
+                shr.s32 d, d, 8;
+                cvt.pack.sat.s8.s32.b32 c, d, c, 0;
+                cvt.pack.sat.s8.s32.b32 $0, b, a, c;
+            }
+            """,
+            "=r,r,r,r,r,r,r", [x, hi], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit
 def joined(hi, lo8):
     """The float32 number of hi, bfloat16, and the eight bits after it."""
-    bits = (hi.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (lo8.to(tl.int32) << 8)
-    return bits.to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        bits = (hi.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (lo8.to(tl.int32) << 8)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        # prmt moves byte i of lo8 to bits 8 to 15 and fills those above with its sign.
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 a, b, c, d, x, y;
+                prmt.b32 a, $6, 0, 0x8804;
+                prmt.b32 b, $6, 0, 0x9914;
+                prmt.b32 c, $6, 0, 0xaa24;
+                prmt.b32 d, $6, 0, 0xbb34;
+                and.b32 x, $4, 0xffff0000;
+                and.b32 y, $5, 0xffff0000;
+                mad.lo.u32 $0, $4, 65536, a;
+                mad.lo.u32 $2, $5, 65536, c;
+                add.s32 $1, x, b;
+                add.s32 $3, y, d;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r", [hi, lo8], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit
 def lo_of(hi, lo8):
     """The operand lo of a pair that is kept as hi and lo8; bfloat16 holds it exactly."""
-    return cast(joined(hi, lo8) - hi.to(tl.float32), tl.bfloat16)
+    if INTERPRETED:
+        return cast(joined(hi, lo8) - hi.to(tl.float32), tl.bfloat16)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 a, b, c, d, w, x, y, z;
+                shl.b32 w, $2, 16;
+                and.b32 x, $2, 0xffff0000;
+                shl.b32 y, $3, 16;
+                and.b32 z, $3, 0xffff0000;
+                prmt.b32 a, $4, 0, 0x8804;
+                prmt.b32 b, $4, 0, 0x9914;
+                prmt.b32 c, $4, 0, 0xaa24;
+                prmt.b32 d, $4, 0, 0xbb34;
+                add.s32 a, a, w;
+                add.s32 b, b, x;
+                add.s32 c, c, y;
+                add.s32 d, d, z;
+                sub.f32 a, a, w;
+                sub.f32 b, b, x;
+                sub.f32 c, c, y;
+                sub.f32 d, d, z;
+                cvt.rn.bf16x2.f32 $0, b, a;
+                cvt.rn.bf16x2.f32 $1, d, c;
+            }
+            """,
+            "=&r,=&r,r,r,r", [hi, lo8], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def through_registers(x):
+    """x, an operand of 16 bits, as if computed.
+
+    Where a loop loads ahead to shared memory, an operand of a product stays there. If registers read it as well,
+    Triton 3.6 keeps one buffer too few: the next load overwrites what a running product reads.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
 
 
 @triton.jit

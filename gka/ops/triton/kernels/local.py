@@ -39,8 +39,9 @@ from .common import (
     head_and_chunk,
     key_weights,
     last_of,
-    lo_of,
     load_matrix,
+    load_matrix_operands,
+    load_operands,
     load_rows,
     load_scalars,
     log_decays,
@@ -48,6 +49,7 @@ from .common import (
     store_matrix,
     store_rows,
     store_scalars,
+    through_registers,
     to_operand,
 )
 
@@ -55,17 +57,19 @@ from .common import (
 @triton.jit
 def _scores(
     k_ptr, start, end, Hk, hk, hi_ptr, lo_ptr, row, stop, rows_H, rows_h, rows_D, D: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, PIPELINE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """K X^T [C, C] with rows X that are kept as pairs, 64 columns at a time."""
     scores = tl.zeros([C, C], tl.float32)
-    for part in tl.static_range(BD // 64):
-        tl.debug_barrier()
+    for part in tl.range(BD // 64, num_stages=PIPELINE, loop_unroll_factor=1 if PIPELINE > 1 else BD // 64):
+        if PIPELINE == 1:
+            tl.debug_barrier()
         K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, part * 64, C, 64), WIDE)
-        hi = load_rows(hi_ptr, row, stop, rows_H, rows_h, rows_D, part * 64, C, 64)
+        hi, lo = load_operands(hi_ptr, lo_ptr, row, stop, rows_H, rows_h, rows_D, part * 64, C, 64, WIDE)
+        if not WIDE:
+            hi = through_registers(hi)
         scores = dot(K, tl.trans(to_operand(hi, WIDE)), scores, WIDE)
         if not WIDE:
-            lo = lo_of(hi, load_rows(lo_ptr, row, stop, rows_H, rows_h, rows_D, part * 64, C, 64))
             scores = dot(K, tl.trans(lo), scores, WIDE)
     return scores
 
@@ -73,18 +77,20 @@ def _scores(
 @triton.jit
 def _from_end(
     k_ptr, start, end, Hk, hk, hi_ptr, lo_ptr, program, acc, D: tl.constexpr, columns: tl.constexpr,
-    column: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    column: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, PIPELINE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc + K times a gradient [D, columns] that is kept as a pair, BLOCK columns from `column`.
 
     64 rows at a time: more would not fit into registers.
     """
-    for part in tl.static_range(BD // 64):
-        tl.debug_barrier()
+    for part in tl.range(BD // 64, num_stages=PIPELINE, loop_unroll_factor=1 if PIPELINE > 1 else BD // 64):
+        if PIPELINE == 1:
+            tl.debug_barrier()
         K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, part * 64, C, 64), WIDE)
-        hi = load_matrix(hi_ptr, program, D, columns, part * 64, column, 64, BLOCK)
+        hi, lo = load_matrix_operands(hi_ptr, lo_ptr, program, D, columns, part * 64, column, 64, BLOCK, WIDE)
         if not WIDE:
-            lo = lo_of(hi, load_matrix(lo_ptr, program, D, columns, part * 64, column, 64, BLOCK))
+            hi = through_registers(hi)
             acc = dot(K, lo, acc, WIDE)
         acc = dot(K, hi, acc, WIDE)
     return acc
@@ -102,7 +108,7 @@ def value_gradients(
     chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    PIPELINE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
@@ -129,11 +135,13 @@ def value_gradients(
         weighted_gram = gram * weighted_gram * (-2.0 * beta * beta * key_scale * key_scale)[None, :]
         sum_pk = tl.sum(weighted_gram * gram, 1)
         store_matrix(scores_ptr, weighted_gram * key_scale[:, None], first + 2, C, C, 0, 0, C, C)
-        x_scores = _scores(k_ptr, start, end, Hk, hk, x_hi_ptr, x_lo_ptr, start, end, H, h, D, D, C, BD, WIDE)
+        x_scores = _scores(k_ptr, start, end, Hk, hk, x_hi_ptr, x_lo_ptr, start, end, H, h, D, D, C, BD,
+                           PIPELINE, WIDE)  # fmt: skip
         keys_y = x_scores * alpha[None, :]
         x_scores = x_scores * -N
         store_matrix(scores_ptr, x_scores * key_scale[:, None], first + 1, C, C, 0, 0, C, C)
-        z_scores = _scores(k_ptr, start, end, Hk, hk, z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, D, C, BD, WIDE)
+        z_scores = _scores(k_ptr, start, end, Hk, hk, z_hi_ptr, z_lo_ptr, row, row + C, 1, 0, BD, D, C, BD,
+                           PIPELINE, WIDE)  # fmt: skip
         store_scalars(sum_pk_ptr, sum_pk + 2.0 * tl.sum(z_scores * x_scores, 1), start, end, H, h, C)
         z_scores = z_scores * -N * key_scale[:, None]
     query_weight = query_scale
@@ -159,7 +167,7 @@ def value_gradients(
     sum_uv_end = tl.zeros([C], tl.float32)
     for block in tl.static_range(BLOCKS):
         u = _from_end(k_ptr, start, end, Hk, hk, d_kv_hi_ptr, d_kv_lo_ptr, program, tl.zeros([C, BV], tl.float32),
-                      D, V, block * BV, C, BD, BV, WIDE) * to_end[:, None]  # fmt: skip
+                      D, V, block * BV, C, BD, BV, PIPELINE, WIDE) * to_end[:, None]  # fmt: skip
         values = load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV).to(tl.float32)
         sum_uv_end += tl.sum(u * values, 1)
         dO = to_operand(load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV), WIDE)
@@ -180,7 +188,7 @@ def key_gradients(
     chunk_ptr, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    PIPELINE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
@@ -190,49 +198,54 @@ def key_gradients(
     G = log_decays(g_ptr, start, end, H, h, C)
     to_end = tl.exp(last_of(G, C) - G)
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
-    keys = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD)
     dk = tl.zeros([C, BD], tl.float32)
     sum_pk = tl.zeros([C], tl.float32)
     sum_pk_end = tl.zeros([C], tl.float32)
     # What comes from the chunk's end: K G_ and V W_^T, each large where no key is, nearly cancel in their sum.
     if SOLVE:
-        K = to_operand(keys, WIDE)
-        dk = _from_end(k_ptr, start, end, Hk, hk, d_kk_hi_ptr, d_kk_lo_ptr, program, dk, D, D, 0, C, BD, BD, WIDE)
+        dk = _from_end(k_ptr, start, end, Hk, hk, d_kk_hi_ptr, d_kk_lo_ptr, program, dk, D, D, 0, C, BD, BD,
+                       PIPELINE, WIDE)  # fmt: skip
         sum_pk_end = (
             tl.sum(dk * load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32), 1) * 2.0 * to_end
         )
         dk = dk * (2.0 * key_scale)[:, None]
     for block in tl.static_range(BLOCKS):
-        for part in tl.static_range(BV // 64):
-            tl.debug_barrier()
+        for part in tl.range(BV // 64, num_stages=PIPELINE):
+            if PIPELINE == 1:
+                tl.debug_barrier()
             column = block * BV + part * 64
             values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, column, C, 64), WIDE)
-            W = load_matrix(d_kv_hi_ptr, program, D, V, 0, column, BD, 64)
+            W, W_lo = load_matrix_operands(d_kv_hi_ptr, d_kv_lo_ptr, program, D, V, 0, column, BD, 64, WIDE)
             if not WIDE:
-                W_lo = lo_of(W, load_matrix(d_kv_lo_ptr, program, D, V, 0, column, BD, 64))
+                W = through_registers(W)
                 dk = dot(values, tl.trans(W_lo), dk, WIDE)
             dk = dot(values, tl.trans(W), dk, WIDE)
     dk = dk * to_end[:, None]
     if SOLVE:
-        tl.debug_barrier()
-        S = load_matrix(kk_ptr, program, D, D, 0, 0, BD, BD)
-        S_keys = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
+        S_keys = tl.zeros([C, BD], tl.float32)
+        for part in tl.range(BD // 64, num_stages=PIPELINE, loop_unroll_factor=1 if PIPELINE > 1 else BD // 64):
+            if PIPELINE == 1:
+                tl.debug_barrier()
+            some_K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, part * 64, C, 64), WIDE)
+            S_keys = dot(some_K, load_matrix(kk_ptr, program, D, D, part * 64, 0, 64, BD), S_keys, WIDE)
         S_keys = S_keys * (-2.0 * load_scalars(sum_M_w_zeta_ptr, start, end, H, h, C))[:, None]
         sum_pk = load_scalars(sum_pk_ptr, start, end, H, h, C) + tl.sum(
             S_keys * load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD).to(tl.float32), 1
         )
         dk += S_keys * key_scale[:, None]
+        for of_z in tl.range(2, num_stages=PIPELINE):
+            if PIPELINE == 1:
+                tl.debug_barrier()
+            weights = to_operand(load_matrix(scores_ptr, first + of_z, C, C, 0, 0, C, C), WIDE)
+            rows = load_rows(
+                z_ptr if of_z == 1 else x_ptr, tl.where(of_z == 1, row, start), tl.where(of_z == 1, row + C, end),
+                tl.where(of_z == 1, 1, H), tl.where(of_z == 1, 0, h), tl.where(of_z == 1, BD, D), 0, C, BD,
+            )  # fmt: skip
+            dk = dot(weights, to_operand(rows, WIDE), dk, WIDE)
         tl.debug_barrier()
         weights = to_operand(load_matrix(scores_ptr, first + 2, C, C, 0, 0, C, C), WIDE)
+        K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
         dk = dot(weights, K, dk, WIDE)
-        tl.debug_barrier()
-        Z = to_operand(load_rows(z_ptr, row, row + C, 1, 0, BD, 0, C, BD), WIDE)
-        weights = to_operand(load_matrix(scores_ptr, first + 1, C, C, 0, 0, C, C), WIDE)
-        dk = dot(weights, Z, dk, WIDE)
-        tl.debug_barrier()
-        X = to_operand(load_rows(x_ptr, start, end, H, h, D, 0, C, BD), WIDE)
-        weights = to_operand(load_matrix(scores_ptr, first, C, C, 0, 0, C, C), WIDE)
-        dk = dot(weights, X, dk, WIDE)
     if HAS_ALPHA or not SOLVE:
         tl.debug_barrier()
         Q = to_operand(load_rows(q_ptr, start, end, H, h, D, 0, C, BD), WIDE)
@@ -279,6 +292,7 @@ def launch_value_gradients(
         d_kv_hi_ptr=d_kv.hi, d_kv_lo_ptr=d_kv.lo, dv_ptr=dv, scores_ptr=work.scores,
         sum_uv_ptr=work.sum_uv, sum_uv_end_ptr=work.sum_uv_end, sum_pk_ptr=work.sum_pk,
         scale=call.scale, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        PIPELINE=call.config.local_pipeline,
         **keys_and_values(call, part, scales), **call.config.local,
     )  # fmt: skip
 
@@ -296,5 +310,6 @@ def launch_key_gradients(
         kk_ptr=work.states.kk.hi, d_kk_hi_ptr=d_kk.hi, d_kk_lo_ptr=d_kk.lo,
         d_kv_hi_ptr=d_kv.hi, d_kv_lo_ptr=d_kv.lo, decayed_inner_ptr=work.decayed_inner,
         dk_ptr=dk, dg_ptr=dg, dbeta_ptr=dbeta, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
+        PIPELINE=call.config.local_pipeline,
         **keys_and_values(call, part, scales), **call.config.local,
     )  # fmt: skip

@@ -40,6 +40,7 @@ from .common import (
     past_mask,
     store_rows,
     store_scalars,
+    through_registers,
     to_operand,
 )
 from .state_gradients import blend
@@ -54,7 +55,7 @@ def read_states(
     chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    PIPELINE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
@@ -69,8 +70,10 @@ def read_states(
     scores = fine_dot(y, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
     scores = scores * past_mask(G, C) * (beta * beta * key_scale)[None, :]
     y = y * tl.exp(G)[:, None]
-    for block in tl.static_range(BLOCKS):
+    for block in tl.range(BLOCKS, num_stages=PIPELINE):
         S_hi, S_lo = load_matrix_operands(kv_hi_ptr, kv_lo_ptr, program, D, V, 0, block * BV, BD, BV, WIDE)
+        if not WIDE:
+            S_hi = through_registers(S_hi)
         o = pair_dot(y, S_hi, S_lo, tl.zeros([C, BV], tl.float32), WIDE)
         values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         o = fine_dot(scores, values, o, WIDE)
@@ -84,7 +87,7 @@ def read_gradients(
     dy_ptr,  # out: [chunks, H, C, BD] float32
     chunk_ptr, scale, first_chunk, H, Hk, D: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, PIPELINE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
@@ -96,11 +99,13 @@ def read_gradients(
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
     dy = tl.zeros([C, BD], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
-    for block in tl.static_range(BLOCKS):
+    for block in tl.range(BLOCKS, num_stages=PIPELINE):
         dO = load_rows(do_ptr, start, end, H, h, V, block * BV, C, BV)
         values = to_operand(load_rows(v_ptr, start, end, Hk, hk, V, block * BV, C, BV), WIDE)
         scores = dot(to_operand(dO, WIDE), tl.trans(values), scores, WIDE)
         S_hi, S_lo = load_matrix_operands(kv_hi_ptr, kv_lo_ptr, program, D, V, 0, block * BV, BD, BV, WIDE)
+        if not WIDE:
+            S_hi = through_registers(S_hi)
         dy = pair_dot(dO.to(tl.float32) * scaled_zeta[:, None], tl.trans(S_hi), tl.trans(S_lo), dy, WIDE)
     scores = scores * past_mask(G, C) * (scale * beta * beta * key_scale)[None, :]
     K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
@@ -165,7 +170,8 @@ def launch_read_states(call: Call, part: Part, *, scales: Scales, x: Pair, state
         q_ptr=call.q, alpha_ptr=call.alpha, query_scale_ptr=scales.query, x_hi_ptr=x.hi, x_lo_ptr=x.lo,
         kv_hi_ptr=states.kv.hi, kv_lo_ptr=states.kv.lo, o_ptr=o,
         scale=call.scale, SOLVE=call.solve, HAS_ALPHA=call.has_alpha,
-        **keys_and_values(call, part, scales), **call.config.read,
+        PIPELINE=call.config.read_pipeline,
+        **keys_and_values(call, part, scales, call.config.o_columns), **call.config.read,
     )  # fmt: skip
 
 
@@ -174,7 +180,8 @@ def launch_read_gradients(call: Call, part: Part, work: BackwardWorkspace, *, sc
     kv = work.states.kv
     launch(read_gradients, part.programs,
         do_ptr=do, kv_hi_ptr=kv.hi, kv_lo_ptr=kv.lo, dy_ptr=work.dy, scale=call.scale,
-        **keys_and_values(call, part, scales), **call.config.read,
+        PIPELINE=call.config.read_pipeline,
+        **keys_and_values(call, part, scales, call.config.dy_columns), **call.config.read,
     )  # fmt: skip
 
 
