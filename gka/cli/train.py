@@ -168,6 +168,7 @@ def training_arguments(
         save_steps=options.save_every,
         save_total_limit=2,
         prediction_loss_only=True,
+        accelerator_config={"non_blocking": True},  # otherwise each batch waits for the steps before it
         disable_tqdm=True,
         report_to=[],
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import data_loader
 from forked import run_forked, run_ranks
 from pages import assert_drawn
 from tiny_run import SETTINGS, command, logged, run_process, train, write_texts
@@ -262,6 +263,18 @@ def test_the_loss_in_chunks(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert logged(tmp_path / "run", "eval_loss")[6] == pytest.approx(math.log(259), abs=0.5)
     assert cli.main(command("train", output=tmp_path / "run", resume=True, max_steps=7, loss_chunk=9)) == 0
     assert chunks[-1][1] == 9
+
+
+def test_a_batch_is_copied_without_waiting(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that waits makes the host wait for all earlier steps of a GPU."""
+    seen, send = [], data_loader.send_to_device
+    monkeypatch.setattr(
+        data_loader,
+        "send_to_device",
+        lambda *args, **told: seen.append(told["non_blocking"]) or send(*args, **told),
+    )
+    assert train(tmp_path / "run", place / "texts", max_steps=2) == 0
+    assert len(seen) >= 2 and all(seen)
 
 
 def test_the_loss_of_a_qwen3_has_no_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,13 @@ def test_shifted_labels_and_another_ignored_label() -> None:
     assert_close(outcome(chunked(plain), tokens, labels, **told), outcome(plain, tokens, labels, **told), 1e-6)
 
 
+def test_packed_sequences() -> None:
+    plain, (tokens, labels) = tiny_model("hybrid"), labelled(1, 19)
+    labels[0, 8] = -100  # the first token of the second sequence
+    told = {"cu_seq_lens_q": torch.tensor([0, 8, 19])}
+    assert_close(outcome(chunked(plain, 5), tokens, labels, **told), outcome(plain, tokens, labels, **told), 1e-6)
+
+
 @pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
 def test_no_less_exact_than_the_plain_loss(kind: str) -> None:
     """Errors of loss and gradients of the head alone, compared with float64; bfloat16 weights sum in bfloat16."""
@@ -215,8 +222,9 @@ def test_what_is_refused() -> None:
     assert model(tokens).logits is not None
 
 
-def test_the_trainer_accumulates_the_same(tmp_path: Any) -> None:
-    """Losses of steps of two batches, and of a validation, in transformers' Trainer."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainer_accumulates_the_same(tmp_path: Any, smoothing: float) -> None:
+    """Losses of steps of two batches, and of a validation, in transformers' Trainer, which smooths all logits."""
     plain, (tokens, labels) = tiny_model(dtype=torch.float32, **SHALLOW), labelled(4, 13)
     rows = [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
     logs = []
@@ -224,6 +232,7 @@ def test_the_trainer_accumulates_the_same(tmp_path: Any) -> None:
         arguments = TrainingArguments(
             str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, use_cpu=True,
             logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-2,
+            label_smoothing_factor=smoothing,
         )  # fmt: skip
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
         trainer.train()
