@@ -220,9 +220,13 @@ def peak_flops(options: argparse.Namespace) -> float | None:
         return float(options.peak_tflops) * 1e12
     if options.device.type != "cuda" or options.dtype != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(options.device)
-    words = [card for card in PEAKS if all(word in name.split() for word in card.split())]
-    return PEAKS[words[0]] if words else None
+    return peak_of(torch.cuda.get_device_name(options.device))
+
+
+def peak_of(name: str) -> float | None:
+    """Peak in bfloat16 of a card by its name; None for a card that is not in PEAKS."""
+    found = (peak for card, peak in PEAKS.items() if all(word in name for word in card.split()))
+    return next(found, None)
 
 
 def run(mixer: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:

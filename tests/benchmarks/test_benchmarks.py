@@ -166,6 +166,11 @@ def test_bench_model_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gka, eager: out of memory." in bench_model.model_table({"rows": rows})
 
 
+def test_peaks_of_cards() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L4")
+    assert [bench_model.peak_of(name) for name in names] == [989e12, 756e12, 312e12, None]
+
+
 def test_results_of_models_stand_beside_each_other() -> None:
     """Of another batch size, that is; the same sizes are replaced."""
     row = {"part": "model", "B": 8, "T": 2048, "layers": 28, "loss chunk": None, "mode": "eager", "mixer": "gka"}

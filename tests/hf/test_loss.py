@@ -159,7 +159,7 @@ def test_compiled_under_autocast_for_all_lengths() -> None:
         found = []
         for function in (chunked_loss, compiled):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = function(head, hidden, labels, 4)
+                loss = function(head, hidden, labels, 8)
             found.append([loss.detach(), *torch.autograd.grad(loss, [hidden, head.weight])])
         for out, ref in zip(found[1], found[0], strict=True):
             assert_near(out, ref, 1e-6)
