@@ -19,7 +19,8 @@ blocks, those of configs/440m.yaml. They run one after another in this process, 
     MFU              flops / (step x peak). A step counts three times the flops of the forward pass: 2 for each
                      weight of a linear map and token, and those of the mixer's op. The op of gka counts
                      `gka.ops.flops.forward_flops`, that of attention 2 T H D a token (causal), that of Gated
-                     DeltaNet 6 H D^2 a token (its recurrence). Nothing that is computed again counts.
+                     DeltaNet 6 H D^2 a token (its recurrence). Nothing that is computed again counts. The solve of
+                     gka counts, so compare mixers by tokens/s, not by MFU.
     peak             largest allocated memory, with weights, gradients and the optimiser's state
 
 Modes: eager; compiled (torch.compile of the whole model); graph (a whole step captured in a CUDA graph).
@@ -324,7 +325,8 @@ def model_table(result: dict[str, Any]) -> str:
         text += (
             f"\n\nMFU: of {peak / 1e12:.0f} TFLOP/s. A step counts three times the flops of the forward pass: 2 "
             "for each weight of a linear map and token, and those of the mixer's op "
-            "(`gka.ops.flops.forward_flops`; attention 2 T H D a token, Gated DeltaNet 6 H D^2)."
+            "(`gka.ops.flops.forward_flops`; attention 2 T H D a token, Gated DeltaNet 6 H D^2). "
+            "Compare mixers by tokens/s: the solve is work of gka alone."
         )
     notes = dict.fromkeys(f"{row['mixer']}, {row['mode']}: {row['note']}." for row in rows if "note" in row)
     return "\n\n".join([text, *notes])

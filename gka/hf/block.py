@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
 
 from ..nn.layer import GatedKalmaNet
+from ..ops.autocast import autocast_dtype
 from .cache_name import named, takes_cache
 from .config import GKAConfig
 from .mixers import OURS, registered_mixer
@@ -25,9 +26,8 @@ _OUTPUTS = ("o_proj", "out_proj", "down_proj")  # the projections into the resid
 
 def cast_once(x: Tensor) -> Tensor:
     """x in the dtype of autocast, where it is on. Otherwise every projection of x casts it and keeps a copy."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x  # autocast leaves float64 as it is
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)  # autocast leaves float64 as it is
 
 
 class SoftmaxAttention(Qwen3Attention):

@@ -11,6 +11,7 @@ Legend: B batch, T time, N = B T tokens.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..ops.autocast import autocast_dtype
 from ..ops.transforms import transforms_active
 
 
@@ -57,7 +59,7 @@ def chunked_loss(
     hidden_states = hidden_states.flatten(0, -2)
     targets = shift_labels.flatten().to(hidden_states.device)
     parts = zip(hidden_states.split(chunk), targets.split(chunk), strict=True)
-    with _casts_in_each_chunk(hidden_states.device.type):
+    with _casts_in_each_chunk(hidden_states.device):
         losses = [_recomputed_sum(head, h, y, ignore_index) for h, y in parts]
     total = torch.stack(losses).sum()
     if num_items_in_batch is None:
@@ -76,10 +78,10 @@ def check_loss_function(loss_function: Any) -> None:
         )
 
 
-def _casts_in_each_chunk(device: str) -> torch.autocast:
+def _casts_in_each_chunk(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast as it is, without its cache: so the weights' gradients of the chunks are summed in their dtype."""
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.autocast(device, dtype, enabled, cache_enabled=False)
+    dtype = autocast_dtype(device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def _recomputed_sum(head: nn.Module, hidden_states: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
