@@ -1,4 +1,4 @@
-"""Autocast kept away from what chooses its dtypes itself."""
+"""Autocast: its dtype, and its absence around what chooses its dtypes itself."""
 
 from __future__ import annotations
 
