@@ -127,6 +127,6 @@ def gpu_seconds(function: Callable[[], object]) -> dict[str, float]:
         torch.cuda.synchronize()
     found: dict[str, float] = {}
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6
     return found

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_model import model_table
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
 from benchmarks.common import RESULTS
 from experiments.evidence.table import markdown_table
@@ -259,6 +260,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "decode": ("Decoding", decode),
     "length": ("The op against the number of tokens", length),
     "layer": ("The layer", layer),
+    "model": ("Whole models", model_table),
     "norm": ("The gated norm", norm),
     "steps": ("Steps of the solve", steps),
 }
@@ -282,7 +284,7 @@ def found() -> list[Result]:
 
 
 def newest() -> dict[Key, Result]:
-    """The newest result of each benchmark per machine and parts (for the part "wide" also shapes and ops)."""
+    """The newest result of each benchmark per machine and parts (for the parts of `TOLD_APART` also more)."""
     results: dict[Key, Result] = {}
     for result in found():
         if result.get("benchmark") not in SECTIONS:
@@ -292,11 +294,17 @@ def newest() -> dict[Key, Result]:
     return results
 
 
+# Results of these parts that differ in one of these fields stand beside each other.
+TOLD_APART = {
+    "wide": ("part", "B", "T", "H", "what", "op"),
+    "model": ("part", "B", "T", "layers", "loss chunk", "mode", "mixer"),
+}
+
+
 def _what_was_run(result: Result) -> frozenset[tuple[str, ...]]:
-    wide = ("part", "B", "T", "H", "what", "op")
+    parts = (TOLD_APART.get(row.get("part", ""), ("part",)) for row in result["rows"])
     return frozenset(
-        tuple(str(row[key]) for key in wide) if row.get("part") == "wide" else (row.get("part", ""),)
-        for row in result["rows"]
+        tuple(str(row.get(key, "")) for key in keys) for keys, row in zip(parts, result["rows"], strict=True)
     )
 
 

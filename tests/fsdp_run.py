@@ -48,9 +48,13 @@ def fsdp_on_cpus() -> None:
 
 
 def make_trainer(folder: Path, bf16: bool, fsdp: bool) -> Trainer:
-    """A trainer of a hybrid, with gradient checkpointing; one step is four rows, over all processes."""
+    """A trainer of a hybrid, with gradient checkpointing; one step is four rows, over all processes.
+
+    Under FSDP the loss is computed in chunks, which uses the sharded head several times.
+    """
     set_seed(0)
     model = GKAForCausalLM(tiny_config("hybrid", initializer_range=0.1))
+    model.set_loss_chunk(7 if fsdp else None)
     tokens = torch.randint(1, SIZES["vocab_size"], (64, TOKENS), generator=torch.Generator().manual_seed(0))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     sharding: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GKABlock"]}}

@@ -190,6 +190,13 @@ class TrainOptions:
         "recompute activations in the backward pass: uses less memory and about a third more time",
         group=MACHINE,
     )
+    loss_chunk: int | None = option(
+        None,
+        "tokens per chunk of the loss, e.g. 2048: only the logits of one chunk are in memory, computed twice; "
+        "default: all tokens of a batch at once",
+        group=MACHINE,
+        minimum=1,
+    )
     compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler)", group=MACHINE)
 
     output: str = shared.output("runs/gka")

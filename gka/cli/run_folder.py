@@ -32,7 +32,7 @@ PARTIAL_MODEL = MODEL_FOLDER + ".partial"
 
 # Options that may change when a run is resumed: its end, its reports, its way to compute.
 _MAY_CHANGE = frozenset(
-    "max_steps max_minutes device gradient_checkpointing compile output resume overwrite log_every "
+    "max_steps max_minutes device gradient_checkpointing loss_chunk compile output resume overwrite log_every "
     "eval_every save_every eval_bytes prompt sample_tokens".split()
 )
 

@@ -131,6 +131,8 @@ def _check(options: TrainOptions) -> None:
         options.prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("--prompt is not UTF-8 text") from None
+    if options.loss_chunk is not None and options.family != "gka":
+        raise UserError(f"--loss-chunk needs --family gka; --family {options.family} has the loss of transformers")
     if options.compile and not any(
         shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
     ):
@@ -166,6 +168,7 @@ def training_arguments(
         save_steps=options.save_every,
         save_total_limit=2,
         prediction_loss_only=True,
+        accelerator_config={"non_blocking": True},  # otherwise each batch waits for the steps before it
         disable_tqdm=True,
         report_to=[],
     )
@@ -198,6 +201,8 @@ def _make_trainer(
 
     set_seed(options.seed)
     model = new_model(options, config)
+    if isinstance(model, GKAForCausalLM):
+        model.set_loss_chunk(options.loss_chunk)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = GKATrainer(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -14,12 +15,19 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
 
 from ..nn.layer import GatedKalmaNet
+from ..ops.autocast import autocast_dtype
 from .cache_name import named, takes_cache
 from .config import GKAConfig
 from .mixers import OURS, registered_mixer
 from .packing import Packing
 
 _OUTPUTS = ("o_proj", "out_proj", "down_proj")  # the projections into the residual stream
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, where it is on. Otherwise every projection of x casts it and keeps a copy."""
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)  # autocast leaves float64 as it is
 
 
 class SoftmaxAttention(Qwen3Attention):
@@ -78,7 +86,7 @@ class GKABlock(GradientCheckpointingLayer):
             packing: the sequences of a packed batch.
             attention_arguments: other arguments of softmax attention, e.g. position_embeddings.
         """
-        x = self.input_layernorm(hidden_states)
+        x = cast_once(self.input_layernorm(hidden_states))
         if self.layer_type != "linear_attention":
             mixed, _ = self.self_attn(
                 x,
@@ -94,4 +102,4 @@ class GKABlock(GradientCheckpointingLayer):
                 rows_joined = x.reshape(1, -1, x.shape[-1])
                 mixed = mix(rows_joined, attention_mask, past_key_values, packing.cu_seqlens).view_as(x)
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(cast_once(self.post_attention_layernorm(hidden_states)))

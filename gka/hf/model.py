@@ -39,6 +39,7 @@ from .checkpoint import is_published, load_published
 from .config import GKAConfig
 from .inputs import LOSS_KEYWORDS, check_keywords, packing_of_call, padding_mask, positions
 from .length import add_counter, check_mask_length, check_prompt, count_tokens
+from .loss import check_loss_function, chunked_loss
 from .mixers import OURS, registered_mixer
 from .packing import Packing
 
@@ -300,7 +301,24 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GKAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_chunk: int | None = None
         self.post_init()
+
+    def set_loss_chunk(self, tokens: int | None) -> None:
+        """Compute the loss in chunks of tokens from the next call on (`gka.hf.loss`); it is not saved.
+
+        Calls with labels then return no logits and need no memory for those of the whole batch. Loss and
+        gradients stay the same.
+
+        Args:
+            tokens: tokens whose logits exist at the same time, such as 2048; None, the default, for all tokens.
+
+        Raises:
+            ValueError: tokens is not None or a positive integer.
+        """
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ValueError(f"tokens is {tokens!r}; expected a positive integer or None")
+        self.loss_chunk = tokens
 
     @takes_cache
     @can_return_tuple
@@ -326,7 +344,10 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the mean loss (or the sum over num_items_in_batch) if
-            labels are given, and the cache.
+            labels are given, and the cache. With labels after `set_loss_chunk` the logits are None.
+
+        Raises:
+            ValueError: besides the errors of `GKAModel.forward`, another loss_function after `set_loss_chunk`.
         """
         logits_to_keep = kwargs.pop("num_logits_to_keep", logits_to_keep)  # type: ignore[typeddict-item]
         loss_kwargs = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
@@ -340,12 +361,17 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
-            )
+        last = outputs.last_hidden_state[:, kept, :]
+        loss = logits = None
+        if labels is not None and self.loss_chunk is not None:
+            check_loss_function(self.loss_function)
+            loss = chunked_loss(self.lm_head, last, labels, self.loss_chunk, **loss_kwargs)
+        else:
+            logits = self.lm_head(last)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

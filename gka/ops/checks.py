@@ -161,11 +161,10 @@ def warn_slow(name: str, dtype: torch.dtype, D: int, chunk_size: int | None = No
     """
     if (name, dtype, D, chunk_size) not in _told_slow:
         _told_slow.add((name, dtype, D, chunk_size))
-        narrow, wide = triton_config.MAX_DIM[False], triton_config.MAX_DIM[True]
         fast = {
-            "gated_kalmanet": f"bfloat16 with D up to {narrow}, float32 or float16 with D up to {wide}, "
-            f"chunk_size None or {triton_config.CHUNK_SIZES[-1]}",
-            "gated_kalmanet_step": f"bfloat16, float16 or float32 with D up to {narrow}",
+            "gated_kalmanet": triton_config.fast_inputs(lambda dtype, D: triton_config.supports(dtype, D, None))
+            + f", chunk_size None or {triton_config.CHUNK_SIZES[-1]}",
+            "gated_kalmanet_step": triton_config.fast_inputs(triton_config.supports_step),
         }[name]
         warnings.warn(
             f"{name} runs in PyTorch on this GPU, much slower than by its kernels, for {dtype}, D = {D}, "

@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from forked import run_forked
 from pages import assert_drawn, rows_of
 from tiny_run import run_process, train, write_texts
 
-from benchmarks import bench_layer, bench_steps, common, stages, table
+from benchmarks import bench_layer, bench_model, bench_steps, common, stages, table
 from benchmarks.bench_length import tokens
 from gka.cli import machine
 
@@ -122,6 +123,60 @@ def test_bench_length_stops_at_its_limit(tmp_path: Path) -> None:
 
 def test_lengths_are_written_short() -> None:
     assert [tokens(T) for T in (64, 2048, 131072, 2**20, 1500)] == ["64", "2K", "128K", "1M", "1500"]
+
+
+MODEL = (
+    "--layers", "1", "--hidden", "32", "--heads", "2", "--head-dim", "16", "--vocabulary", "50", "--batch", "2",
+    "--length", "33", "--repeats", "2", "--warm-up", "0",
+)  # fmt: skip
+
+
+def test_bench_model(tmp_path: Path) -> None:
+    output = tmp_path / "model.json"
+    more = ("--loss-chunk", "16", "--peak-tflops", "0.5", "--output", str(output))
+    printed = run("benchmarks.bench_model", *MODEL, *more)
+    assert "Gated DeltaNet" in printed and "not measured, flash-linear-attention is not installed" in printed
+    result = json.loads(output.read_text())
+    ours, delta_net, attention = result["rows"]
+    assert [row["mixer"] for row in result["rows"]] == ["gka", "Gated DeltaNet", "attention"]
+    for row in (ours, attention):
+        assert row["tokens per second"] == pytest.approx(2 * 33 / row["seconds"]["median"])
+        assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"]["median"] / 0.5e12)
+    assert delta_net["seconds"] is None and "parameters" not in delta_net
+    linear = 32 * 50 + 4 * 32 * 32 + 3 * 32 * 64  # head, projections, feed-forward
+    assert attention["flops"] == 3 * 2 * 33 * (2 * linear + 2 * 33 * 2 * 16)
+    page = rows_of(table.SECTIONS["model"][1](result))
+    assert page[0][:4] == ["mode", "mixer", "million parameters", "tokens/s"]
+    assert ["eager", "Gated DeltaNet", "", "not run"] in [row[:4] for row in page]
+
+
+def test_bench_model_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode that does not fit leaves a note, and the next one is measured."""
+    monkeypatch.setattr(bench_model, "measure", lambda model, options, mode: full() if mode == "eager" else done)
+    done = {"seconds": {"median": 1.0, "least": 1.0, "largest": 1.0}, "first call": 0.1} | dict.fromkeys(
+        ("tokens per second", "host seconds", "gpu seconds", "peak bytes"), 1.0
+    )
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    options = bench_model.parse([*MODEL, "--mixers", "gka", "--modes", "eager", "compiled"])
+    rows = list(bench_model.bench(options))
+    assert rows[0]["note"] == "out of memory" and rows[1]["seconds"]["median"] == 1.0
+    assert "gka, eager: out of memory." in bench_model.model_table({"rows": rows})
+
+
+def test_peaks_of_cards() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L4")
+    assert [bench_model.peak_of(name) for name in names] == [989e12, 756e12, 312e12, None]
+
+
+def test_results_of_models_stand_beside_each_other() -> None:
+    """Of another batch size, that is; the same sizes are replaced."""
+    row = {"part": "model", "B": 8, "T": 2048, "layers": 28, "loss chunk": None, "mode": "eager", "mixer": "gka"}
+    first, second = ({"rows": [{**row, "B": B}]} for B in (8, 16))
+    assert table._what_was_run(first) != table._what_was_run(second)
+    assert table._what_was_run(first) == table._what_was_run({"rows": [{**row, "seconds": None}]})
 
 
 def test_bench_layer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import data_loader
 from forked import run_forked, run_ranks
 from pages import assert_drawn
 from tiny_run import SETTINGS, command, logged, run_process, train, write_texts
@@ -22,6 +23,8 @@ from gka.cli.commands import TrainOptions
 from gka.cli.loading import load_checkpoint
 from gka.cli.plots import plot_loss
 from gka.cli.train import model_config
+from gka.hf import model as model_module
+from gka.hf.loss import chunked_loss
 from gka.hf.model import GKAForCausalLM
 from gka.training.data import Manifest, load_tokenizer
 from gka.training.learning_rate import Schedule
@@ -242,6 +245,42 @@ def test_how_it_is_computed_does_not_change_the_losses(
     expected = logged(place / "run")
     for step, loss in logged(tmp_path / "run").items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_the_loss_in_chunks(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and validation, with the same losses; another size may be given to resume."""
+    chunks = []
+
+    def watched(head: Any, hidden: torch.Tensor, labels: torch.Tensor, chunk: int, **told: Any) -> torch.Tensor:
+        chunks.append((hidden.shape[0], chunk))
+        return chunked_loss(head, hidden, labels, chunk, **told)
+
+    monkeypatch.setattr(model_module, "chunked_loss", watched)
+    assert train(tmp_path / "run", place / "texts", loss_chunk=20, max_steps=6) == 0
+    assert chunks[:6] == [(4, 20)] * 6 and len(chunks) > 6
+    expected = logged(place / "run")
+    assert logged(tmp_path / "run")[1] == pytest.approx(expected[1], rel=1e-5)
+    assert logged(tmp_path / "run", "eval_loss")[6] == pytest.approx(math.log(259), abs=0.5)
+    assert cli.main(command("train", output=tmp_path / "run", resume=True, max_steps=7, loss_chunk=9)) == 0
+    assert chunks[-1][1] == 9
+
+
+def test_a_batch_is_copied_without_waiting(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that waits makes the host wait for all earlier steps of a GPU."""
+    seen, send = [], data_loader.send_to_device
+    monkeypatch.setattr(
+        data_loader,
+        "send_to_device",
+        lambda *args, **told: seen.append(told["non_blocking"]) or send(*args, **told),
+    )
+    assert train(tmp_path / "run", place / "texts", max_steps=2) == 0
+    assert len(seen) >= 2 and all(seen)
+
+
+def test_the_loss_of_a_qwen3_has_no_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command("train", output=tmp_path / "run", family="qwen3", loss_chunk=20)) == 2
+    assert "--loss-chunk needs --family gka; --family qwen3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

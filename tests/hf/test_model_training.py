@@ -19,6 +19,7 @@ from model_helpers import (
 from torch import Tensor
 
 from gka import GKAForCausalLM
+from gka.hf.block import cast_once
 from gka.hf.cache_name import named
 
 KINDS = ("gka", "gla", "hybrid", "hybrid, sliding")
@@ -153,6 +154,30 @@ def test_autocast(kind: str) -> None:
     assert_like_float32({"loss": loss.detach(), **parameter_gradients(model)}, high)
     expected = model(torch.cat([tokens, tokens[:, :1]], dim=1)).logits[:, -1:]
     assert_near(step, expected, 3e-2)
+
+
+@pytest.mark.parametrize("kind", ["gka", "hybrid, attention first"])
+def test_autocast_casts_the_input_of_projections_once(kind: str) -> None:
+    """One copy for the backward pass, not one for each projection; float64 stays as it is."""
+    block = tiny_model(kind, torch.float32).model.layers[0]
+    mixer = block.gka if kind == "gka" else block.self_attn
+    seen: dict[str, list[Tensor]] = {"mixer": [], "mlp": []}
+    for where, modules in (
+        ("mixer", (mixer.q_proj, mixer.k_proj, mixer.v_proj)),
+        ("mlp", (block.mlp.gate_proj, block.mlp.up_proj)),
+    ):
+        for module in modules:
+            module.register_forward_pre_hook(lambda _, args, where=where: seen[where].append(args[0]))
+    x = torch.randn(2, 5, 36)
+    angles = {"position_embeddings": (torch.ones(1, 5, 10), torch.zeros(1, 5, 10))}
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x, attention_arguments=angles)
+    for inputs in seen.values():
+        assert {tensor.data_ptr() for tensor in inputs} == {inputs[0].data_ptr()}
+        assert inputs[0].dtype == torch.bfloat16
+    assert cast_once(x) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cast_once(x.double()).dtype == torch.float64
 
 
 def test_compiles_as_one_graph() -> None:

@@ -9,6 +9,8 @@ import torch
 from model_helpers import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gka import GKAForCausalLM
+
 TOLD = {
     "rows": {},
     "padded": {"attention_mask": [[0, 0, 1, 1, 1, 1]]},
@@ -29,4 +31,17 @@ def test_forward_and_backward(name: str, fake: bool) -> None:
         logits = model(tokens, use_cache=False, **told).logits
         logits.sum().backward()
     assert logits.shape == (1, 6, model.config.vocab_size)
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_the_loss_in_chunks(fake: bool) -> None:
+    config = tiny_model("gka").config
+    with FakeTensorMode() if fake else torch.device("meta"):
+        model = GKAForCausalLM(config)
+        model.set_loss_chunk(4)
+        tokens = torch.zeros(2, 7, dtype=torch.long)
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+    assert loss.shape == ()
     assert all(p.grad.shape == p.shape for p in model.parameters())

@@ -12,6 +12,7 @@ import torch
 
 from gka.ops import backends, checks
 from gka.ops.torch import step
+from gka.ops.triton import config
 from gka.ops.triton import step as triton_step
 from gka.ops.types import Arguments
 
@@ -56,6 +57,22 @@ def test_the_op_warns_once(dtype: torch.dtype, D: int, chunk_size: int | None) -
     assert chosen(q, chunk_size) == "chunked"  # a second warning would be an error
     with pytest.warns(UserWarning, match=f"D = {D + 70}"):
         chosen(on_gpu(dtype, 2, 5, 3, D + 70), chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("wide", "words"),
+    [
+        (64, "bfloat16 with D up to 128, float16 or float32 with D up to 64"),
+        (128, "bfloat16 or float16 or float32 with D up to 128"),
+    ],
+)
+def test_what_is_fast_is_read_from_the_table(wide: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And everything that the words promise has kernels."""
+    monkeypatch.setattr(config, "MAX_DIM", {False: 128, True: wide})
+    with pytest.warns(UserWarning, match=f"fast are {words}, chunk_size None or"):
+        chosen(on_gpu(torch.float16, 2, 5, 3, 200), None)
+    for dtype, D in ((torch.bfloat16, 128), (torch.float16, wide), (torch.float32, wide)):
+        assert chosen(on_gpu(dtype, 2, 5, 3, D), None) == "triton"
 
 
 def test_what_is_fast_is_not_warned_of() -> None:

@@ -85,6 +85,20 @@ def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
     )
 
 
+def fast_inputs(supported: Callable[[torch.dtype, int], bool]) -> str:
+    """The dtypes with the largest key dim that `supported` accepts, in words.
+
+    >>> fast_inputs(lambda dtype, D: D <= (128 if dtype == torch.bfloat16 else 64))
+    'bfloat16 with D up to 128, float16 or float32 with D up to 64'
+    """
+    names: dict[int, list[str]] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        largest = max((D for D in range(1, 1025) if supported(dtype, D)), default=0)
+        if largest:
+            names.setdefault(largest, []).append(str(dtype).removeprefix("torch."))
+    return ", ".join(f"{' or '.join(dtypes)} with D up to {D}" for D, dtypes in names.items())
+
+
 @constant_when_compiled
 def runs_kernels(device: int | None) -> bool:
     """Whether there is Triton, and a CUDA device that the kernels are for: NVIDIA's from capability 8.0 on."""
@@ -107,9 +121,9 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
     """
     if not supports(dtype, D, chunk_size):
         raise ValueError(
-            f'backend "triton" has no kernels for {dtype}, D = {D}, chunk_size = {chunk_size}; expected bfloat16 '
-            f"and D <= {MAX_DIM[False]}, or float32 or float16 and D <= {MAX_DIM[True]}, and chunk_size "
-            f'{CHUNK_SIZES[-1]}; backend "chunked" takes all'
+            f'backend "triton" has no kernels for {dtype}, D = {D}, chunk_size = {chunk_size}; expected '
+            f"{fast_inputs(lambda dtype, D: supports(dtype, D, None))}, and chunk_size {CHUNK_SIZES[-1]}; "
+            'backend "chunked" takes all'
         )
     wide = _is_wide(dtype)
     BD, BV = _power_of_two(D), min(MAX_DIM[wide], _power_of_two(V))
