@@ -208,14 +208,20 @@ class FixedCache:
         for states, number, buffer in self._homes:
             held = states[number]
             states[number] = buffer.clone() if held is buffer else held
+        fixed: Any
         for index, layer in self._grown.items():
-            fixed: Any = cache.layers[index]
+            fixed = cache.layers[index]
             tokens, at_most = fixed.cumulative_length, None
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length, at_most = tokens, layer.sliding_window - 1
             _, places = fixed.slots.last(tokens, at_most)
             layer.keys, layer.values = fixed.keys[:, :, places], fixed.values[:, :, places]
             cache.layers[index] = layer
+        counter: Any
+        for counter in filter(_is_counter, cache.layers):  # as wide as its tokens, though of no numbers
+            for name in ("keys", "values"):
+                held = getattr(counter, name)
+                setattr(counter, name, held.new_zeros(*held.shape[:2], counter.cumulative_length, 0))
         self._homes, self._grown = [], {}
 
     def settle(self) -> None:
