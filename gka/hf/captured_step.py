@@ -237,7 +237,8 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     for module in model.modules():
         found.append(type(module))
         for name, value in vars(module).items():
-            found.append((name, _traits(value)))
+            if value is not None and not (isinstance(value, dict) and not value):  # as most are
+                found.append((name, _traits(value)))
     return tuple(found)
 
 

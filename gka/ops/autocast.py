@@ -10,4 +10,6 @@ import torch
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """A context without autocast, whatever surrounds it; the meta device knows none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
