@@ -268,6 +268,7 @@ def _why_not(model: Any, inputs: dict[str, Any]) -> str:
         "GKA_CHECK_VALUES is 1": os.environ.get("GKA_CHECK_VALUES") == "1",
         "a mode of PyTorch watches every operation": torch._C._len_torch_dispatch_stack() > 0,
         f"the steps have {', '.join(others)}": bool(others),
+        "the model runs by torch.compile": any(map(_is_compiled, model.modules())),
         f"mixer {config.mixer!r} is another package's": config.mixer not in OURS,
         f"attn_implementation is {config._attn_implementation!r}, not one of {', '.join(_ATTENTION)}": (
             config.has_attention and config._attn_implementation not in _ATTENTION
@@ -278,6 +279,15 @@ def _why_not(model: Any, inputs: dict[str, Any]) -> str:
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile runs a module: it may compile anew at any token, which no recording survives."""
+    from torch._dynamo.eval_frame import OptimizedModule  # slow to import, and needed for a cache already
+
+    forward = vars(module).get("forward")
+    compiled = module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+    return compiled or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 _told: set[str] = set()

@@ -245,6 +245,7 @@ def test_two_calls_at_once(watch: Watch) -> None:
         ("attn_implementation is 'flex_attention'", {}),
         ("output_hidden_states", {"output_hidden_states": True, "return_dict_in_generate": True}),
         ("cannot be recorded", {}),
+        ("runs by torch.compile", {}),
     ],
 )
 def test_says_once_why_there_is_no_graph(
@@ -259,6 +260,9 @@ def test_says_once_why_there_is_no_graph(
         monkeypatch.setattr(captured_step, "record", failing)
     if reason == "training mode":
         model.train()
+    if "torch.compile" in reason:
+        torch._dynamo.reset()
+        model.model.norm.forward = torch.compile(model.model.norm.forward, backend="eager")
     if "CHECK_VALUES" in reason:
         monkeypatch.setenv("GKA_CHECK_VALUES", "1")
     if "flex" in reason:
