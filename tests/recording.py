@@ -24,7 +24,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        assert name not in READS, f"{name} waits for a GPU"
+        if name in READS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         result = function(*args, **kwargs)
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -38,6 +39,9 @@ def record(function: Callable[[], Tensor], device: torch.device) -> tuple[Callab
     """As `gka.hf.captured_step.record`, for any device.
 
     Recording runs the function, other than with a graph, so the first replay has nothing left to do.
+
+    Raises:
+        RuntimeError: an operator hands a value to Python, which waits for a GPU.
     """
     with _Recorder() as recorder:
         result = function()

@@ -176,8 +176,10 @@ def test_a_changed_model(watch: Watch) -> None:
     watch.check(model, tokens, recorded=1)
     handle.remove()
     watch.check(model, tokens, recorded=1)
-    watch.check(model.to(torch.bfloat16), tokens, recorded=1)
-    watch.check(model, tokens, recorded=0)
+    pure = watch.model()
+    watch.check(pure, tokens, recorded=1)
+    watch.check(pure.to(torch.bfloat16), tokens, recorded=1)  # of a hybrid, 16 bits could round to other tokens
+    watch.check(pure, tokens, recorded=0)
 
 
 def test_adapters(watch: Watch) -> None:
@@ -253,11 +255,9 @@ def test_says_once_why_there_is_no_graph(
 ) -> None:
     model, tokens = watch.model("hybrid"), watch.tokens(2, 5)
     if reason == "cannot be recorded":
-
-        def failing(*_: Any) -> Any:
-            raise RuntimeError("operation not permitted")
-
-        monkeypatch.setattr(captured_step, "record", failing)
+        model.model.layers[0].register_forward_pre_hook(
+            lambda module, args: None if args[0].sum().item() else args
+        )
     if reason == "training mode":
         model.train()
     if "torch.compile" in reason:
@@ -294,4 +294,5 @@ def test_memory_stays(kind: str, device: torch.device) -> None:
         model.generate(random_tokens(2 + repeat % 2, 5).to(device), max_new_tokens=40, do_sample=False)
         torch.cuda.synchronize()
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert held[2:4] == held[4:]
+    assert [x for x, _ in held[2:4]] == [x for x, _ in held[4:]]
+    assert max(x for _, x in held[4:]) <= max(x for _, x in held[:4])
