@@ -276,7 +276,7 @@ def _why_not(model: Any, inputs: dict[str, Any]) -> str:
             config.has_attention and config._attn_implementation not in _ATTENTION
         ),
         "position_ids are missing": config.has_attention and inputs.get("position_ids") is None,
-        "the weights are quantised or not all on one GPU": any(
+        "the weights are quantised, sharded or not all on one GPU": any(
             type(x) not in (Tensor, nn.Parameter) or x.device != device for x in weights
         ),
     }
