@@ -9,7 +9,8 @@ transformers has another way, torch.compile with a static cache. It compiles bef
 for another length. It fuses operations, so 16-bit numbers differ and with them, at times, tokens.
 
 The graph of the last call of `generate` is kept for the next, with its buffers, and used again if the call has
-the same batch size and the model is as it was (`fingerprint`). `model.train()` frees it.
+the same batch size and the model is as it was (`fingerprint`). `model.train()` frees it, and so does a call that
+runs out of memory.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .mixers import OURS
 
 DEVICE = "cuda"
 SMALLEST = 256  # slots of an attention layer
+FEW = 8192  # so many cost little, also where fewer would do
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _ATTENTION = ("sdpa", "eager")  # take a mask of slots
 _RECORDING = threading.Lock()
@@ -85,6 +87,14 @@ class CapturedStep:
         self._positions = new_zeros((batch, 1), torch.long, device)
         self._replay: Callable[[], object] | None = None
         self._logits: Tensor | None = None
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether one more than `tokens` tokens fit."""
+        return FULL not in self.fixed.slots or tokens < self.capacity
+
+    def is_small(self, tokens: int) -> bool:
+        """Whether there are not many more slots than `tokens` tokens need; every step reads them all."""
+        return FULL not in self.fixed.slots or self.capacity <= max(FEW, 4 * capacity_for(tokens + 1))
 
     def __call__(self, model: Any, cache: Cache, ids: Tensor, positions: Tensor | None, tokens: int) -> Tensor:
         """Logits [B, 1, vocabulary], valid until the next call; ids [B, 1], positions [B or 1, 1] int64.
@@ -160,15 +170,13 @@ class Decoding:
         ids: Any = inputs.get("input_ids")
         cache: Any = inputs.get(CACHE, inputs.get(OLD))
         is_step = ids is not None and ids.shape[1] == 1 and inputs.get("no_pads", False)
-        if self._step is not None and (not is_step or cache is not self._cache):
+        stays = is_step and cache is self._cache
+        if self._step is not None and not (stays and self._step.has_room(self._tokens)):
             self.end(keeps_cache=True)
         if is_step and not self._eagerly and self._step is None:
             self._begin(cache, inputs)
-        if self._step is None or not is_step:
+        if self._step is None:
             return self._model(**inputs)
-        if self._step.fixed.slots.get(FULL) is not None and self._tokens == self._step.capacity:
-            self.end(keeps_cache=True)
-            self._begin(cache, inputs)
         logits = self._step(self._model, cache, ids, inputs.get("position_ids"), self._tokens)
         self._tokens += 1
         return CausalLMOutputWithPast(logits=logits, **named(cache))  # type: ignore[arg-type]
@@ -185,7 +193,7 @@ class Decoding:
             return
         tokens = int(cache.get_seq_length())
         fits = (held, fingerprint(self._model))
-        if step is None or step.fits != fits or step.capacity <= tokens:
+        if step is None or step.fits != fits or not (step.has_room(tokens) and step.is_small(tokens)):
             _KEPT.pop(self._model, None)
             step = None  # its memory is free before the next takes some
             ids = inputs["input_ids"]
@@ -224,6 +232,9 @@ def decode(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) ->
     decoding = Decoding(model)
     try:
         return method(decoding, *args, **kwargs)
+    except torch.OutOfMemoryError:
+        forget(model)
+        raise
     finally:
         given = getattr(cache, "_is_user_defined", False)
         decoding.end(keeps_cache=given or bool(config.return_dict_in_generate))

@@ -172,8 +172,8 @@ class FixedCache:
             if isinstance(layer, LinearAttentionLayer):
                 self._states_in(index, layer)
             elif not _is_counter(layer):
-                self._grown[index] = layer  # type: ignore[assignment]
                 cache.layers[index] = self._keys_in(index, layer, tokens, mask)
+                self._grown[index] = layer  # type: ignore[assignment]
 
     def _states_in(self, index: int, layer: LinearAttentionLayer) -> None:
         for name, states, number, held in _states(layer):

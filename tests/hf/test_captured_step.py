@@ -111,6 +111,18 @@ def test_other_lengths_and_batch_sizes(kind: str, watch: Watch) -> None:
     watch.check(model, watch.tokens(1, 6), recorded=0 if kind == "gka" else None)
 
 
+def test_slots_follow_the_tokens(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of many slots serves a few tokens more, until it has far too many; states have no slots."""
+    monkeypatch.setattr(captured_step, "FEW", 16)
+    hybrid, pure = watch.model("hybrid"), watch.model()
+    watch.check(pure, watch.tokens(1, 3), 4, recorded=1)
+    watch.check(pure, watch.tokens(1, 70), 4, recorded=0)
+    watch.check(hybrid, watch.tokens(1, 70), 4, recorded=1)
+    watch.check(hybrid, watch.tokens(1, 30), 4, recorded=0)
+    watch.check(hybrid, watch.tokens(1, 3), 4, recorded=1)
+    assert captured_step._KEPT[hybrid].capacity == 8
+
+
 @pytest.mark.parametrize("kind", ["gka", "hybrid, sliding"])
 @pytest.mark.parametrize(
     "options",
@@ -213,6 +225,34 @@ def test_what_is_kept_for_a_model(watch: Watch) -> None:
     del model
     gc.collect()
     assert len(kept) == count - 1
+
+
+class Failing(BaseStreamer):
+    """Fails at the fifth token."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.left = error, 5
+
+    def put(self, value: Tensor) -> None:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), ValueError("the client is gone")], ids=repr
+)
+def test_a_call_that_fails(error: Exception, watch: Watch) -> None:
+    """The next is right, and a call without memory leaves nothing behind."""
+    model, tokens = watch.model("hybrid, sliding"), watch.tokens(2, 5)
+    with pytest.raises(type(error)):
+        model.generate(tokens[:1], max_new_tokens=9, pad_token_id=PAD, streamer=Failing(error))
+    assert (model in captured_step._KEPT) == isinstance(error, ValueError)
+    watch.check(model, tokens[:1], recorded=0 if isinstance(error, ValueError) else 1)
+    watch.check(model, tokens)
 
 
 class Nested(BaseStreamer):
