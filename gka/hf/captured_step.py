@@ -9,8 +9,8 @@ transformers has another way, torch.compile with a static cache. It compiles bef
 for another length. It fuses operations, so 16-bit numbers differ and with them, at times, tokens.
 
 The graph of the last call of `generate` is kept for the next, with its buffers, and used again if the call has
-the same batch size and the model is as it was (`fingerprint`). `model.train()` frees it, and so does a call that
-runs out of memory.
+the same batch size and the model is as it was (`fingerprint`). `model.train()` and `model.to()` free it, and so
+does a call that runs out of memory.
 """
 
 from __future__ import annotations

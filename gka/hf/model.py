@@ -395,6 +395,11 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             forget(self)
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's, for `.to()` and the like; it frees the same, which belongs to the weights before."""
+        forget(self)
+        return super()._apply(*args, **kwargs)
+
     # transformers reads the signature: it must stay that of the method that is replaced
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(  # type: ignore[override]

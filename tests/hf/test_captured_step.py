@@ -211,7 +211,7 @@ def test_adapters(watch: Watch) -> None:
 
 
 def test_what_is_kept_for_a_model(watch: Watch) -> None:
-    """One graph, until the model trains or is gone; copies have none."""
+    """One graph, until the model trains, moves or is gone; copies have none."""
     model, tokens = watch.model(), watch.tokens(1, 5)
     kept = captured_step._KEPT
     watch.check(model, tokens)
@@ -220,6 +220,9 @@ def test_what_is_kept_for_a_model(watch: Watch) -> None:
     model.train()
     assert model not in kept
     watch.check(model.eval(), tokens, recorded=1)
+    model.to(torch.float16)
+    assert model not in kept
+    watch.check(model, tokens, recorded=1)
     gc.collect()
     count = len(kept)
     del model
