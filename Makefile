@@ -46,7 +46,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu tests/*/test_gpu.py $(ARGS)
+	$(BIN)/python -m pytest -m gpu tests/*/test_gpu.py tests/hf/test_captured_step.py $(ARGS)
 
 # The pins of constraints.txt, but for transformers and the one library that it does not take as new.
 $(OLDEST)/.ready: pyproject.toml constraints.txt

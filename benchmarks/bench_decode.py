@@ -1,7 +1,10 @@
-"""Time of one decode step of the op, compared with its floor and with other ops.
+"""Time of one decode step of the op, compared with its floor and with other ops; or of decoding with a model.
 
     python -m benchmarks.bench_decode --device cuda
+    python -m benchmarks.bench_decode --device cuda --model configs/440m.yaml
     python -m benchmarks.bench_decode --batches 1 2 --heads 2 --dim 16    # a quick run on a CPU
+
+With `--model`, the whole model of a recipe decodes through `generate` (`benchmarks/generation.py`).
 
 floor:  a copy of both states, because a step must read and write them.
 kernel: `gated_kalmanet_step`, in place (on a GPU the Triton kernel), called from Python.
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import generation
 from benchmarks.common import medians, write_result
 from gka.ops import State, gated_kalmanet_step
 from gka.ops.torch import step as pytorch_step
@@ -125,7 +129,7 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     H, D, device = options.heads, options.dim, options.device
     if device.type != "cuda" or importlib.util.find_spec("fla") is None:
         print("flash-linear-attention or a GPU is missing; its step is not measured")
-    for B in options.batches:
+    for B in options.batches or (1, 16, 64, 256):
         inputs = make_inputs(B, H, D, torch.bfloat16, device)
         for dtype in (torch.float32, torch.bfloat16):
             sets = max(2, min(16, 256 // (B * max(1, H // 16)))) if device.type == "cuda" else 2
@@ -157,16 +161,24 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="device; default cpu")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B", help="batches")
+    parser.add_argument("--model", type=Path, metavar="RECIPE", help="YAML file of a model, to decode with it")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", metavar="B", help="batches; default: 1 16 64 256, with --model 1 64"
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of a row, with --model")
     parser.add_argument("--heads", type=int, default=16, help="number of heads H")
     parser.add_argument("--dim", type=int, default=128, help="head dims D = V")
-    parser.add_argument("--repeats", type=int, default=20, help="number of timed rounds; the median counts")
+    parser.add_argument("--repeats", type=int, help="timed rounds, of which the median counts; default: 20 or 3")
     parser.add_argument(
-        "--output", type=Path, help="JSON file; default: benchmarks/results/decode_MACHINE_DATE.json"
+        "--output", type=Path, help="JSON file; default: decode_MACHINE_DATE.json or generation_..., in results/"
     )
     options = parser.parse_args()
     command = " ".join(["python -m benchmarks.bench_decode", *sys.argv[1:]])
-    write_result("decode", bench(options), command, options.output)
+    options.repeats = options.repeats or (20 if options.model is None else 3)
+    if options.model is None:
+        write_result("decode", bench(options), command, options.output)
+    else:
+        write_result("generation", generation.bench(options), command, options.output)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,23 @@ def decode(result: Result) -> str:
     return f"One decode step for every sequence ({shape}; {notes})\n\n{markdown_table(header, table)}"
 
 
+def generation(result: Result) -> str:
+    """Tokens per second of decoding with a model, one row per model and batch size."""
+    rows = result["rows"]
+    ways, first, table = list(dict.fromkeys(row["way"] for row in rows)), rows[0], []
+    for model, B in dict.fromkeys((row["model"], row["B"]) for row in rows):
+        found = {row["way"]: row for row in rows if (row["model"], row["B"]) == (model, B)}
+        rates = [f"{found[way]['tokens per second']:,.0f}" for way in ways]
+        same = [f"{found[way]['equal']:.1%}" for way in ways if way != "eager"]
+        table.append([model, str(B), *rates, *same])
+    header = ["model", "B", *(f"{way}, tokens/s" for way in ways), *(["same tokens"] if "graph" in ways else [])]
+    return (
+        f"Decoding through `generate` ({first['recipe']}, {first['parameters'] / 1e6:.0f} M parameters, bfloat16, "
+        f"{first['tokens']} new tokens; hybrid: softmax attention in every fourth layer)\n\n"
+        f"{markdown_table(header, table)}"
+    )
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -258,6 +275,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy": ("Errors with 16-bit inputs", accuracy),
     "ops": ("The op", ops),
     "decode": ("Decoding", decode),
+    "generation": ("Decoding with a model", generation),
     "length": ("The op against the number of tokens", length),
     "layer": ("The layer", layer),
     "model": ("Whole models", model_table),

@@ -35,6 +35,7 @@ from ..nn.decay import whole_decay, with_rests
 from ..nn.layer import GatedKalmaNet
 from .block import GKABlock, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
+from .captured_step import decode, forget
 from .checkpoint import is_published, load_published
 from .config import GKAConfig
 from .inputs import LOSS_KEYWORDS, check_keywords, packing_of_call, padding_mask, positions
@@ -384,8 +385,11 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, for `generate`. A cache with GKA layers only also gets a counter of tokens."""
+        given = model_kwargs.get(CACHE)
         prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        if isinstance(given, Cache):
+            given._is_user_defined = True  # type: ignore[attr-defined]  # transformers notes it from 5.2x on
         cache = model_kwargs.get(CACHE)
         if isinstance(cache, Cache) and not self.config.has_attention:
             add_counter(cache)
@@ -402,6 +406,25 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
         check_prompt(tokens, model_kwargs.get(CACHE), columns)
         prefill: Any = super()._prefill  # type: ignore[misc]
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin._sample)
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return decode(GenerationMixin._sample, self, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin._beam_search)
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return decode(GenerationMixin._beam_search, self, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As PyTorch's; training mode frees the graph and the buffers that `generate` keeps on a GPU."""
+        if mode:
+            forget(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's, for `.to()` and the like; it frees the same, which belongs to the weights before."""
+        forget(self)
+        return super()._apply(*args, **kwargs)
 
     # transformers reads the signature: it must stay that of the method that is replaced
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)

@@ -112,9 +112,12 @@ def read_cache(cache: Cache, layer_idx: int, batch: int, solves: bool) -> LayerS
 
 def write_cache(cache: Cache, layer_idx: int, new: LayerState) -> None:
     """Write the new state to the cache."""
-    for number, inputs in enumerate(new.conv):
-        cache.update_conv_state(inputs, layer_idx, state_idx=number)
     held: Any = cache.layers[layer_idx]
+    for number, inputs in enumerate(new.conv):
+        if held.has_previous_state[number]:  # transformers' update would first join the old inputs and the new
+            held.conv_states[number].copy_(inputs)
+        else:
+            cache.update_conv_state(inputs, layer_idx, state_idx=number)
     for number, sums in enumerate(new.state):
         if sums is not None and sums is not held.recurrent_states[number]:  # a decode step has written it in place
             cache.update_recurrent_state(sums, layer_idx, state_idx=number)

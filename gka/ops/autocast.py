@@ -10,7 +10,7 @@ import torch
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """A context without autocast, whatever surrounds it; the meta device knows none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -92,6 +92,22 @@ def test_bench_decode(tmp_path: Path) -> None:
     assert {"kernel (16, 16)", "PyTorch (16, 16)"} <= set(head) and ["3", "bfloat16"] in [row[:2] for row in rows]
 
 
+def test_bench_decode_with_a_model(tmp_path: Path) -> None:
+    output, recipe = tmp_path / "generation.json", tmp_path / "tiny.yaml"
+    recipe.write_text("hidden_size: 16\nintermediate_size: 16\nlayers: 4\nheads: 2\nhead_dim: 8\n")
+    sizes = ("--batches", "1", "3", "--tokens", "3", "--repeats", "1")
+    printed = run("benchmarks.bench_decode", "--model", str(recipe), *sizes, "--output", str(output))
+    assert "not measured" in printed
+    result = json.loads(output.read_text())
+    assert [(row["model"], row["B"]) for row in result["rows"]] == [
+        (m, B) for m in ("pure", "hybrid") for B in (1, 3)
+    ]
+    assert all(row["tokens per second"] > 0 and row["equal"] == 1.0 for row in result["rows"])
+    graphs = [row | {"way": "graph", "tokens per second": 1234.4, "equal": 0.75} for row in result["rows"]]
+    head, *rows = rows_of(table.generation(result | {"rows": [*result["rows"], *graphs]}))
+    assert head[-2:] == ["graph, tokens/s", "same tokens"] and rows[3][-2:] == ["1,234", "75.0%"]
+
+
 def test_bench_length(tmp_path: Path) -> None:
     output = tmp_path / "length.json"
     sizes = ("--least-tokens", "64", "--most-tokens", "256", "--most-tokens-backward", "128", "--repeats", "1")

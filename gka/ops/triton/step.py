@@ -11,7 +11,7 @@ Legend: B sequences, H query heads, Hk key/value heads, D key dim, V value dim.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
     return o, State(S_kk if arguments.solver_steps else None, S_kv)
 
 
-@lru_cache(maxsize=64)
+@cache  # never freed: CUDA graphs read its tensors
 def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> Tensor:
     """Step sizes of all stages in a row, negative where a later stage starts, and one more that is read unused."""
     taus: list[float] = []
