@@ -36,8 +36,8 @@ class Config:
     """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`,
     span_tile where it only sums;
     half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; query_rows: of `query_gradients`;
-    pipeline: chunks on their way in `scan_states`; local_pipeline, read_pipeline: pieces on their way in the
-    kernels of `local` and in the readers; o_columns, dy_columns: of V at a time in `read_states`, `read_gradients`.
+    pipeline: chunks on their way in `scan_states`; local_pipeline, read_pipeline: pieces on their way in `local`
+    and in the readers; o_columns, dy_columns: of V at a time in `read_states` and `read_gradients`.
 
     The others: num_warps and num_stages, by kernel.
     """
