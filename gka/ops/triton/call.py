@@ -98,6 +98,8 @@ class Call:
                 f'backend "triton" needs tensors on a GPU, not on {self.device}; leave `backend` out, or set '
                 "TRITON_INTERPRET=1 in the environment to run the kernels through Triton's interpreter"
             )
+        if a.solver != "chebyshev":
+            raise ValueError(f'solver is {a.solver!r}; expected "chebyshev" with backend "triton"')
         self.B, self.T, self.H, self.D = a.q.shape
         self.Hk, self.V = a.v.shape[2:]
         self.N, self.C = a.sequences, chunk_size(a)

@@ -61,6 +61,8 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
     device, solver_steps = arguments.q.device, arguments.solver_steps
     if not (arguments.q.is_cuda or INTERPRETED):
         raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {device}")
+    if arguments.solver != "chebyshev":
+        raise ValueError(f'solver is {arguments.solver!r}; expected "chebyshev" with the kernel of a step')
     B, H, D = arguments.q.shape
     Hk, V = arguments.v.shape[1:]
     o = torch.empty(B, H, V, dtype=arguments.q.dtype, device=device)
@@ -105,7 +107,7 @@ def _unpack(*packed: Any) -> Arguments:
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? alpha, Tensor? beta"
-_NUMBERS = "float ridge_ratio, SymInt[] solver_steps, float scale, bool normalize_qk"
+_NUMBERS = "float ridge_ratio, SymInt[] solver_steps, float scale, bool normalize_qk, str solver, float? tolerance"
 
 
 @torch.library.custom_op(
