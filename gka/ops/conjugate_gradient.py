@@ -2,16 +2,16 @@
 
 One stage, from x = 0 and r = p = rhs, with A = S_hat + a I, n times:
 
-    rate = <r, p> / <p, A p>       x <- x + rate p        r <- r - rate A p
+    rate = <r, r> / <p, A p>       x <- x + rate p        r <- r - rate A p
     p <- r + (<r, r> / <r, r before>) p
 
 Step sizes fit each system's own spectrum; those of Chebyshev iteration fit the interval [a, 1 + a]. So about
 two thirds of the products are enough. Later stages solve for the residual of the sum so far, as in
 `solvers.chebyshev`.
 
-With products of 16 bits p is rounded to them first, and that p is used everywhere, so `rate` belongs to it. Each
-right-hand side is divided by its largest element, so squares neither overflow nor vanish. A residual below
-eps^2 of the right-hand side counts as zero.
+With products of 16 bits p is rounded to them first, and that p is used everywhere. Each right-hand side is divided
+by its largest element, so squares neither overflow nor vanish. A residual below eps^2 of the right-hand side
+counts as zero.
 
 Legend: D dim of the system; C rows that stop together; "..." any batch dims.
 """
@@ -85,7 +85,6 @@ def _stage(
     rows_stop_together: bool,
 ) -> tuple[Tensor, Tensor]:
     """x of one stage and the number of products; `residual`, the right-hand side, is written over."""
-    exact = product_dtype is None or product_dtype == residual.dtype
     x, direction = torch.zeros_like(residual), _rounded(residual.clone(), product_dtype)
     energy = _dot(residual, residual)
     zero, nothing = torch.zeros_like(energy), torch.finfo(residual.dtype).eps ** 4
@@ -98,8 +97,7 @@ def _stage(
         count = count + going
         product = matvec(direction).to(residual.dtype).add_(direction, alpha=ridge_ratio)
         curvature = _dot(direction, product)
-        slope = energy if exact else _dot(residual, direction)
-        rate = torch.where((energy > nothing) & (curvature > 0) & going, slope / curvature, zero)
+        rate = torch.where((energy > nothing) & (curvature > 0) & going, energy / curvature, zero)
         x.addcmul_(rate, direction)
         residual.addcmul_(rate, product, value=-1.0)
         before, energy = energy, _dot(residual, residual)

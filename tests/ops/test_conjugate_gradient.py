@@ -149,10 +149,9 @@ def test_padding_keeps_no_chunk_going(backend: str) -> None:
     assert relative_error(packed["o"][:, :21], o) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"tolerance": 1e-3}, {"solver_steps": (6, 5)}], ids=str)
-def test_fullgraph(options: dict[str, Any]) -> None:
+def test_fullgraph() -> None:
     torch._dynamo.reset()
-    arguments = make_inputs(CASES[0])
+    arguments, options = make_inputs(CASES[6]), {"tolerance": 1e-3, "solver_steps": (9, 50)}
     compiled = torch.compile(gated_kalmanet, fullgraph=True, backend="aot_eager")
     assert_close(run(arguments, compiled, **CG, **options), run(arguments, **CG, **options), 1e-12)
 
@@ -168,6 +167,8 @@ def test_a_step_is_one_token_of_the_op(options: dict[str, Any]) -> None:
         **token, initial_state=arguments["state"], output_final_state=True, normalize_qk=True, **CG, **options
     )
     assert relative_error(o, same[:, 0]) < 1e-6 and relative_error(state.S_kk, final.S_kk) < 1e-12
+    if not options:
+        return
     torch._dynamo.reset()
     compiled = torch.compile(gated_kalmanet_step, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(**arguments)[0], o) < 1e-6
@@ -189,3 +190,63 @@ def dense_systems(D: int = 24, count: int = 9) -> tuple[torch.Tensor, torch.Tens
 
 def product(S: torch.Tensor) -> Any:
     return lambda x: (S @ x.unsqueeze(-1)).squeeze(-1)
+
+
+kernels = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the kernels themselves"),
+]
+
+
+def with_kernels(function: Any) -> Any:
+    """Mark a test that runs kernels through Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    for mark in kernels:
+        function = mark(function)
+    return function
+
+
+KERNEL_CASES = (
+    (CASES[6], {"solver_steps": (24,)}),
+    (Case(lengths=(5, 0, 20, 1), H=2, Hk=1, D=9, V=5, packed=True), {"tolerance": 1e-5}),
+)
+
+
+@with_kernels
+@pytest.mark.parametrize(("case", "options"), KERNEL_CASES, ids=str)
+def test_kernels_in_float32(case: Case, options: dict[str, Any]) -> None:
+    arguments = converted(make_inputs(case), torch.float32)
+    out = run(arguments, backend="triton", chunk_size=16, **CG, **options)
+    assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=(150,)), 5e-5)
+
+
+@with_kernels
+@pytest.mark.parametrize(
+    ("name", "options"), zip(FAMILIES, ({}, {}, {"tolerance": 0.02}, {}), strict=True), ids=str
+)
+def test_kernels_on_families(name: str, options: dict[str, Any]) -> None:
+    family = FAMILIES[name]
+    inputs = with_gates(family_inputs(Family(70, family.m, family.common), H=1), random=True)
+    out = run(inputs, backend="triton", **CG, **options)
+    exact = run(doubled(inputs), backend="chunked", solver_steps=(200,))
+    assert_close({"o": out["o"]}, {"o": exact["o"]}, 2.5e-3, name)
+    assert_close(gradients_of(out), gradients_of(exact), 5e-3, name)
+
+
+@with_kernels
+def test_kernels_with_zero_rows_and_states() -> None:
+    """Also with gradients so small that their squares are zero in float32."""
+    arguments = converted(make_inputs(Case(lengths=(40,), Hk=2, state=False)), torch.bfloat16)
+    with torch.no_grad():
+        arguments["k"][:, :5] = 0.0
+        arguments["q"][:, 8:11] = 0.0
+        arguments["g"][:, 20] = -torch.inf
+        arguments["v"].mul_(1e-24)
+    options: dict[str, Any] = dict(chunk_size=32, solver="cg")
+    out = run(arguments, backend="triton", **options)
+    assert all(x.isfinite().all() for x in out.values())
+    assert not out["o"][:, :5].any() and not out["o"][:, 8:11].any()
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(150,))
+    for name in ("o", "dq", "dk"):
+        scale = 1 / ref[name].norm()
+        assert relative_error(out[name].double() * scale, ref[name] * scale) < 1.5e-2, name
