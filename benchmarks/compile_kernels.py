@@ -111,7 +111,7 @@ def launches(
     return distinct(found)
 
 
-def step_launches(state: torch.dtype, D: int) -> list[Launch]:
+def step_launches(state: torch.dtype, D: int, **solver: Any) -> list[Launch]:
     """The kernel of a decode step, for a layer with gates."""
     from gka.ops.triton import step as triton_step
     from gka.ops.types import Arguments
@@ -120,6 +120,7 @@ def step_launches(state: torch.dtype, D: int) -> list[Launch]:
     gates = [torch.rand(1, 16) for _ in range(3)]
     states = [torch.zeros(1, 16, D, D, dtype=state) for _ in range(2)]
     arguments = Arguments(q, k, v, -gates[0], *gates[1:], *states, None, 0.02, (16, 16), 1.0, normalize_qk=True)
+    arguments = arguments._replace(**solver)
     with mock.patch.object(triton_step, "INTERPRETED", True), taken_down() as found:
         triton_step.gated_kalmanet_step(arguments, inplace=True)
     return distinct(found)
@@ -176,18 +177,21 @@ STEP_CASES = {
     "decode, bfloat16 states, D 128": (torch.bfloat16, 128),
     "decode, float32 states, D 64": (torch.float32, 64),
 }
+CG_STEP_CASES = {"decode, float32 states, D 128 cg": (torch.float32, 128)}
 CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
 NORM_CASES = {
     "norm, bfloat16 V 128": (torch.bfloat16, 128),
     "norm, float32 V 128": (torch.float32, 128),
     "norm, bfloat16 V 100": (torch.bfloat16, 100),
 }
-ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CONV_CASES, *NORM_CASES]
+ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *NORM_CASES]
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
     if case in STEP_CASES:
         return step_launches(*STEP_CASES[case])
+    if case in CG_STEP_CASES:
+        return step_launches(*CG_STEP_CASES[case], solver="cg", solver_steps=(20,))
     if case in CONV_CASES:
         return conv_launches(CONV_CASES[case])
     if case in NORM_CASES:

@@ -160,7 +160,7 @@ def test_fullgraph() -> None:
 def test_a_step_is_one_token_of_the_op(options: dict[str, Any]) -> None:
     """Eagerly, and compiled as one graph."""
     arguments = step_arguments(StepCase(D=33, V=7, dtype=torch.float64, state=torch.float64))
-    arguments |= {"solver_steps": None, **CG, **options}
+    arguments |= {"solver_steps": None, "tolerance": None, **CG, **options}
     o, state = gated_kalmanet_step(**arguments)
     token = {n: x.unsqueeze(1) for n, x in arguments.items() if n in ("q", "k", "v", "g", "alpha", "beta")}
     same, final = gated_kalmanet(
