@@ -101,7 +101,7 @@ def call_step(
 def packed_arguments(arguments: dict[str, Any], scale: float = 0.3) -> Arguments:
     tensors = [arguments[name] for name in ("q", "k", "v", "g", "alpha", "beta")]
     solver_steps, normalize_qk = arguments["solver_steps"], arguments["normalize_qk"]
-    solver = {name: arguments[name] for name in ("solver", "tolerance")}
+    solver = {name: arguments[name] for name in ("solver", "tolerance") if name in arguments}
     return Arguments(*tensors, *arguments["state"], None, 0.02, solver_steps, scale, normalize_qk, **solver)
 
 

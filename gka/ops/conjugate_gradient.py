@@ -10,14 +10,14 @@ two thirds of the products are enough. Later stages solve for the residual of th
 `solvers.chebyshev`.
 
 With products of 16 bits p is rounded to them first, and that p is used everywhere. Each right-hand side is divided
-by its largest element, so squares neither overflow nor vanish. A residual below eps^2 of the right-hand side
-counts as zero.
+by its largest element, so squares neither overflow nor vanish.
 
 Legend: D dim of the system; C rows that stop together; "..." any batch dims.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -85,30 +85,36 @@ def _stage(
     rows_stop_together: bool,
 ) -> tuple[Tensor, Tensor]:
     """x of one stage and the number of products; `residual`, the right-hand side, is written over."""
+    exact, least = (
+        product_dtype in (None, residual.dtype),
+        torch.finfo(residual.dtype).tiny,
+    )  # of a divisor: 0 / 0 = 0
     x, direction = torch.zeros_like(residual), _rounded(residual.clone(), product_dtype)
     energy = _dot(residual, residual)
-    zero, nothing = torch.zeros_like(energy), torch.finfo(residual.dtype).eps ** 4
-    enough = zero if tolerance is None else tolerance**2 * energy
-    going = _unfinished(energy, enough, rows_stop_together)
-    count = torch.zeros_like(going, dtype=residual.dtype)
+    enough = None if tolerance is None else tolerance**2 * energy
+    going = _unfinished(energy, 0.0 if enough is None else enough, rows_stop_together)
+    count = going.to(residual.dtype) * (n if enough is None else 0)
     for _ in range(n):
-        if tolerance is not None and _all_finished(going):
-            break
-        count = count + going
+        if enough is not None:
+            if _all_finished(going):
+                break
+            count = count + going
         product = matvec(direction).to(residual.dtype).add_(direction, alpha=ridge_ratio)
-        curvature = _dot(direction, product)
-        rate = torch.where((energy > nothing) & (curvature > 0) & going, energy / curvature, zero)
+        curvature = _dot(direction, product)  # rounding of narrow products may make it negative
+        curvature = curvature.clamp_(min=least) if exact else torch.where(curvature > 0, curvature, math.inf)
+        rate = energy / curvature
+        if enough is not None:
+            rate = rate * going
         x.addcmul_(rate, direction)
         residual.addcmul_(rate, product, value=-1.0)
         before, energy = energy, _dot(residual, residual)
-        carried = torch.where(before > nothing, energy / before, zero)
-        direction = _rounded(torch.addcmul(residual, carried, direction), product_dtype)
-        if tolerance is not None:
+        direction = _rounded(torch.addcmul(residual, energy / before.clamp_(min=least), direction), product_dtype)
+        if enough is not None:
             going = going & _unfinished(energy, enough, rows_stop_together)
     return x, count
 
 
-def _unfinished(energy: Tensor, enough: Tensor, rows_stop_together: bool) -> Tensor:
+def _unfinished(energy: Tensor, enough: Tensor | float, rows_stop_together: bool) -> Tensor:
     """Whether a row must go on: any of the rows that stop together."""
     going = energy > enough
     return going.any(-2, keepdim=True) if rows_stop_together else going
