@@ -88,7 +88,9 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack bytes": int(found["STACK"])}
 
 
-def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architecture: int) -> list[Launch]:
+def launches(
+    dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architecture: int, **solver: Any
+) -> list[Launch]:
     """Kernels of the forward and backward pass of the op, with gates, states and normalised q and k."""
     from gka.ops import State, gated_kalmanet
     from gka.ops.triton import config
@@ -101,7 +103,7 @@ def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architec
     with mock.patch.object(config, "INTERPRETED", True), capability, taken_down() as found:
         o, final = gated_kalmanet(
             q, k, v, -gates[0], *gates[1:], solver_steps=solver_steps, normalize_qk=True, backend="triton",
-            initial_state=initial, output_final_state=True,
+            initial_state=initial, output_final_state=True, **solver,
         )  # fmt: skip
         torch.autograd.backward(
             [x for x in (o, *final) if x is not None], [x for x in (o, *final) if x is not None]
@@ -109,7 +111,7 @@ def launches(dtype: torch.dtype, D: int, solver_steps: tuple[int, ...], architec
     return distinct(found)
 
 
-def step_launches(state: torch.dtype, D: int) -> list[Launch]:
+def step_launches(state: torch.dtype, D: int, **solver: Any) -> list[Launch]:
     """The kernel of a decode step, for a layer with gates."""
     from gka.ops.triton import step as triton_step
     from gka.ops.types import Arguments
@@ -118,6 +120,7 @@ def step_launches(state: torch.dtype, D: int) -> list[Launch]:
     gates = [torch.rand(1, 16) for _ in range(3)]
     states = [torch.zeros(1, 16, D, D, dtype=state) for _ in range(2)]
     arguments = Arguments(q, k, v, -gates[0], *gates[1:], *states, None, 0.02, (16, 16), 1.0, normalize_qk=True)
+    arguments = arguments._replace(**solver)
     with mock.patch.object(triton_step, "INTERPRETED", True), taken_down() as found:
         triton_step.gated_kalmanet_step(arguments, inplace=True)
     return distinct(found)
@@ -162,27 +165,40 @@ CASES = {
     "bfloat16 D 64 ()": (torch.bfloat16, 64, ()),
     "float32 D 64 (31,)": (torch.float32, 64, (31,)),
 }
+# Of the same op the solves alone: the others are those of the cases above.
+SOLVE_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "bfloat16 D 128 cg (10, 10)": ((torch.bfloat16, 128, (10, 10)), {"solver": "cg"}),
+    "bfloat16 D 64 cg (10, 10)": ((torch.bfloat16, 64, (10, 10)), {"solver": "cg"}),
+    "bfloat16 D 128 cg tolerance": ((torch.bfloat16, 128, (32, 32)), {"solver": "cg", "tolerance": 0.05}),
+    "float32 D 64 cg (20,)": ((torch.float32, 64, (20,)), {"solver": "cg"}),
+}
 STEP_CASES = {
     "decode, float32 states, D 128": (torch.float32, 128),
     "decode, bfloat16 states, D 128": (torch.bfloat16, 128),
     "decode, float32 states, D 64": (torch.float32, 64),
 }
+CG_STEP_CASES = {"decode, float32 states, D 128 cg": (torch.float32, 128)}
 CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
 NORM_CASES = {
     "norm, bfloat16 V 128": (torch.bfloat16, 128),
     "norm, float32 V 128": (torch.float32, 128),
     "norm, bfloat16 V 100": (torch.bfloat16, 100),
 }
-ALL_CASES = [*CASES, *STEP_CASES, *CONV_CASES, *NORM_CASES]
+ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *NORM_CASES]
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
     if case in STEP_CASES:
         return step_launches(*STEP_CASES[case])
+    if case in CG_STEP_CASES:
+        return step_launches(*CG_STEP_CASES[case], solver="cg", solver_steps=(20,))
     if case in CONV_CASES:
         return conv_launches(CONV_CASES[case])
     if case in NORM_CASES:
         return norm_launches(*NORM_CASES[case])
+    if case in SOLVE_CASES:
+        arguments, solver = SOLVE_CASES[case]
+        return [x for x in launches(*arguments, architecture, **solver) if x[0].fn.__name__ == "solve_chunks"]
     return launches(*CASES[case], architecture)
 
 
@@ -213,7 +229,7 @@ def compile_all(
         (name, architecture, only)
         for name, architecture in itertools.product(cases, architectures)
         # tf32x3 gives the same code everywhere, and ptxas needs minutes for it
-        if not (name in CASES and CASES[name][0] == torch.float32 and architecture != 90)
+        if not (name.startswith("float32 ") and architecture != 90)
     ]
     rows = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

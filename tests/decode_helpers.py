@@ -29,9 +29,12 @@ class StepCase:
     alpha: bool = True
     beta: bool = True
     normalize_qk: bool = True
+    solver: str = "chebyshev"
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         flags = "".join(f"-{name}" for name in ("alpha", "beta", "normalize_qk") if getattr(self, name))
+        flags += "" if self.solver == "chebyshev" else f"-{self.solver}-{self.tolerance}"
         types = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.state))
         return f"B{self.B}-H{self.H}/{self.Hk}-D{self.D}-V{self.V}-{self.solver_steps}-{types}{flags}"
 
@@ -48,6 +51,9 @@ STEP_CASES = (
     StepCase(B=1, D=40, V=1, solver_steps=(1, 2, 1)),
     StepCase(D=1, V=1, state=torch.bfloat16),
     StepCase(B=0),
+    StepCase(B=1, H=4, D=128, V=128, solver_steps=(40,), solver="cg"),
+    StepCase(B=1, H=3, Hk=3, D=33, V=5, solver_steps=(20, 1, 12), solver="cg"),
+    StepCase(D=5, V=9, solver_steps=(40, 40), state=torch.bfloat16, solver="cg", tolerance=1e-4),
 )
 
 
@@ -76,6 +82,8 @@ def step_arguments(case: StepCase, device: torch.device | str = "cpu", seed: int
         ),
         "solver_steps": case.solver_steps,
         "normalize_qk": case.normalize_qk,
+        "solver": case.solver,
+        "tolerance": case.tolerance,
     }
 
 
@@ -93,7 +101,8 @@ def call_step(
 def packed_arguments(arguments: dict[str, Any], scale: float = 0.3) -> Arguments:
     tensors = [arguments[name] for name in ("q", "k", "v", "g", "alpha", "beta")]
     solver_steps, normalize_qk = arguments["solver_steps"], arguments["normalize_qk"]
-    return Arguments(*tensors, *arguments["state"], None, 0.02, solver_steps, scale, normalize_qk)
+    solver = {name: arguments[name] for name in ("solver", "tolerance") if name in arguments}
+    return Arguments(*tensors, *arguments["state"], None, 0.02, solver_steps, scale, normalize_qk, **solver)
 
 
 def reference_step(arguments: dict[str, Any]) -> tuple[Tensor, State]:

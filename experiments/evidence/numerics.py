@@ -55,7 +55,7 @@ def _halves(nodes: int) -> tuple[int, ...]:
 SOLVERS: dict[str, Callable[[int, torch.dtype], Solver]] = {
     "gradient descent": lambda n, dtype: GradientDescent(n + 1, product_dtype=dtype),
     "gradient descent, momentum": lambda n, dtype: GradientDescent(n + 1, momentum=True, product_dtype=dtype),
-    "conjugate gradient": lambda n, dtype: ConjugateGradient(n, product_dtype=dtype),
+    "conjugate gradient": lambda n, dtype: ConjugateGradient((n,), product_dtype=dtype),
     "Chebyshev, three-term": lambda n, dtype: Chebyshev((n + 1,), "three_term", dtype),
     "Chebyshev, nodes": lambda n, dtype: Chebyshev((n + 1,), "nodes", dtype),
     "Chebyshev, nodes, refined": lambda n, dtype: Chebyshev(_halves(n + 1), "nodes", dtype),

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from gka.nn.layer import GatedKalmaNet
 from gka.ops import State
-from gka.ops.solvers import RIDGE_RATIO, conjugate_gradient, default_solver_steps, node_steps
+from gka.ops.plan import Plan, default_solver_steps
+from gka.ops.solvers import RIDGE_RATIO, node_steps
 from gka.ops.torch.chunk_math import Chunks, Systems, decay_mask, readout, squared_norm, unit_rows
 from gka.ops.torch.chunked import default_chunk_size
 from gka.ops.types import state_dtype
@@ -224,17 +225,20 @@ class _Method:
     product_dtype: torch.dtype
 
     def systems(self, chunks: Chunks, S_0: Tensor) -> Systems:
-        return Systems.build(chunks, S_0, self.ridge_ratio, self.solver_steps, self.product_dtype)
+        return Systems.build(chunks, S_0, self.ridge_ratio, self.plan, self.product_dtype)
+
+    @property
+    def plan(self) -> Plan:
+        """Conjugate gradient has as many products as the stages of Chebyshev iteration, in one stage."""
+        if self.variant.solver == "Chebyshev":
+            return Plan(self.solver_steps)
+        return Plan((sum(n - 1 for n in self.solver_steps),), "cg")
 
     def solve(self, systems: Systems, rhs: Tensor) -> Tensor:
         """X [b, R, C, d] with (S_c + lambda_c I) X_c = rhs_c."""
         if self.variant.ridge is not None:
             return self._with_constant_ridge(systems, rhs, self.variant.ridge)
-        if self.variant.solver == "Chebyshev":
-            return systems.solve(rhs)
-        products = sum(n - 1 for n in self.solver_steps)
-        rhs = rhs * systems.inverse_norm.unsqueeze(-1)
-        return conjugate_gradient(systems.matvec(self.product_dtype), rhs, self.ridge_ratio, products)
+        return systems.solve(rhs)
 
     def _with_constant_ridge(self, systems: Systems, rhs: Tensor, ridge: float) -> Tensor:
         """Chebyshev nodes of [lambda, ||S_c||_F + lambda]; every token has its own."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import shared_options as shared
 from .options import option, read_yaml
-from .shared_options import DATA, MACHINE, MODEL, RUN, TRAINING, Device, Dtype
+from .shared_options import DATA, MACHINE, MODEL, RUN, TRAINING, Device, Dtype, SolverName
 
 OPTIONS_FILE = "options.yaml"
 
@@ -152,14 +152,16 @@ class TrainOptions:
         group=MODEL,
         minimum=0,
     )
+    solver: SolverName | None = shared.solver(MODEL, default="chebyshev")
     solver_steps: list[int] | None = option(
         None,
-        "Chebyshev steps of each stage of the solve, e.g. 31 or 16,16; fewer steps are faster and less exact; "
-        "default: 31 in float32, 16,16 in bfloat16",
+        "steps of each stage of the solve, e.g. 31 or 16,16; fewer steps are faster and less exact; "
+        "default: 31 in float32, 16,16 in bfloat16; with cg 20 and 10,10",
         group=MODEL,
         minimum=1,
         maximum=128,
     )
+    tolerance: float | None = shared.tolerance(MODEL, default="all steps are made")
     ridge_ratio: float | None = shared.ridge_ratio(MODEL)
     tie_embeddings: bool = option(False, "use one matrix for the embedding and the output projection", group=MODEL)
 
@@ -245,7 +247,9 @@ class GenerateOptions:
     seed: int | None = option(None, "random seed; the same seed gives the same text", group=_SAMPLING, minimum=0)
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_weights()
+    solver: SolverName | None = shared.solver(MACHINE, default="that of the checkpoint")
     solver_steps: list[int] | None = shared.solver_steps_of_checkpoint()
+    tolerance: float | None = shared.tolerance(MACHINE, default="that of the checkpoint")
 
 
 _SERVER = "server"
@@ -300,7 +304,9 @@ class EvalOptions:
     batch_size: int = option(8, "number of files to read at the same time", group=MACHINE, minimum=1)
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_weights()
+    solver: SolverName | None = shared.solver(MACHINE, default="that of the checkpoint")
     solver_steps: list[int] | None = shared.solver_steps_of_checkpoint()
+    tolerance: float | None = shared.tolerance(MACHINE, default="that of the checkpoint")
     per_file: bool = option(False, "print one line per file", group=_REPORT)
     json: bool = option(False, "print JSON instead of text", group=_REPORT)
 

@@ -20,7 +20,7 @@ def main(options: ConvertOptions) -> None:
     source, out = find_checkpoint(options.model, families), Path(options.out).expanduser()
     _check_place(out, source, options.overwrite)
     model = load_model(options.model, "cpu", options.dtype, families)
-    given = {"solver_steps": options.solver_steps, "ridge_ratio": options.ridge_ratio}
+    given = {name: getattr(options, name) for name in ("solver", "solver_steps", "tolerance", "ridge_ratio")}
     torch.manual_seed(options.seed)
     try:
         hybrid = convert(model, options.layers, **{k: value for k, value in given.items() if value is not None})

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from . import shared_options as shared
 from .commands import saved_options
 from .options import option
-from .shared_options import DATA, LAYERS, MACHINE, RUN, TRAINING, Device, Dtype
+from .shared_options import DATA, LAYERS, MACHINE, RUN, TRAINING, Device, Dtype, SolverName
 
 
 @dataclass
@@ -22,13 +22,15 @@ class ConvertOptions:
     layers: list[int] = option(
         MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=LAYERS, minimum=0
     )
+    solver: SolverName | None = shared.solver(LAYERS, default="chebyshev")
     solver_steps: list[int] | None = option(
         None,
-        "Chebyshev steps of each stage of the solve, e.g. 31 or 16,16; default: depends on the dtype",
+        "steps of each stage of the solve, e.g. 31 or 16,16; default: depends on the dtype",
         group=LAYERS,
         minimum=1,
         maximum=128,
     )
+    tolerance: float | None = shared.tolerance(LAYERS, default="all steps are made")
     ridge_ratio: float | None = shared.ridge_ratio(LAYERS)
     seed: int = option(0, "random seed of the weights that have no source in the model", group=LAYERS, minimum=0)
     dtype: Literal["auto", "float32", "bfloat16"] = option(

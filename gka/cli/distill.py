@@ -146,7 +146,7 @@ def _random(lesson: Lesson, student: Any, layers: list[int], seed: int) -> Any:
     torch.manual_seed(seed)
     config = student.config
     names = [name for name in vars(config) if name.startswith("use_") and name not in ("use_qk_norm", "use_cache")]
-    names += ["ridge_ratio", "solver_steps", "chunk_size", "conv_size", "mixer"]
+    names += ["ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer"]
     settings = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
     return replace_by_fresh(lesson.teacher, layers, **settings)
 

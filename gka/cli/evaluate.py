@@ -28,7 +28,7 @@ from ..hf.cache_name import CACHE, named
 from ..training.data import document_token, encode, find_files, limit_texts, read_texts, validation_texts
 from ..training.errors import UserError
 from .commands import EvalOptions
-from .loading import find_checkpoint, load_checkpoint, use_solver_steps
+from .loading import find_checkpoint, load_checkpoint, use_solver
 from .quiet import quiet
 
 
@@ -186,7 +186,7 @@ def main(options: EvalOptions) -> None:
     find_checkpoint(options.checkpoint)
     texts = _texts(options)
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
-    use_solver_steps(model, options.solver_steps)
+    use_solver(model, options.solver, options.solver_steps, options.tolerance)
     scores = score_texts(
         model,
         tokenizer,

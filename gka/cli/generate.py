@@ -13,7 +13,7 @@ from transformers import TextStreamer
 from ..training.data import document_token, encode
 from ..training.errors import UserError
 from .commands import GenerateOptions
-from .loading import load_checkpoint, use_solver_steps
+from .loading import load_checkpoint, use_solver
 from .quiet import quiet
 
 
@@ -109,7 +109,7 @@ def main(options: GenerateOptions) -> None:
     except UnicodeEncodeError:
         raise UserError("--prompt is not UTF-8 text") from None
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
-    use_solver_steps(model, options.solver_steps)
+    use_solver(model, options.solver, options.solver_steps, options.tolerance)
     generate(
         model,
         tokenizer,

@@ -131,14 +131,24 @@ def load_checkpoint(
     return model, tokenizer
 
 
-def use_solver_steps(model: Any, solver_steps: list[int] | None) -> None:
-    """Set the solver steps; None keeps those of the checkpoint. Raises UserError if the model has no solve."""
-    if solver_steps is None:
+def use_solver(model: Any, solver: str | None, solver_steps: list[int] | None, tolerance: float | None) -> None:
+    """Set the solver; None keeps what the checkpoint has, and with another solver means its default.
+
+    Raises UserError if the model has no solve, or the arguments do not fit.
+    """
+    given = {"--solver": solver, "--solver-steps": solver_steps, "--tolerance": tolerance}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
         return
+    config = model.config
+    if solver is None or solver == config.solver:
+        solver = config.solver
+        solver_steps = config.solver_steps if solver_steps is None else solver_steps
+        tolerance = config.tolerance if tolerance is None else tolerance
     try:
-        model.set_solver_steps(solver_steps)
+        model.set_solver(solver, solver_steps, tolerance)
     except ValueError as error:
-        raise UserError(f"--solver-steps: {error}") from None
+        raise UserError(f"{', '.join(names)}: {error}") from None
 
 
 def write_checkpoint(

@@ -12,6 +12,7 @@ DATA, LAYERS, MODEL, TRAINING, MACHINE, RUN = "data", "layers", "model", "traini
 
 Device = Literal["auto", "cpu"]
 Dtype = Literal["float32", "bfloat16"]
+SolverName = Literal["chebyshev", "cg"]
 
 
 def device(group: str = MACHINE) -> Any:
@@ -34,10 +35,29 @@ def trained_model() -> Any:
     return option(MISSING, "folder of a trained model or of a training run", positional=True)
 
 
+def solver(group: str, *, default: str) -> Any:
+    return option(
+        None,
+        f"solver of the ridge regression: chebyshev or cg, conjugate gradient; default: {default}",
+        group=group,
+    )
+
+
+def tolerance(group: str, *, default: str) -> Any:
+    return option(
+        None,
+        "for cg: residual at which a stage of the solve ends, relative to its start; the solver steps are then an "
+        f"upper limit; default: {default}",
+        group=group,
+        above=0,
+        maximum=0.99,
+    )
+
+
 def solver_steps_of_checkpoint() -> Any:
     return option(
         None,
-        "Chebyshev steps of each stage of the solve, e.g. 16; default: the steps of the checkpoint",
+        "steps of each stage of the solve, e.g. 16; default: the steps of the checkpoint",
         group=MACHINE,
         metavar="N,N,...",
         minimum=1,

@@ -83,7 +83,7 @@ def main(options: TrainOptions) -> None:
 def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
     """The configuration that the options describe. Raises UserError with the message of the configuration."""
     if options.family != "gka":
-        for name in ("mixer", "attention_layers", "solver_steps", "ridge_ratio"):
+        for name in ("mixer", "attention_layers", "solver", "solver_steps", "tolerance", "ridge_ratio"):
             if getattr(options, name) is not None:
                 raise UserError(f"{flag(name)} needs GKA layers; --family {options.family} has none")
     try:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..nn.first_weights import default_std, residual_factor
-from ..ops.checks import MAX_DIM
+from ..ops.checks import MAX_DIM, check_solver
 from ..ops.solvers import RIDGE_RATIO
 from .mixers import OURS, known_mixers, registered_mixer
 from .published import MODEL_TYPE as PUBLISHED
@@ -49,7 +49,7 @@ _SWITCHES = (
     "use_cache",
     "tie_word_embeddings",
 )
-# Fields that only a GKA layer has, besides solver_steps.
+# Fields that only a GKA layer has, besides those of the solver.
 _OWN = (
     "ridge_ratio",
     "chunk_size",
@@ -82,8 +82,12 @@ class GKAConfig(PreTrainedConfig):
             alpha = 0 and no S_kk), or a name given to `register_mixer`. A registered layer does not use the
             fields that belong to GKA layers only.
         ridge_ratio: a of the paper: lambda_t = a * ||S_kk_t||_F, greater than 0.
-        solver_steps: Chebyshev nodes of each stage of the solve, e.g. [31] (the paper's 30 iterations) or
-            [16, 16] (two stages with one refinement); None means the default for the dtype of the input.
+        solver: "chebyshev", the paper's, or "cg", conjugate gradient.
+        solver_steps: steps of each stage of the solve: Chebyshev nodes, e.g. [31] (the paper's 30 iterations) or
+            [16, 16] (two stages with one refinement), or products of conjugate gradient, e.g. [10, 10]; None
+            means the default for the dtype of the input.
+        tolerance: for "cg": the residual at which a stage ends, relative to its start, between 0 and 1; the steps
+            are then an upper limit. None means that all steps are made.
         chunk_size: tokens per chunk in training and prefill; None means the default of the device. The
             result does not depend on it.
         conv_size: width of the causal depthwise convolutions of q, k and v.
@@ -132,7 +136,9 @@ class GKAConfig(PreTrainedConfig):
     layer_types: list[str] = None  # type: ignore[assignment]
     mixer: str = "gka"
     ridge_ratio: float = RIDGE_RATIO
+    solver: str = "chebyshev"
     solver_steps: list[int] | None = None
+    tolerance: float | None = None
     chunk_size: int | None = None
     conv_size: int = 4
     use_v_conv: bool = True
@@ -235,7 +241,7 @@ class GKAConfig(PreTrainedConfig):
             self._refuse("mixer", f"one of {known_mixers()}, or a layer given to register_mixer")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             self._refuse("hidden_act", f"one of {sorted(ACT2FN)}")
-        self._check_steps()
+        self._check_solver()
         self._check_layers()
         self._check_mixer()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
@@ -245,7 +251,14 @@ class GKAConfig(PreTrainedConfig):
                 "model.resize_token_embeddings first, then set model.config.pad_token_id",
             )
 
-    def _check_steps(self) -> None:
+    def _check_solver(self) -> None:
+        if self.mixer != "gka":
+            for name in ("solver", "tolerance"):
+                if getattr(self, name) != getattr(type(self), name):
+                    self._refuse(
+                        name, f"{getattr(type(self), name)!r} with mixer={self.mixer!r}, which solves nothing"
+                    )
+        check_solver(self.solver, self.tolerance)
         if self.solver_steps is None:
             return
         if self.mixer != "gka":

@@ -186,7 +186,7 @@ def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
 
 def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any]) -> GKAConfig:
     types = [_LINEAR if index in chosen else kind for index, kind in enumerate(source.layer_types)]
-    allowed = {"ridge_ratio", "solver_steps", "chunk_size", "conv_size", "mixer"}
+    allowed = {"ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer"}
     for name in settings:
         if name not in allowed and not (name.startswith("use_") and name not in ("use_qk_norm", "use_cache")):
             raise ValueError(f"{name} is no setting of the new layers")

@@ -107,26 +107,38 @@ class GKAPreTrainedModel(PreTrainedModel):
         return {name: wide for name, wide in plan.items() if name not in _GATES}
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
-        """Set the number of Chebyshev nodes in every GKA layer, from the next call on; it is also saved.
-
-        Do not set `model.config.solver_steps` instead: the layers do not read it again. A cache stays valid,
-        because states do not depend on the steps.
+        """Set the number of solver steps in every GKA layer, and keep solver and tolerance (`set_solver`).
 
         Args:
             solver_steps: as `GKAConfig.solver_steps`, such as [31], [16, 16] or None.
+        """
+        self.set_solver(self.config.solver, solver_steps, self.config.tolerance)
+
+    def set_solver(
+        self, solver: str, solver_steps: Sequence[int] | None = None, tolerance: float | None = None
+    ) -> None:
+        """Set the solver of every GKA layer, from the next call on; it is also saved.
+
+        Do not set `model.config.solver` instead: the layers do not read it again. A cache stays valid, because
+        states do not depend on the solver.
+
+        Args:
+            solver, solver_steps, tolerance: as in `GKAConfig`.
 
         Raises:
-            ValueError: solver_steps are invalid, or no layer has a solve; the model does not change.
+            ValueError: an argument is invalid, or no layer has a solve; the model does not change.
         """
         if "linear_attention" not in self.config.layer_types or self.config.mixer not in OURS:
-            raise ValueError("solver_steps have no effect: no layer of the model is a GKA layer")
+            raise ValueError("the solver has no effect: no layer of the model is a GKA layer")
         config = copy.copy(self.config)
+        config.solver, config.tolerance = solver, tolerance
         config.solver_steps = list(solver_steps) if isinstance(solver_steps, tuple) else solver_steps  # type: ignore[assignment]
         config.check()
+        self.config.solver, self.config.tolerance = config.solver, config.tolerance
         self.config.solver_steps = config.solver_steps
         for module in self.modules():
             if isinstance(module, GatedKalmaNet):
-                module.set_solver_steps(config.solver_steps)
+                module.set_solver(config.solver, config.solver_steps, config.tolerance)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

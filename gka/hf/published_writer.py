@@ -30,6 +30,11 @@ def write_config(config: GKAConfig, num_iter: int | None = None) -> dict[str, An
     """
     _check_exportable(config)
     if num_iter is None:
+        if config.solver != "chebyshev":
+            raise ValueError(
+                f"solver is {config.solver!r}; the published format has Chebyshev iteration alone: say how many "
+                "iterations to write (num_iter)"
+            )
         if config.solver_steps is not None and (len(config.solver_steps) != 1 or config.solver_steps[0] < 2):
             raise ValueError(
                 f"solver_steps is {config.solver_steps}; the published format has one stage of at least 2: "

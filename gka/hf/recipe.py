@@ -23,7 +23,16 @@ _RENAMED = {
     "kv_heads": "num_key_value_heads",
     "tie_embeddings": "tie_word_embeddings",
 }
-_SAME = ("hidden_size", "intermediate_size", "head_dim", "mixer", "solver_steps", "ridge_ratio")
+_SAME = (
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "mixer",
+    "solver",
+    "solver_steps",
+    "tolerance",
+    "ridge_ratio",
+)
 _KNOWN = (*_RENAMED, *_SAME, "attention_layers", "family")
 _REQUIRED = ("hidden_size", "layers", "heads")
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
 from ..ops.autocast import autocast_off
-from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers
+from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers, check_solver
 from ..ops.solvers import RIDGE_RATIO
 from ..ops.transforms import transforms_active
 from .cache import LayerState, check_cache, checked_layer_state, read_cache, write_cache
@@ -68,8 +68,11 @@ class GatedKalmaNet(DecayParameters):
         use_output_gate: whether SiLU(x W_g) multiplies the normalised output.
         solve: whether to solve the ridge regression; False is gated linear attention, alpha = 0.
         ridge_ratio: a of the paper: lambda_t = a ||S_kk_t||_F, greater than 0.
-        solver_steps: Chebyshev nodes of each stage of the solve, such as [31] or [16, 16]; None means the default
-            for the dtype of the input.
+        solver: "chebyshev" or "cg", conjugate gradient.
+        solver_steps: steps of each stage of the solve, Chebyshev nodes such as [31] or [16, 16], or products of
+            conjugate gradient such as [20] or [10, 10]; None means the default for the dtype of the input.
+        tolerance: for "cg": the residual at which a stage ends, relative to its start, between 0 and 1; the steps
+            are then an upper limit. None means that all steps are made.
         chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it.
         kv_proj_rank: rank of a learned map that gives every query head its own keys and values, added to the
             repeated key/value heads; needs Hk < H. None means no such map.
@@ -104,7 +107,9 @@ class GatedKalmaNet(DecayParameters):
         use_output_gate: bool = True,
         solve: bool = True,
         ridge_ratio: float = RIDGE_RATIO,
+        solver: str = "chebyshev",
         solver_steps: Sequence[int] | None = None,
+        tolerance: float | None = None,
         chunk_size: int | None = None,
         kv_proj_rank: int | None = None,
         kv_learnable_residual: bool = False,
@@ -128,7 +133,7 @@ class GatedKalmaNet(DecayParameters):
         check_numbers(ridge_ratio=ridge_ratio, norm_eps=norm_eps, output_factor=output_factor)
         check_numbers(initializer_range=1.0 if initializer_range is None else initializer_range)
         self.solves = solve
-        self.set_solver_steps(solver_steps)
+        self.set_solver(solver, solver_steps, tolerance)
         hidden, H = hidden_size, num_heads
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, inner_kv = H * self.head_dim, self.num_kv_heads * self.head_dim
@@ -182,7 +187,9 @@ class GatedKalmaNet(DecayParameters):
             use_output_gate=config.use_output_gate,
             solve=config.mixer == "gka",
             ridge_ratio=config.ridge_ratio,
+            solver=config.solver,
             solver_steps=config.solver_steps,
+            tolerance=config.tolerance,
             chunk_size=config.chunk_size,
             kv_proj_rank=config.kv_proj_rank,
             kv_learnable_residual=config.kv_learnable_residual,
@@ -236,18 +243,27 @@ class GatedKalmaNet(DecayParameters):
             raise ValueError(f"layer_idx is {self.layer_idx!r}; expected None or an integer of at least 0")
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
-        """Change the solver steps from the next call on; the argument is that of the constructor.
+        """Change the solver steps from the next call on, and keep the solver and its tolerance (`set_solver`)."""
+        self.set_solver(self.solver, solver_steps, self.tolerance)
 
-        A layer with `solve=False` has no steps and stays as it is.
+    def set_solver(
+        self, solver: str, solver_steps: Sequence[int] | None = None, tolerance: float | None = None
+    ) -> None:
+        """Change the solver from the next call on; the arguments are those of the constructor.
+
+        A layer with `solve=False` has no solver and stays as it is.
 
         Raises:
-            ValueError: solver_steps is empty, or has a value that is not an integer of at least 1.
+            ValueError: there is no such solver, or it has no tolerance; the tolerance is not between 0 and 1;
+                solver_steps is empty, or has a value that is not an integer of at least 1.
         """
+        check_solver(solver, tolerance)
         if solver_steps is not None and not (solver_steps and all(type(n) is int and n > 0 for n in solver_steps)):
             raise ValueError(
                 f"solver_steps is {solver_steps!r}; expected None or integers of at least 1, such as [31] "
                 "or [16, 16]"
             )
+        self.solver, self.tolerance = (solver, tolerance) if self.solves else ("chebyshev", None)
         self.solver_steps = (None if solver_steps is None else tuple(solver_steps)) if self.solves else ()
 
     def forward(
@@ -407,8 +423,9 @@ class GatedKalmaNet(DecayParameters):
     ) -> tuple[Tensor, State | None]:
         """o [B, T, H, D] in the dtype of q and, if requested, the state after the last token."""
         options: dict[str, Any] = dict(
-            ridge_ratio=self.ridge_ratio, solver_steps=self.solver_steps, normalize_qk=True
-        )
+            ridge_ratio=self.ridge_ratio, solver=self.solver, solver_steps=self.solver_steps,
+            tolerance=self.tolerance, normalize_qk=True,
+        )  # fmt: skip
         with autocast_off(q.device):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]

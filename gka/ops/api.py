@@ -30,9 +30,10 @@ from .checks import (
     check_same_device,
     check_same_dtype,
     check_shapes,
-    checked_solver_steps,
+    checked_plan,
     checked_state,
 )
+from .plan import SolverName
 from .solvers import RIDGE_RATIO
 from .transforms import transforms_active
 from .types import Arguments, State
@@ -47,7 +48,9 @@ def gated_kalmanet(
     beta: Tensor | None = None,
     *,
     ridge_ratio: float = RIDGE_RATIO,
+    solver: SolverName = "chebyshev",
     solver_steps: Sequence[int] | None = None,
+    tolerance: float | None = None,
     scale: float | None = None,
     initial_state: State | Sequence[Tensor | None] | None = None,
     output_final_state: bool = False,
@@ -69,16 +72,23 @@ def gated_kalmanet(
             means 1. A token with beta = 0 and g = 0 leaves the state exactly unchanged; use this for
             padding.
         ridge_ratio: a > 0; lambda_t = a ||S_kk_t||_F, so the condition number is at most (1 + a) / a.
-        solver_steps: Chebyshev nodes of each stage of the solve (section 4.2). (31,) is the paper's 30
-            iterations, (16, 16) is two stages with one refinement. None means (31,) for 32- and 64-bit inputs
-            and (16, 16) for 16-bit inputs. () means no solve: gated linear attention, y = q, S_kk is None.
+        solver: "chebyshev", the paper's fixed polynomial, or "cg", conjugate gradient, which needs about two
+            thirds of the products for the same error (docs/choosing.md).
+        solver_steps: steps of each stage of the solve (section 4.2): Chebyshev nodes, or products of conjugate
+            gradient. (31,) nodes are the paper's 30 iterations, (16, 16) is two stages with one refinement. None
+            means (31,) nodes or (20,) products for 32- and 64-bit inputs, (16, 16) or (10, 10) for 16-bit inputs.
+            () means no solve: gated linear attention, y = q, S_kk is None.
+        tolerance: for "cg": a stage ends when the residual of every token of the chunk is at most `tolerance`
+            times its residual at the start of the stage, 0 < tolerance < 1; `solver_steps` is then the largest
+            number of products, by default (64,), or (32, 32) for 16-bit inputs. None means a fixed number.
         scale: factor of the output; None means D ** -0.5.
         initial_state: states before the first token, a State or any pair (S_kk, S_kv), float32 (float64 for
             float64 inputs); S_kk must be symmetric. None means zero.
         output_final_state: whether to return the states after the last token.
         cu_seqlens: [N + 1] int32 or int64, for packed sequences in a batch with B = 1: sequence n has the tokens
             from cu_seqlens[n] to cu_seqlens[n + 1] - 1. Values rise from 0 to T and may repeat.
-        chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it.
+        chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it, but
+            within a tolerance, because the tokens of a chunk stop together.
         normalize_qk: whether to divide q and k by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
         backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
             "chunked" (PyTorch, any device), "differentiable" (the same, recorded by autograd: more memory) or
@@ -113,11 +123,11 @@ def gated_kalmanet(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T)
         N = cu_seqlens.shape[0] - 1
-    stages = checked_solver_steps(solver_steps, q.dtype)
+    plan = checked_plan(solver, solver_steps, tolerance, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta, cu_seqlens=cu_seqlens)
     if initial_state is not None:
-        initial_state = checked_state("initial_state", initial_state, N, H, D, V, stages, q)
+        initial_state = checked_state("initial_state", initial_state, N, H, D, V, plan.solver_steps, q)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; expected an integer of at least 1, or None")
     check_decay(g)
@@ -133,10 +143,12 @@ def gated_kalmanet(
         S_kv,
         cu_seqlens,
         ridge_ratio=float(ridge_ratio),
-        solver_steps=stages,
+        solver_steps=plan.solver_steps,
         scale=D**-0.5 if scale is None else float(scale),
         normalize_qk=normalize_qk,
         chunk_size=chunk_size,
+        solver=plan.solver,
+        tolerance=plan.tolerance,
     )
     chosen = backend_for(arguments, backend)
     return custom_op.gated_kalmanet(arguments, backend=chosen, output_final_state=output_final_state)
@@ -152,7 +164,9 @@ def gated_kalmanet_step(
     *,
     state: State | Sequence[Tensor | None],
     ridge_ratio: float = RIDGE_RATIO,
+    solver: SolverName = "chebyshev",
     solver_steps: Sequence[int] | None = None,
+    tolerance: float | None = None,
     scale: float | None = None,
     normalize_qk: bool = False,
     inplace: bool = False,
@@ -170,7 +184,7 @@ def gated_kalmanet_step(
             when it is stored. The arithmetic stays float32, and o uses the update before the rounding. bfloat16
             states need decays of about -0.01 or stronger: a weaker decay is lost in the rounding, and the state
             becomes wrong (docs/reliability.md).
-        ridge_ratio, solver_steps, scale, normalize_qk: as in `gated_kalmanet`.
+        ridge_ratio, solver, solver_steps, tolerance, scale, normalize_qk: as in `gated_kalmanet`.
         inplace: whether to write the new states over `state` and return the same tensors. False leaves `state`
             unchanged. In-place calls have no gradients.
 
@@ -191,10 +205,10 @@ def gated_kalmanet_step(
     Hk, V = v.shape[1:]
     check_shapes({"k": (k, (B, Hk, D)), "v": (v, (B, Hk, V))})
     check_shapes({name: (x, (B, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
-    stages = checked_solver_steps(solver_steps, q.dtype)
+    plan = checked_plan(solver, solver_steps, tolerance, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    state = checked_state("state", state, B, H, D, V, stages, q, may_be_bfloat16=True)
+    state = checked_state("state", state, B, H, D, V, plan.solver_steps, q, may_be_bfloat16=True)
     check_decay(g)
     arguments = Arguments(
         q,
@@ -206,9 +220,11 @@ def gated_kalmanet_step(
         *state,
         cu_seqlens=None,
         ridge_ratio=float(ridge_ratio),
-        solver_steps=stages,
+        solver_steps=plan.solver_steps,
         scale=D**-0.5 if scale is None else float(scale),
         normalize_qk=normalize_qk,
+        solver=plan.solver,
+        tolerance=plan.tolerance,
     )
     if inplace and transforms_active():
         raise ValueError(

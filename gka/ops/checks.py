@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .solvers import default_solver_steps
+from .plan import SOLVERS, Plan, default_solver_steps
 from .transforms import has_values, transforms_active, unwrapped
 from .triton import config as triton_config
 from .types import State, state_dtype
@@ -79,17 +79,37 @@ def check_numbers(**numbers: float) -> None:
             raise ValueError(f"{name} is {number}; expected a finite number greater than 0")
 
 
-def checked_solver_steps(solver_steps: Sequence[int] | None, dtype: torch.dtype) -> tuple[int, ...]:
+def checked_plan(
+    solver: str, solver_steps: Sequence[int] | None, tolerance: float | None, dtype: torch.dtype
+) -> Plan:
+    """The solver for inputs of `dtype`, with the default steps where none are given."""
+    check_solver(solver, tolerance)
     if solver_steps is None:
-        return default_solver_steps(dtype)
+        return Plan(default_solver_steps(dtype, solver, tolerance), solver, tolerance)
     wrong = isinstance(solver_steps, str | int) or not isinstance(solver_steps, Sequence)
     if wrong or any(isinstance(n, bool) or not isinstance(n, int) for n in solver_steps):
         raise TypeError(
             f"solver_steps is {solver_steps!r}; expected a sequence of integers such as (31,) or (16, 16)"
         )
     if any(n < 1 for n in solver_steps):
-        raise ValueError(f"solver_steps is {tuple(solver_steps)}; expected at least one node in every stage")
-    return tuple(solver_steps)
+        raise ValueError(f"solver_steps is {tuple(solver_steps)}; expected at least one step in every stage")
+    if not solver_steps and solver != "chebyshev":
+        raise ValueError(f"solver is {solver!r}; expected 'chebyshev' with solver_steps=(), which solves nothing")
+    return Plan(tuple(solver_steps), solver, tolerance)
+
+
+def check_solver(solver: Any, tolerance: Any) -> None:
+    """Raise ValueError unless the solver exists and may have the tolerance."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; expected one of {SOLVERS}")
+    if tolerance is None:
+        return
+    if solver != "cg":
+        raise ValueError(
+            f"tolerance is {tolerance!r}; expected None with solver={solver!r}, whose steps are fixed"
+        )
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0.0 < tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance!r}; expected None or a number between 0 and 1")
 
 
 def checked_state(

@@ -56,12 +56,14 @@ def _unpack(
     solver_steps: Sequence[int],
     scale: float,
     normalize_qk: bool,
+    solver: str,
+    tolerance: float | None,
     chunk_size: int,
 ) -> Arguments:
     """The inverse of `_pack`; a missing chunk size becomes the default of the device."""
     q: Any = tensors[0]
     C = chunk_size or BACKENDS[backend].load().default_chunk_size(q.device)
-    return Arguments.of(tensors, ridge_ratio, solver_steps, scale, normalize_qk, C)
+    return Arguments.of(tensors, ridge_ratio, solver_steps, scale, normalize_qk, solver, tolerance, C)
 
 
 def _given(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -96,13 +98,16 @@ def _forward(
     solver_steps: Sequence[int],
     scale: float,
     normalize_qk: bool,
+    solver: str,
+    tolerance: float | None,
     chunk_size: int,
     output_final_state: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the final S_kk and S_kv, and x, x_lo, norm, edge_kk, edge_kv of `Saved`; empty for None."""
     tensors = (q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens)
-    arguments = _unpack(tensors, backend, ridge_ratio, solver_steps, scale, normalize_qk, chunk_size)
+    numbers = (ridge_ratio, solver_steps, scale, normalize_qk, solver, tolerance)
+    arguments = _unpack(tensors, backend, *numbers, chunk_size)
     o, final_kk, final_kv, saved = (
         BACKENDS[backend].load().forward(arguments, output_final_state=output_final_state, save=save)
     )
@@ -153,11 +158,14 @@ def _backward(
     solver_steps: Sequence[int],
     scale: float,
     normalize_qk: bool,
+    solver: str,
+    tolerance: float | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Gradients`, empty for None."""
     tensors = (q, k, v, g, alpha, beta, S_kk, S_kv, cu_seqlens)
-    arguments = _unpack(tensors, backend, ridge_ratio, solver_steps, scale, normalize_qk, chunk_size)
+    numbers = (ridge_ratio, solver_steps, scale, normalize_qk, solver, tolerance)
+    arguments = _unpack(tensors, backend, *numbers, chunk_size)
     backward = BACKENDS[backend].load().backward
     assert backward is not None
     saved = Saved(x, x_lo, norm, edge_kk, edge_kv)

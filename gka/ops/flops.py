@@ -2,7 +2,8 @@
 
 Products alone count, as PyTorch counts them: 2 m n k for one of [m, k] and [k, n]. They are those of the
 chunk-wise form (`torch/chunk_math.py`), chunks filled up to C tokens. A product of the solver takes
-2 C D^2 + 4 C^2 D for every chunk and head, and a solve of n_1 + n_2 + ... nodes takes n_1 + n_2 + ... - 1 of them.
+2 C D^2 + 4 C^2 D for every chunk and head. A solve of n_1 + n_2 + ... Chebyshev nodes takes n_1 + n_2 + ... - 1 of
+them, conjugate gradient n_1 + n_2 + ...; a tolerance counts as if it were never reached.
 
 Legend: D key dim, V value dim, C tokens per chunk, n chunks of all sequences, H query heads, Hk key/value heads.
 """
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from .._when_imported import when_imported
+from .plan import Plan
 from .transforms import has_values
 from .types import Arguments
 
@@ -33,7 +35,7 @@ def _solves(a: Arguments, C: int, more: int = 0) -> int:
     """A solve in a chunk of one head, with its norms, and so many products more."""
     D = a.q.shape[3]
     norms = 2 * C * D * D + 2 * C * C + 2 * C**3
-    return norms + (sum(a.solver_steps) - 1 + more) * (2 * C * D * D + 4 * C * C * D)
+    return norms + (a.plan.products + more) * (2 * C * D * D + 4 * C * C * D)
 
 
 def forward_flops(a: Arguments, C: int) -> int:
@@ -59,11 +61,10 @@ def backward_flops(a: Arguments, C: int) -> int:
     return _chunks(a, C) * (H * per_head + Hk * per_kv_head)
 
 
-def step_flops(q: Any, v: Any, solver_steps: Any) -> int:
+def step_flops(q: Any, v: Any, plan: Plan) -> int:
     """Of one token of every sequence, q [B, H, D] and v [B, Hk, V]; the states' updates are no products."""
     B, H, D = q.shape
-    products = sum(solver_steps) - 1 if solver_steps else 0
-    return int(B * H * (2 * D * D * products + 2 * D * v.shape[2]))
+    return int(B * H * (2 * D * D * plan.products + 2 * D * v.shape[2]))
 
 
 def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
@@ -74,7 +75,7 @@ def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
         return forward_flops(a, a.chunk_size)
 
     def count_backward(*packed: Any, out_val: Any = None) -> int:
-        a = unpack(packed[:tensors], *packed[-6:])
+        a = unpack(packed[:tensors], *packed[-8:])
         return backward_flops(a, a.chunk_size)
 
     _when_counted(forward, count_forward)
@@ -82,10 +83,11 @@ def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
 
 
 def register_steps(*operators: Any) -> None:
-    """The same for operators of a decode step: eight tensors, q and v among them, ridge_ratio, solver_steps, …"""
+    """The same for operators of a decode step: eight tensors and the settings of `Arguments.numbers`."""
 
     def count(*packed: Any, out_val: Any = None) -> int:
-        return step_flops(packed[0], packed[2], packed[9])
+        a = Arguments.of((*packed[:8], None), *packed[8:])
+        return step_flops(a.q, a.v, a.plan)
 
     _when_counted(list(operators), count)
 

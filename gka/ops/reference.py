@@ -109,6 +109,7 @@ def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Ou
         output_final_state=output_final_state,
         cu_seqlens=arguments.cu_seqlens,
         normalize_qk=arguments.normalize_qk,
+        solver=arguments.plan.dense() if arguments.solver_steps else None,
     )
     final_kk, final_kv = (None, None) if final is None else final
     states = [None if S is None else S.to(state_dtype(q.dtype)) for S in (final_kk, final_kv)]

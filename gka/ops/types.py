@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .plan import Plan
+
 
 class State(NamedTuple):
     """The two running sums that represent the past of a sequence (paper, section 4.1).
@@ -26,8 +28,8 @@ class State(NamedTuple):
 class Arguments(NamedTuple):
     """The checked arguments of one call of `gated_kalmanet`, in the form for a backend.
 
-    Nine tensors (S_kk and S_kv are the state before the first token) and five numbers. All numbers have values
-    except chunk_size, where None means the default of the device.
+    Nine tensors (S_kk and S_kv are the state before the first token) and the settings. All settings have values
+    except chunk_size, where None means the default of the device, and tolerance, where it means fixed counts.
     """
 
     q: Tensor
@@ -44,6 +46,8 @@ class Arguments(NamedTuple):
     scale: float
     normalize_qk: bool
     chunk_size: int | None = None
+    solver: str = "chebyshev"
+    tolerance: float | None = None
 
     @classmethod
     def of(
@@ -53,15 +57,24 @@ class Arguments(NamedTuple):
         solver_steps: Sequence[int],
         scale: float,
         normalize_qk: bool,
+        solver: str,
+        tolerance: float | None,
         chunk_size: int | None = None,
     ) -> Arguments:
         """From the tensors and from `numbers`, as a custom operator takes them."""
-        return cls._make((*tensors, ridge_ratio, tuple(solver_steps), scale, normalize_qk, chunk_size))
+        settings = (ridge_ratio, tuple(solver_steps), scale, normalize_qk, chunk_size, solver, tolerance)
+        return cls._make((*tensors, *settings))
 
     @property
-    def numbers(self) -> tuple[float, list[int], float, bool]:
-        """The numbers but chunk_size, as a custom operator takes them."""
-        return self.ridge_ratio, list(self.solver_steps), self.scale, self.normalize_qk
+    def numbers(self) -> tuple[float, list[int], float, bool, str, float | None]:
+        """The settings but chunk_size, as a custom operator takes them."""
+        steps = list(self.solver_steps)
+        return self.ridge_ratio, steps, self.scale, self.normalize_qk, self.solver, self.tolerance
+
+    @property
+    def plan(self) -> Plan:
+        """Solver, steps and tolerance."""
+        return Plan(self.solver_steps, self.solver, self.tolerance)
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

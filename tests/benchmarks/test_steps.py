@@ -43,6 +43,36 @@ def test_steps_when_loading(loader: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(loader.from_pretrained(tmp_path / "second")), logits(loaded))
 
 
+CG: dict[str, Any] = {"solver": "cg", "solver_steps": [40], "tolerance": 1e-3}
+
+
+def test_set_solver_is_a_model_made_with_it(tmp_path: Path) -> None:
+    """In memory, saved and loaded; `set_solver_steps` keeps solver and tolerance."""
+    model, made = tiny_model("hybrid"), tiny_model("hybrid", **CG)
+    assert relative_error(logits(model), logits(made)) > 1e-6
+    model.set_solver(**CG)
+    assert torch.equal(logits(model), logits(made))
+    model.save_pretrained(tmp_path)
+    loaded = GKAForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(made))
+    model.set_solver_steps([2])
+    assert torch.equal(logits(model), logits(tiny_model("hybrid", **{**CG, "solver_steps": [2]})))
+    model.set_solver("chebyshev")
+    assert torch.equal(logits(model), logits(tiny_model("hybrid")))
+    with pytest.raises(ValueError, match=r"tolerance is 0\.1; expected None with solver"):
+        model.set_solver("chebyshev", tolerance=0.1)
+    assert (model.config.solver, model.config.tolerance) == ("chebyshev", None)
+
+
+@torch.no_grad()
+def test_decoding_by_conjugate_gradient_is_the_whole_pass() -> None:
+    model, tokens = tiny_model("gka", solver="cg"), random_tokens(2, 12)
+    cache = new_cache(model.config)
+    model(tokens[:, :9], past_key_values=cache)
+    steps = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(9, 12)]
+    assert relative_error(torch.cat(steps, 1), model(tokens).logits[:, 9:]) < 1e-6
+
+
 @torch.no_grad()
 def test_steps_change_in_the_middle_of_a_text() -> None:
     """The states do not depend on them: with one layer, what a cache holds is the same whatever read the text."""
@@ -118,3 +148,7 @@ def test_of_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(command("generate", str(tmp_path / "gka"), solver_steps="4,4", max_new_tokens=3)) == 0
     assert cli.main(command("generate", str(tmp_path / "gla"), solver_steps="4", max_new_tokens=3)) == 2
     assert "--solver-steps: solver_steps is [4]; expected None with mixer='gla'" in capsys.readouterr().err
+    assert cli.main(command("eval", str(tmp_path / "gka"), data=texts, solver="cg", tolerance="0.5")) == 0
+    assert capsys.readouterr().out != printed[0]
+    assert cli.main(command("eval", str(tmp_path / "gka"), data=texts, tolerance="0.5")) == 2
+    assert "--tolerance: tolerance is 0.5; expected None with solver='chebyshev'" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_conjugate_gradient(case: Case) -> None:
         leaves,
         lambda *x: reference.gated_kalmanet(
             *x, ridge_ratio=0.02, solver_steps=None, scale=case.D**-0.5, initial_state=None,
-            output_final_state=False, cu_seqlens=None, normalize_qk=True, solver=ConjugateGradient(4),
+            output_final_state=False, cu_seqlens=None, normalize_qk=True, solver=ConjugateGradient((4,)),
         )[0],
     )  # fmt: skip
     assert_close(changed(leaves, CONJUGATE, solver_steps=(3, 3), chunk_size=8), short, 1e-10)

@@ -143,9 +143,9 @@ def test_the_hybrid_saves_loads_and_generates(kind: str, dtype: torch.dtype, tmp
 def test_the_given_model_stays_as_it_is() -> None:
     model, tokens = small("qwen3").train(), random_tokens(1, 9)
     before = copy.deepcopy(model.state_dict())
-    new = convert(model, [0, 1, 2, 3], ridge_ratio=0.05, solver_steps=[8, 8], use_v_conv=False)
+    new = convert(model, [0, 1, 2, 3], ridge_ratio=0.05, solver="cg", solver_steps=[8, 8], use_v_conv=False)
     assert new.training and not new.config.has_attention
-    assert (new.config.ridge_ratio, new.config.solver_steps) == (0.05, [8, 8])
+    assert (new.config.ridge_ratio, new.config.solver, new.config.solver_steps) == (0.05, "cg", [8, 8])
     assert new.model.layers[0].gka.v_conv1d is None
     new(tokens, labels=tokens).loss.backward()
     torch.optim.SGD(new.parameters(), lr=1.0).step()

@@ -283,6 +283,7 @@ def test_export_refuses_what_the_format_cannot_say(tmp_path: Path, capsys: pytes
             ({"mixer": "gla"}, "mixer is 'gla'"),
             ({"use_forget_gate": False}, "use_forget_gate is False"),
             ({"solver_steps": [16, 16]}, "--num-iter"),
+            ({"solver": "cg"}, "--num-iter"),
             ({"layer_types": ["full_attention"], "use_qk_norm": False}, "use_qk_norm is False"),
             ({"mlp_bias": True}, "mlp_bias is True"),
             ({"attention_output_bias": True}, "attention_output_bias is True"),

@@ -61,6 +61,8 @@ def test_plain_arguments() -> None:
         ({"head_dim": 257}, "head_dim is 257; expected at most 256"),
         ({"conv_size": 0}, "conv_size is 0; expected an integer"),
         ({"ridge_ratio": -1.0}, "ridge_ratio is -1.0"),
+        ({"solver": "lu"}, "solver is 'lu'"),
+        ({"tolerance": 0.1}, "tolerance is 0.1"),
         ({"solver_steps": []}, r"solver_steps is \[\]"),
         ({"kv_proj_rank": 2}, "kv_proj_rank is 2; expected None"),
         ({"kv_learnable_residual": True}, "kv_learnable_residual is True"),

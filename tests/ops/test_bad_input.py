@@ -59,7 +59,24 @@ BAD = {
     "ridge text": ({"ridge_ratio": "0.02"}, TypeError, "ridge_ratio is '0.02'"),
     "solver_steps int": ({"solver_steps": 31}, TypeError, "solver_steps is 31; expected a sequence of integers"),
     "solver_steps float": ({"solver_steps": (3.5,)}, TypeError, "solver_steps is"),
-    "solver_steps zero": ({"solver_steps": (16, 0)}, ValueError, "at least one node in every stage"),
+    "solver_steps zero": ({"solver_steps": (16, 0)}, ValueError, "at least one step in every stage"),
+    "solver name": ({"solver": "lu"}, ValueError, r"solver is 'lu'; expected one of \('chebyshev', 'cg'\)"),
+    "solver of nothing": (
+        {"solver": "cg", "solver_steps": ()},
+        ValueError,
+        "solver is 'cg'; expected 'chebyshev'",
+    ),
+    "tolerance of nodes": (
+        {"tolerance": 0.1},
+        ValueError,
+        "tolerance is 0.1; expected None with solver='chebyshev'",
+    ),
+    "tolerance large": ({"solver": "cg", "tolerance": 1.0}, ValueError, "tolerance is 1.0; expected None or a"),
+    "tolerance text": (
+        {"solver": "cg", "tolerance": "1e-3"},
+        ValueError,
+        "tolerance is '1e-3'; expected None or a",
+    ),
     "state type": ({"initial_state": z(2)}, TypeError, "initial_state is a Tensor; expected a pair"),
     "state of three": (
         {"initial_state": (z(2), z(2), z(2))},
@@ -130,6 +147,7 @@ def test_step_checks_too() -> None:
         ({"g": z(2, 4) + 1}, "g has a value of 1.0"),
         ({"state": State(z(2, 4, 3, 3), z(2, 4, 5, 3))}, "state.S_kv has shape"),
         ({"state": (z(2, 4, 3, 3),)}, "state has 1 parts; expected a pair"),
+        ({"tolerance": 0.1}, "tolerance is 0.1; expected None"),
     ):
         with pytest.raises(ValueError, match=message):
             gated_kalmanet_step(**{**good, **changes})

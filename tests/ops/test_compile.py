@@ -23,7 +23,7 @@ def test_registration(case: Case, backend: str) -> None:
     """torch's own checks: schema, fake implementation against the real one, autograd registration."""
     a = make_inputs(case, torch.float32)
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta", "S_kk", "S_kv")]
-    options = (backend, 0.02, [8, 8], 0.25, True, 16, True, True)
+    options = (backend, 0.02, [8, 8], 0.25, True, "chebyshev", None, 16, True, True)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(custom_op._forward_operator, (*tensors, a["cu_seqlens"], *options), test_utils=utilities)
 

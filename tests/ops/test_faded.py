@@ -49,7 +49,17 @@ def sizes(o: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "form", ["chunked", "triton", "chunked bfloat16", "triton bfloat16", "step torch", "step triton"]
+    "form",
+    [
+        "chunked",
+        "triton",
+        "chunked bfloat16",
+        "triton bfloat16",
+        "step torch",
+        "step triton",
+        "chunked cg",
+        "triton cg",
+    ],
 )
 def test_the_output_fades_as_in_float64(form: str) -> None:
     arguments = fading_inputs(torch.bfloat16 if "bfloat16" in form else torch.float32)
@@ -57,7 +67,8 @@ def test_the_output_fades_as_in_float64(form: str) -> None:
     if form.startswith("step"):
         out = steps(arguments, form.split()[1])
     else:
-        out = op(arguments, backend=form.split()[0], solver_steps=(16, 16))[0]
+        solver = {"solver": "cg"} if "cg" in form else {"solver_steps": (16, 16)}
+        out = op(arguments, backend=form.split()[0], **solver)[0]
     error = sizes(out - exact)
     bound = 1e-2 if "bfloat16" in form else 2e-3
     assert (error <= bound * sizes(exact) + 1e-5).all(), (error / sizes(exact)).max()

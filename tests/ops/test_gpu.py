@@ -65,6 +65,23 @@ def test_families(
     assert_close(gradients_of(out), gradients_of(exact), bounds[1], name)
 
 
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.02}], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_by_conjugate_gradient(name: str, options: dict[str, Any], device: torch.device) -> None:
+    inputs: dict[str, Any] = moved(with_gates(family_inputs(FAMILIES[name], H=4), random=True), device)
+    out, exact = run(inputs, solver="cg", **options), run(doubled(inputs), solver_steps=(200,))
+    print(name, options, {n: f"{relative_error(out[n], exact[n]):.1e}" for n in exact})
+    assert_close({"o": out["o"]}, {"o": exact["o"]}, 2.5e-3, name)
+    assert_close(gradients_of(out), gradients_of(exact), 5e-3, name)
+
+
+@pytest.mark.parametrize("case", MORE, ids=str)
+def test_conjugate_gradient_in_float32(case: Case, device: torch.device) -> None:
+    arguments = converted(moved(make_inputs(case), device), torch.float32)
+    out = run(arguments, backend="triton" if case.D <= 64 else None, solver="cg", solver_steps=(40,))
+    assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=(150,)), 5e-5)
+
+
 def test_first_tokens(device: torch.device) -> None:
     inputs = moved(with_gates(first_tokens(sequences=200, length=3, H=4), random=False), device)
     out, exact = run(inputs, solver_steps=(16, 16)), run(doubled(inputs), solver_steps=(200,))

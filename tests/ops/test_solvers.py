@@ -41,8 +41,11 @@ SOLVERS: list[Solver] = [
     Chebyshev((31,), form="three_term"),
     Chebyshev((16, 16)),
     Chebyshev((8, 8, 8), form="three_term"),
-    ConjugateGradient(8),
-    ConjugateGradient(20),
+    ConjugateGradient((8,)),
+    ConjugateGradient((20,)),
+    ConjugateGradient((6, 6)),
+    ConjugateGradient((40, 40), 0.05),
+    ConjugateGradient((3,), 1e-6),
     GradientDescent(31),
     GradientDescent(200),
     GradientDescent(31, momentum=True),
@@ -85,7 +88,7 @@ def test_polynomials_are_symmetric() -> None:
     for solver in (Chebyshev((31,)), Chebyshev((5, 4)), GradientDescent(9, momentum=True)):
         left = (solver.solve(S, a, 0.02) * b).sum(-1)
         assert relative_error(left, (a * solver.solve(S, b, 0.02)).sum(-1)) < 1e-10
-    conjugate = ConjugateGradient(5)
+    conjugate = ConjugateGradient((5,))
     left = (conjugate.solve(S, a, 0.02) * b).sum(-1)
     assert relative_error(left, (a * conjugate.solve(S, b, 0.02)).sum(-1)) > 1e-4
 

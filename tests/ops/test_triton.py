@@ -251,7 +251,7 @@ def test_registration_of_the_step(solver_steps: list[int]) -> None:
     a = step_arguments(StepCase(solver_steps=tuple(solver_steps)))
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
     for operator in (triton_step._step, triton_step._step_):
-        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True))
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True, "chebyshev", None))
 
 
 def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solvers import NORM_FLOOR, Matvec, chebyshev, floored, inverse_or_zero, root
+from ..conjugate_gradient import Matvec
+from ..plan import Plan
+from ..solvers import NORM_FLOOR, floored, inverse_or_zero, root
 
 
 def cross(left: Tensor, keys: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class Systems:
     norm: Tensor
     inverse_norm: Tensor
     ridge_ratio: float
-    solver_steps: tuple[int, ...]
+    plan: Plan
     product_dtype: torch.dtype
 
     @classmethod
@@ -160,24 +162,29 @@ class Systems:
         chunks: Chunks,
         S_0: Tensor,
         ridge_ratio: float,
-        solver_steps: tuple[int, ...],
+        plan: Plan,
         product_dtype: torch.dtype,
     ) -> Systems:
         KS = torch.matmul(chunks.K.unsqueeze(1), S_0)
         norm = floored(squared_norm(chunks, S_0, KS).clamp_min_(0.0).sqrt_())
-        return cls(chunks, S_0, KS, norm, inverse_or_zero(norm), ridge_ratio, solver_steps, product_dtype)
+        return cls(chunks, S_0, KS, norm, inverse_or_zero(norm), ridge_ratio, plan, product_dtype)
 
     def matvec(self, dtype: torch.dtype) -> Matvec:
         """X [b, R, C, D] -> X S_hat, with products in `dtype`, which is that of the result."""
         chunks = self.chunks
         return product_with_states(chunks.K, self.S_0, chunks.Mb, chunks.zeta, self.inverse_norm, dtype)
 
-    def solve(self, Q: Tensor) -> Tensor:
-        """X [b, R, C, D] with X_c = (S_c + lambda_c I)^{-1} Q_c; 0 where S_c = 0."""
+    def solve(self, Q: Tensor, counts: list[Tensor] | None = None) -> Tensor:
+        """X [b, R, C, D] with X_c = (S_c + lambda_c I)^{-1} Q_c; 0 where S_c = 0.
+
+        counts: gets the number of products of every chunk for each stage, [b, R, 1, 1], of conjugate gradient.
+        """
         exact = self.matvec(Q.dtype)
         narrow = exact if self.product_dtype == Q.dtype else self.matvec(self.product_dtype)
         rhs = Q * self.inverse_norm.unsqueeze(-1)
-        return chebyshev(narrow, rhs, self.ridge_ratio, self.solver_steps, residual_matvec=exact)
+        return self.plan.solve(
+            narrow, rhs, self.ridge_ratio, residual_matvec=exact, product_dtype=self.product_dtype, counts=counts
+        )
 
     def inner_zAx(self, Z: Tensor, X: Tensor) -> Tensor:
         """z_c^T (S_c + lambda_c I) x_c, [b, R, C]; without lambda_c where it does not follow S_c, at the floor."""

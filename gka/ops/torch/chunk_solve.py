@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..solvers import chebyshev, inverse_or_zero
+from ..plan import Plan
+from ..solvers import inverse_or_zero
 from ..transforms import batch_in_front
 from .chunk_math import cross, heads, mix, product_with_states
 
@@ -26,7 +27,7 @@ TENSORS = 6  # q, K, S_0, Mb, zeta, norm
 
 
 class _ChunkSolve(torch.autograd.Function):
-    """X from q, K, S_0, Mb, zeta, norm, ridge_ratio, solver_steps."""
+    """X from q, K, S_0, Mb, zeta, norm, ridge_ratio, plan."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -37,11 +38,11 @@ class _ChunkSolve(torch.autograd.Function):
         zeta: Tensor,
         norm: Tensor,
         ridge_ratio: float,
-        solver_steps: tuple[int, ...],
+        plan: Plan,
     ) -> Tensor:
         inverse_norm = inverse_or_zero(norm)
         matvec = product_with_states(K, S_0, Mb, zeta, inverse_norm, Q.dtype)
-        return chebyshev(matvec, Q * inverse_norm.unsqueeze(-1), ridge_ratio, solver_steps)
+        return plan.solve(matvec, Q * inverse_norm.unsqueeze(-1), ridge_ratio)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,7 +88,7 @@ def chunk_solve(Q: Tensor, *others: Any) -> Tensor:
     Args:
         Q: [b, R, C, D], float32 or float64 as all tensors.
         *others: K [b, C, D]; S_0 [b, R, D, D]; Mb [b, R, C, C]; zeta and norm [b, R, C],
-            max(||S_c||_F, NORM_FLOOR) or 0; ridge_ratio; solver_steps.
+            max(||S_c||_F, NORM_FLOOR) or 0; ridge_ratio; plan.
     """
     X: Tensor = _ChunkSolve.apply(Q, *others)  # type: ignore[no-untyped-call]
     return X

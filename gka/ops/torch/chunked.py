@@ -64,7 +64,7 @@ def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Ou
             if p.normalize_qk:
                 Y = unit_rows(Y)[0]
             if solver_steps:
-                X = p.systems(chunks, first_kk).solve(Y)
+                X = p.systems(chunks, first_kk).solve(p.zero_at_padding(Y, index))
                 if x is not None:
                     p.write(x, index, X)
                 Y, _ = p.blend(Y, X, index)
@@ -141,8 +141,7 @@ def _block_backward(
     Q = p.read(p.q, index)
     if p.normalize_qk:
         Q, *query_norms = unit_rows(Q)
-    real = (index < p.tokens).view(-1, 1, 1, p.chunk_size, 1).expand(-1, p.Hk, -1, -1, -1).flatten(0, 1)
-    dO = p.read(do, index) * (p.scale * real.to(p.dtype))
+    dO = p.read(do, index) * (p.scale * p.real(index))
     dY = readout_adjoint(chunks, S_kv, dO)
     X, Y, alpha = Q, Q, None
     if p.solver_steps:

@@ -43,6 +43,7 @@ class ChunkedInputs:
         self.q, self.k, self.v, self.g = arguments.q, arguments.k, arguments.v, arguments.g
         self.alpha, self.beta, self.S_kk, self.S_kv = arguments[4:8]
         self.ridge_ratio, self.solver_steps = arguments.ridge_ratio, arguments.solver_steps
+        self.plan = arguments.plan
         self.scale, self.normalize_qk = arguments.scale, arguments.normalize_qk
         self.chunk_size = arguments.chunk_size or default_chunk_size(self.q.device)
         batch, length, self.H, self.D = self.q.shape
@@ -75,6 +76,15 @@ class ChunkedInputs:
         rows = rows.index_select(0, index.clamp_max(self.tokens - 1)).to(self.dtype)
         rows = rows.unflatten(0, (-1, self.chunk_size)).movedim(1, 3)
         return rows.flatten(0, 1).contiguous()
+
+    def real(self, index: Tensor) -> Tensor:
+        """1 for the tokens of a block, 0 for padding, [chunks * Hk, 1, C, 1] in the compute dtype."""
+        real = (index < self.tokens).view(-1, 1, 1, self.chunk_size, 1)
+        return real.expand(-1, self.Hk, -1, -1, -1).flatten(0, 1).to(self.dtype)
+
+    def zero_at_padding(self, Q: Tensor, index: Tensor) -> Tensor:
+        """Q [chunks * Hk, R, C, D]; with a tolerance zero at padding, which must keep no chunk going."""
+        return Q if self.plan.tolerance is None else Q * self.real(index)
 
     def write(self, target: Tensor, index: Tensor, rows: Tensor) -> None:
         """The inverse of `read`, into a target [B * T + 1, h, ...] whose last row takes the padding."""
@@ -138,7 +148,7 @@ class ChunkedInputs:
         return self.scan(block, decay, chunks.increment(chunks.K), carry[0], reverse=False), S_kv
 
     def systems(self, chunks: Chunks, S_kk: Tensor) -> Systems:
-        return Systems.build(chunks, S_kk, self.ridge_ratio, self.solver_steps, self.product_dtype)
+        return Systems.build(chunks, S_kk, self.ridge_ratio, self.plan, self.product_dtype)
 
     def carries(self, group: Group) -> tuple[Tensor, Tensor]:
         numbers = self.sequences(group)

@@ -51,6 +51,8 @@ def _chunk_by_chunk(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor | None]
     g, alpha = rows.read(a.g), None if a.alpha is None else rows.read(a.alpha)
     weight = torch.ones_like(g) if a.beta is None else rows.read(a.beta).square()
     g, weight = rows.zero_at_padding(g), rows.zero_at_padding(weight)
+    if a.tolerance is not None:  # padding must keep no chunk going
+        Q = rows.zero_at_padding(Q)
     S_kk, S_kv = rows.state(a.S_kk, D), rows.state(a.S_kv, V)
     S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
     C = a.chunk_size or default_chunk_size(a.q.device)
@@ -75,7 +77,7 @@ def _solve(chunks: Chunks, S_kk: Tensor, Q: Tensor, a: Arguments) -> Tensor:
     """X [b, R, C, D] from the state before the chunk."""
     squared = squared_norm(chunks, S_kk, torch.matmul(chunks.K.unsqueeze(1), S_kk))
     norm = floored(root(squared))
-    return chunk_solve(Q, chunks.K, S_kk, chunks.Mb, chunks.zeta, norm, a.ridge_ratio, a.solver_steps)
+    return chunk_solve(Q, chunks.K, S_kk, chunks.Mb, chunks.zeta, norm, a.ridge_ratio, a.plan)
 
 
 class Rows:
@@ -110,10 +112,11 @@ class Rows:
         return rows.movedim(1, 3).flatten(0, 1)
 
     def zero_at_padding(self, rows: Tensor) -> Tensor:
-        """rows [N * Hk, R, L]."""
+        """rows [N * Hk, R, L, ...]."""
         if self.index is None:
             return rows
         real = self.real.repeat_interleave(self.Hk, dim=0).unsqueeze(1)
+        real = real.reshape(*real.shape, *(1 for _ in rows.shape[3:]))
         return torch.where(real, rows, torch.zeros_like(rows))
 
     def write(self, o: Tensor) -> Tensor:

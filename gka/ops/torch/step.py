@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_off
-from ..solvers import Chebyshev, ridge_solve
+from ..solvers import ridge_solution, ridge_solve
 from ..transforms import transforms_active
 from ..types import Arguments, State, repeat_heads
 from .chunk_math import smooth_unit_rows, unit_rows
@@ -58,7 +58,8 @@ def _step(a: Arguments) -> tuple[Tensor, State]:
         if differentiated:  # changes no value of a symmetric S_kk, and makes its derivatives symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
         S_kk = _updated(S_kk, kept, rate, weighted, keys)
-        x = ridge_solve(S_kk, query, a.ridge_ratio, Chebyshev(a.solver_steps))
+        solve = ridge_solve if differentiated else ridge_solution
+        x = solve(S_kk, query, a.ridge_ratio, a.plan.dense())
         y = x if a.alpha is None else torch.lerp(query, x, a.alpha.to(dtype).unsqueeze(-1))
     o = a.scale * (y.unsqueeze(-2) @ S_kv).squeeze(-2)
     return o.to(a.q.dtype), State(S_kk, S_kv)

@@ -77,11 +77,16 @@ class KeyWeights(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Step sizes of all stages in a row, float32, and where each stage starts, int32."""
-    taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio, smallest_last=True)]
+def _node_table(
+    solver_steps: tuple[int, ...], ridge_ratio: float, cg: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Step sizes of all stages in a row, float32, none for conjugate gradient; where each stage starts, int32."""
     starts = [sum(solver_steps[:stage]) for stage in range(len(solver_steps) + 1)]
-    return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
+    stages = torch.tensor(starts, device=device, dtype=torch.int32)
+    if cg:
+        return None, stages
+    taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio, smallest_last=True)]
+    return torch.tensor(taus, device=device), stages
 
 
 class Call:
@@ -109,7 +114,8 @@ class Call:
         self.blocks = -(-self.V // self.BV)
         self.state_type = torch.float32 if self.wide else torch.bfloat16
         self.solver_stages = len(a.solver_steps)
-        self.taus, self.stage_starts = _node_table(a.solver_steps, a.ridge_ratio, self.device)
+        self.cg, self.tolerance = a.solver == "cg", a.tolerance
+        self.taus, self.stage_starts = _node_table(a.solver_steps, a.ridge_ratio, self.cg, self.device)
         self._cut_into_parts(a)
 
     def _cut_into_parts(self, a: Arguments) -> None:

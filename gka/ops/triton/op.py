@@ -131,6 +131,8 @@ def compile_ahead(arguments: Arguments, *, output_final_state: bool, save: bool)
     shapes = tuple(None if x is None else (x.shape[2:], x.dtype) for x in arguments.differentiable)
     numbers = (
         len(arguments.solver_steps),
+        arguments.solver,
+        arguments.tolerance is None,
         chunk_size(arguments),
         arguments.normalize_qk,
         output_final_state,

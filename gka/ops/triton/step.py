@@ -53,6 +53,16 @@ def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch
     return torch.tensor([*taus, 0.0], dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=64)
+def _end_table(solver_steps: tuple[int, ...], device: torch.device) -> Tensor:
+    """The end of the stage of each product of conjugate gradient; a residual between stages is an end itself."""
+    ends: list[int] = []
+    for n in solver_steps:
+        end = len(ends) + n
+        ends += [end] * (n + 1)
+    return torch.tensor(ends[:-1], dtype=torch.int32, device=device)
+
+
 def _launch(arguments: Arguments, new_state: State) -> Tensor:
     """o; `new_state` is written, and may be the state so far, whose tensors need not be contiguous."""
     from .kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
@@ -61,6 +71,11 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
     device, solver_steps = arguments.q.device, arguments.solver_steps
     if not (arguments.q.is_cuda or INTERPRETED):
         raise ValueError(f"the kernel of a step needs tensors on a GPU, not on {device}")
+    cg, tolerance = arguments.solver == "cg", arguments.tolerance
+    if cg:
+        table, steps = _end_table(solver_steps, device), sum(solver_steps) + len(solver_steps) - 1
+    else:
+        table, steps = _node_table(solver_steps, arguments.ridge_ratio, device), sum(solver_steps)
     B, H, D = arguments.q.shape
     Hk, V = arguments.v.shape[1:]
     o = torch.empty(B, H, V, dtype=arguments.q.dtype, device=device)
@@ -73,9 +88,8 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
             q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
             kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
             new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
-            tau_ptr=_node_table(solver_steps, arguments.ridge_ratio, device),
-            scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, nodes=sum(solver_steps),
-            H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps),
+            steps_ptr=table, scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, tolerance=tolerance or 0.0,
+            steps=steps, H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps), CG=cg, TOLERANCE=tolerance is not None,
             HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
             **step_config(kv.dtype, D, V),
         )  # fmt: skip
@@ -105,7 +119,7 @@ def _unpack(*packed: Any) -> Arguments:
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? alpha, Tensor? beta"
-_NUMBERS = "float ridge_ratio, SymInt[] solver_steps, float scale, bool normalize_qk"
+_NUMBERS = "float ridge_ratio, SymInt[] solver_steps, float scale, bool normalize_qk, str solver, float? tolerance"
 
 
 @torch.library.custom_op(

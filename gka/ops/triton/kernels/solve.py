@@ -1,4 +1,4 @@
-"""The Chebyshev solve of a chunk's ridge systems; forward and adjoint are this one kernel (paper, section 4.2).
+"""The solve of a chunk's ridge systems; forward and adjoint are this one kernel (paper, section 4.2).
 
 Divided by the norm of its state, every token has the system (S^_c + a I) x_c = rhs_c, all eigenvalues in
 [a, 1 + a]. For all C tokens of a chunk one product with their matrices is, with zeta_c = e^{G_c} / ||S_c||_F and
@@ -6,7 +6,8 @@ M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 / ||S_c||_F for j <= c:
 
     X S^ = (zeta o X) S_0 + ((X K^T) o M) K
 
-and one stage of n Chebyshev nodes (one vector, no momentum):  x <- x - tau_i (S^ x + a x - rhs).
+and one stage of n Chebyshev nodes (one vector, no momentum):  x <- x - tau_i (S^ x + a x - rhs). With CG
+a stage is that of `conjugate_gradient.py`.
 
 Stages refine: each later one solves for the residual of the sum so far. Within a stage products have operands of
 16 bits, if not WIDE; the residual is formed from pairs hi + lo, as exactly as float32 sums allow. The sum so
@@ -42,6 +43,7 @@ from .common import (
     to_operand,
     widened,
 )
+from .conjugate_gradient import conjugate_gradient_stage
 
 
 @triton.jit
@@ -98,11 +100,12 @@ def solve_chunks(
     norm_ptr,  # [tokens, H] float32, out unless ADJOINT
     kk_hi_ptr, kk_lo_ptr,  # first states, [chunks, H, D, D], lo bfloat16
     y_hi_ptr, y_lo_ptr, inner_yAx_ptr,  # if ADJOINT: y [tokens, H, D], and out: <A x, y> [tokens, H] float32
-    tau_ptr, stage_ptr,  # step sizes of all stages, float32; [STAGES + 1] int32, where each stage starts in them
-    chunk_ptr, ridge_ratio, first_chunk, H, Hk, D: tl.constexpr,
+    tau_ptr,  # step sizes of all stages, float32; none if CG
+    stage_ptr,  # [STAGES + 1] int32, where each stage starts in them
+    chunk_ptr, ridge_ratio, tolerance, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ADJOINT: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     """x_c = A_c^{-1} rhs_scale_c rhs_c with A_c = S_c + a ||S_c||_F I, for all tokens of a chunk; 0 where S_c is.
 
@@ -134,7 +137,7 @@ def solve_chunks(
     tl.debug_barrier()
     rhs = load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
     # Added to a product of nothing, the right-hand side comes into the registers where products want it.
-    target = to_operand(dot(tl.zeros_like(K), S, -rhs, WIDE), WIDE)
+    product = dot(tl.zeros_like(K), S, -rhs, WIDE)
 
     x = tl.zeros([C, BD], tl.float32)
     for stage in tl.static_range(STAGES):
@@ -143,15 +146,20 @@ def solve_chunks(
                 x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
                 row, stop, rows_H, rows_h, rows_D, program, D, C, BD, True, WIDE,
             )  # fmt: skip
-            target = to_operand(product, WIDE)
         first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
-        x = -tl.load(tau_ptr + first) * widened(target, WIDE)
-        for node in range(first + 1, last):
-            tau = tl.load(tau_ptr + node)
-            scores = dot(to_operand(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
-            product = dot(operand_product(scores, operand_M, WIDE), K, widened(target, WIDE), WIDE)
-            product = dot(to_operand(x * zeta[:, None], WIDE), S, product, WIDE)
-            x = x * (1.0 - tau * ridge_ratio) - tau * product
+        if CG:
+            x = conjugate_gradient_stage(
+                -product, K, Kt, S, zeta, operand_M, ridge_ratio, last - first, tolerance, C, BD, TOLERANCE, WIDE
+            )
+        else:
+            target = to_operand(product, WIDE)
+            x = -tl.load(tau_ptr + first) * widened(target, WIDE)
+            for node in range(first + 1, last):
+                tau = tl.load(tau_ptr + node)
+                scores = dot(to_operand(x, WIDE), Kt, tl.zeros([C, C], tl.float32), WIDE)
+                product = dot(operand_product(scores, operand_M, WIDE), K, widened(target, WIDE), WIDE)
+                product = dot(to_operand(x * zeta[:, None], WIDE), S, product, WIDE)
+                x = x * (1.0 - tau * ridge_ratio) - tau * product
         if stage > 0:
             tl.debug_barrier()
             x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD, WIDE)
@@ -185,7 +193,9 @@ def launch_solve_chunks(
         norm_ptr=norm, kk_hi_ptr=states.kk.hi, kk_lo_ptr=states.kk.lo,
         y_hi_ptr=y.hi, y_lo_ptr=y.lo, inner_yAx_ptr=inner_yAx,
         tau_ptr=call.taus, stage_ptr=call.stage_starts, chunk_ptr=call.chunks,
-        ridge_ratio=call.ridge_ratio, first_chunk=part.first, H=call.H, Hk=call.Hk, D=call.D,
-        C=call.C, BD=call.BD, STAGES=call.solver_stages, ADJOINT=y is not NO_PAIR, HAS_SCALE=rhs_scale is not None,
-        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, **call.config.solve,
+        ridge_ratio=call.ridge_ratio, tolerance=call.tolerance or 0.0, first_chunk=part.first,
+        H=call.H, Hk=call.Hk, D=call.D, C=call.C, BD=call.BD,
+        STAGES=call.solver_stages, ADJOINT=y is not NO_PAIR, HAS_SCALE=rhs_scale is not None,
+        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, CG=call.cg,
+        TOLERANCE=call.tolerance is not None, **call.config.solve,
     )  # fmt: skip

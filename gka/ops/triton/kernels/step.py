@@ -5,7 +5,8 @@
 
 A program holds S_kk in registers while it solves: one stage of n Chebyshev nodes after the other,
 x <- x - tau_i (S^ x + a x - rhs) with S^ = S_kk / ||S_kk||_F, in float32, every later stage for the residual of
-the sum so far (paper, section 4.2). What is solved and read is the state before it is rounded for storing.
+the sum so far (paper, section 4.2); with CG stages of conjugate gradient (`gka.ops.conjugate_gradient`). What is
+solved and read is the state before it is rounded for storing.
 
 A product waits for its slowest exchange between threads, and 30 products follow each other. S is symmetric, so
 y_j = sum_i S_ij x_i may sum over rows: a thread has R rows i of a few columns j, sums them alone, and only the
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .common import cast, floored
+from .conjugate_gradient import NOTHING, SMALLEST
 
 
 @triton.jit
@@ -90,15 +92,72 @@ def _times(x, S, G: tl.constexpr, LOG_G: tl.constexpr):
 
 
 @triton.jit
+def _by_nodes(S, target, inverse, tau_ptr, ridge_ratio, nodes, G: tl.constexpr, LOG_G: tl.constexpr):
+    """x [BD] of (S inverse + a) x = target by Chebyshev nodes, from their step sizes [nodes + 1]."""
+    x = tl.load(tau_ptr) * target
+    solution = tl.zeros_like(x)
+    tau = tl.load(tau_ptr + 1)
+    node = 1
+    while node < nodes:
+        next_tau = tl.load(tau_ptr + node + 1)  # before the product, that nothing waits for it
+        residual = target - _times(x, S, G, LOG_G) * inverse - ridge_ratio * x
+        later_stage = tau < 0.0
+        target = tl.where(later_stage, residual, target)
+        solution += tl.where(later_stage, x, 0.0)
+        x = tl.where(later_stage, 0.0, x) + tl.abs(tau) * residual
+        tau = next_tau
+        node += 1
+    return solution + x
+
+
+@triton.jit
+def _by_conjugate_gradient(S, target, inverse, end_ptr, ridge_ratio, tolerance, products,
+                           G: tl.constexpr, LOG_G: tl.constexpr, TOLERANCE: tl.constexpr):  # fmt: skip
+    """x [BD] of (S inverse + a) x = target, from the end of the stage of each product [products].
+
+    The end of a stage is the product that forms the residual for the next one, with x in place of p.
+    """
+    size = tl.max(tl.abs(target), 0)
+    size = tl.where(size > SMALLEST, size, 1.0)
+    target = target / size
+    r, p, x, solution = target, target, tl.zeros_like(target), tl.zeros_like(target)
+    energy = tl.sum(r * r, 0)
+    enough = tolerance * tolerance * energy
+    n = 0
+    while n < products:
+        end = tl.load(end_ptr + n)
+        at_end = end == n
+        factor = tl.where(at_end, x, p)
+        product = _times(factor, S, G, LOG_G) * inverse + ridge_ratio * factor
+        curvature = tl.sum(p * product, 0)
+        going = (energy > NOTHING) & (curvature > 0.0) & (end > n)
+        rate = tl.where(going, energy / curvature, 0.0)
+        r = tl.where(at_end, target - product, r - rate * product)
+        target = tl.where(at_end, r, target)
+        solution += tl.where(at_end, x, 0.0)
+        x = tl.where(at_end, 0.0, x + rate * p)
+        new_energy = tl.sum(r * r, 0)
+        p = r + tl.where(going, new_energy / energy, 0.0) * p
+        energy = new_energy
+        enough = tl.where(at_end, tolerance * tolerance * energy, enough)
+        n += 1
+        if TOLERANCE:
+            n = tl.where((energy <= enough) & (end >= n), end, n)
+    return (solution + x) * size
+
+
+@triton.jit
 def step_token(
     q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr,  # [B, H, D], [B, Hk, D], [B, Hk, V], [B, H] three times
     kk_ptr, kv_ptr,  # states so far, [B, H, D, D] and [B, H, D, V]
     new_kk_ptr, new_kv_ptr, o_ptr,  # out: new states, maybe those so far; [B, H, V]
-    tau_ptr,  # [nodes + 1] float32, step sizes of all stages, negative where a later stage starts
-    scale, ridge_ratio, nodes, H, Hk,
+    steps_ptr,  # nodes: [steps + 1] float32, step sizes of all stages, negative where a later stage starts
+    # CG: [steps] int32, the end of the stage of each product
+    scale, ridge_ratio, tolerance, steps, H, Hk,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     G_KK: tl.constexpr, LOG_KK: tl.constexpr, G_KV: tl.constexpr, LOG_KV: tl.constexpr,
-    SOLVE: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
+    SOLVE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """The step of one sequence and head. Without SOLVE nothing is solved, y = q, and there is no S_kk."""
     program = tl.program_id(0)
@@ -125,21 +184,12 @@ def step_token(
         _store_state(place, S, inside)
         norm = floored(tl.sqrt(tl.sum(tl.sum(S * S, 0))))
         inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
-        target = q * inverse
-        x = tl.load(tau_ptr) * target
-        solution = tl.zeros_like(x)
-        tau = tl.load(tau_ptr + 1)
-        node = 1
-        while node < nodes:
-            next_tau = tl.load(tau_ptr + node + 1)  # before the product, that nothing waits for it
-            residual = target - _times(x, S, G_KK, LOG_KK) * inverse - ridge_ratio * x
-            later_stage = tau < 0.0
-            target = tl.where(later_stage, residual, target)
-            solution += tl.where(later_stage, x, 0.0)
-            x = tl.where(later_stage, 0.0, x) + tl.abs(tau) * residual
-            tau = next_tau
-            node += 1
-        solution += x
+        if CG:
+            solution = _by_conjugate_gradient(
+                S, q * inverse, inverse, steps_ptr, ridge_ratio, tolerance, steps, G_KK, LOG_KK, TOLERANCE
+            )
+        else:
+            solution = _by_nodes(S, q * inverse, inverse, steps_ptr, ridge_ratio, steps, G_KK, LOG_KK)
         y = solution
         if HAS_ALPHA:
             y = q + tl.load(alpha_ptr + program).to(tl.float32) * (solution - q)
