@@ -91,9 +91,9 @@ class ShortConv(nn.Conv1d):
             return y.index_select(2, packed.slots - (self.kernel_size[0] - 1)).transpose(1, 2)
         if packed is not None or conv_kernels.usable(x, self.kernel_size[0]):
             if state is None:
-                return conv_kernels.short_conv(x, self.weight[:, 0], packed)
+                return conv_kernels.short_conv(x, self.weight.squeeze(1), packed)
             row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-            return conv_kernels.short_conv(row, self.weight[:, 0])[:, state.shape[2] :]
+            return conv_kernels.short_conv(row, self.weight.squeeze(1))[:, state.shape[2] :]
         if state is None:
             state = x.new_zeros(x.shape[0], x.shape[2], self.kernel_size[0] - 1)
         return self._in_pytorch(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)).transpose(1, 2)

@@ -91,10 +91,10 @@ def test_operators_are_what_they_say(packed: bool, stand_in: pytest.MonkeyPatch)
     x, weight = (random_inputs(*shape).float().requires_grad_() for shape in ((1, 9, 5), (5, 4)))
     place = torch.tensor([0, 1, *range(7)], dtype=torch.int32) if packed else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(conv_kernels._short_conv, (x, weight, place), test_utils=checks)
+    torch.library.opcheck(conv_kernels._function.operator, (x, weight, place), test_utils=checks)
     o, gate = (random_inputs(2, 3, 4, 5, seed=s).requires_grad_() for s in (3, 4))
     norm_weight = random_inputs(5, seed=5).requires_grad_()
-    torch.library.opcheck(norm._operator, (o, gate, norm_weight, 1e-6), test_utils=checks)
+    torch.library.opcheck(norm._function.operator, (o, gate, norm_weight, 1e-6), test_utils=checks)
 
 
 def convolved(conv: ShortConv, given: dict[str, Tensor], edges: list[int] | None) -> dict[str, Tensor]:

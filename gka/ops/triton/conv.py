@@ -3,9 +3,8 @@
     y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t-j} )
 
 They run for tensors on an NVIDIA GPU of compute capability 8.0 or later, packed or in rows, up to W = 8;
-everywhere else `short_conv.py` does the same in PyTorch. As custom operators they are opaque to torch.compile,
-which only traces shapes. Sums are made in one order, so that equal calls give equal bits. The kernels
-have first derivatives backwards; gradients of gradients come from PyTorch.
+everywhere else `short_conv.py` does the same in PyTorch. Sums are made in one order, so that equal calls give
+equal bits.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transforms import gradients_with_graph
 from . import fused
 from .config import conv_config
+from .kernel_function import KernelFunction
 
 MOST_TAPS = 8  # there, backwards, a thread has no register left
 SPAN = 128  # tokens of a program
@@ -49,8 +48,7 @@ def short_conv(x: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor
         weight.device != x.device
     ):  # without the check, a weight on "meta" would make this a call that computes nothing
         raise ValueError(f"the convolution's weight is on {weight.device}; expected {x.device}, as x")
-    y: Tensor = _short_conv(x, weight, place)
-    return y
+    return _function(x, weight, place)[0]
 
 
 def _options(x: Tensor, weight: Tensor, place: Tensor | None, rows: int) -> tuple[int, dict[str, Any]]:
@@ -61,8 +59,7 @@ def _options(x: Tensor, weight: Tensor, place: Tensor | None, rows: int) -> tupl
     return programs, {"T": T, "C": C, "W": W, "PACKED": place is not None, "SPAN": SPAN, **config}
 
 
-@torch.library.custom_op("gka::short_conv", mutates_args=())
-def _short_conv(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor]:
     from .kernels.conv import convolve  # Triton is needed where the kernel runs, not where it is traced
     from .launch import launch, on_device
 
@@ -72,16 +69,10 @@ def _short_conv(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
         launch(convolve, programs,
             x_ptr=x.contiguous(), weight_ptr=weight.contiguous(), place_ptr=place, y_ptr=y, **options,
         )  # fmt: skip
-    return y
+    return (y,)
 
 
-@_short_conv.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("gka::short_conv_backward", mutates_args=())
-def _short_conv_backward(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     from .kernels.conv import convolve_backward
     from .launch import launch, on_device
@@ -98,23 +89,7 @@ def _short_conv_backward(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | 
     return dx, parts.sum(0).to(weight.dtype)
 
 
-@_short_conv_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, place = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        return *gradients_with_graph(lambda x, weight: [_in_pytorch(x, weight, place)], (x, weight), (dy,)), None
-    return *_short_conv_backward(dy, x, weight, place), None
-
-
-def _in_pytorch(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
+def _in_pytorch(x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor]:
     """`short_conv` by W shifts, for derivatives that the kernels do not have."""
     wide, W = x.float(), weight.shape[1]
     y = wide * weight[:, -1]
@@ -123,7 +98,16 @@ def _in_pytorch(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
         if place is not None:
             shifted = torch.where((place >= j).unsqueeze(1), shifted, 0.0)
         y = y + shifted * weight[:, W - 1 - j]
-    return F.silu(y).to(x.dtype)
+    return (F.silu(y).to(x.dtype),)
 
 
-_short_conv.register_autograd(_differentiate, setup_context=_save)
+_function = KernelFunction(
+    "short_conv",
+    ("Tensor x", "Tensor weight", "Tensor? place"),
+    differentiable=2,
+    outputs=1,
+    empty=lambda x, *_: (x.new_empty(x.shape),),
+    forward=_forward,
+    backward=_backward,
+    in_pytorch=_in_pytorch,
+)
