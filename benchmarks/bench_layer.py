@@ -10,8 +10,8 @@ It measures forward, and forward + backward with the gradients of the input and 
     SDPA                        causal softmax attention between projections of the same size
 
 The results also have the time of the first call (with compilation and autotuning) and the peak memory above
-parameters and input. On a GPU the time of GatedKalmaNet is divided into the op, matrix products, convolution, norm
-and the rest, by the names of the kernels.
+parameters and input. On a GPU the time of GatedKalmaNet is divided into the op, matrix products, convolution,
+gates, norm and the rest, by the names of the kernels.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PARTS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitk",
     "convolution": r"conv",
+    "gates": r"gate_values|gate_gradients",
     "norm": r"gated_norm|layer_norm|rms_norm|rmsnorm",
 }
 
@@ -130,7 +131,7 @@ def our_kernels() -> set[str]:
     import gka.ops.triton.kernels
 
     kinds = (triton.JITFunction, triton.runtime.KernelInterface)
-    around = ("conv", "norm")
+    around = ("conv", "gates", "norm")
     modules = pkgutil.iter_modules(gka.ops.triton.kernels.__path__)
     names = (module.name for module in modules if module.name not in around)
     found = [importlib.import_module(f"gka.ops.triton.kernels.{name}") for name in names]

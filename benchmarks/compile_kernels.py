@@ -5,8 +5,8 @@
     python -m benchmarks.compile_kernels --check         # exit code 1 if worse than benchmarks/kernels.json
     python -m benchmarks.compile_kernels --write         # update that file
 
-The kernels are those of the op, the short convolution and the gated norm, forward and backward, and of a decode
-step. Launches are recorded and not run. ptxas and cuobjdump come with Triton.
+The kernels are those of the op, the short convolution, the gates and the gated norm, forward and backward, and of
+a decode step. Launches are recorded and not run. ptxas and cuobjdump come with Triton.
 """
 
 from __future__ import annotations
@@ -147,6 +147,17 @@ def norm_launches(dtype: torch.dtype, V: int) -> list[Launch]:
     return distinct(found)
 
 
+def gate_launches(masked: bool) -> list[Launch]:
+    """Kernels of the forward and backward pass of the gates."""
+    from gka.ops.triton.gates import gates
+
+    raw, vectors = torch.zeros(2, 9, 48, dtype=torch.bfloat16, requires_grad=True), torch.zeros(4, 16)
+    with taken_down() as found:
+        made = gates(raw, vectors, torch.ones(2, 9, dtype=torch.bool) if masked else None, (True, True, True))
+        torch.autograd.backward(made, made)
+    return distinct(found)
+
+
 def distinct(found: list[Launch]) -> list[Launch]:
     """The launches with different code, each once."""
     unique: dict[tuple[Any, ...], Launch] = {}
@@ -173,7 +184,8 @@ NORM_CASES = {
     "norm, float32 V 128": (torch.float32, 128),
     "norm, bfloat16 V 100": (torch.bfloat16, 100),
 }
-ALL_CASES = [*CASES, *STEP_CASES, *CONV_CASES, *NORM_CASES]
+GATE_CASES = {"gates": False, "gates, padded": True}
+ALL_CASES = [*CASES, *STEP_CASES, *CONV_CASES, *NORM_CASES, *GATE_CASES]
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
@@ -181,6 +193,8 @@ def launches_of(case: str, architecture: int) -> list[Launch]:
         return step_launches(*STEP_CASES[case])
     if case in CONV_CASES:
         return conv_launches(CONV_CASES[case])
+    if case in GATE_CASES:
+        return gate_launches(GATE_CASES[case])
     if case in NORM_CASES:
         return norm_launches(*NORM_CASES[case])
     return launches(*CASES[case], architecture)

@@ -26,7 +26,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
@@ -38,8 +37,9 @@ from .cache import LayerState, check_cache, checked_layer_state, read_cache, wri
 from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
+from .gates import layer_gates
 from .padding import RealFirst, check_mask
-from .projections import LowRank, ZeroLinear, project
+from .projections import LowRank, ZeroLinear
 from .short_conv import ShortConv, last_inputs, packing
 
 if TYPE_CHECKING:
@@ -376,21 +376,15 @@ class GatedKalmaNet(DecayParameters):
     def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """g, alpha and beta, [B, T, H] each, in at least 32 bits; at padding g = 0 and beta = 0."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        alpha = beta = None
-        raw_g, raw_beta, raw_alpha = project(x, self.a_proj, self.b_proj, self.alpha_proj)
-        if raw_g is None:
+        real = None if rows is None else rows.real
+        forgets = self.a_proj is not None
+        A_log, dt_bias = (self.decay_parameter(name, wide) if forgets else None for name in ("A_log", "dt_bias"))
+        projections = (self.a_proj, self.b_proj, self.alpha_proj)
+        g, beta, alpha = layer_gates(x, projections, A_log, dt_bias, real)
+        if g is None:
             g = x.new_zeros(*x.shape[:2], self.num_heads, dtype=wide)
-        else:
-            A_log, dt_bias = self.decay_parameter("A_log", wide), self.decay_parameter("dt_bias", wide)
-            g = -torch.exp(A_log) * F.softplus(raw_g.to(wide) + dt_bias)
-        if raw_beta is not None:
-            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # a global would be an input of a compiled graph
-        if raw_alpha is not None:
-            alpha = torch.sigmoid(raw_alpha.to(wide))
-        if rows is not None:
-            real = rows.real.unsqueeze(2).to(wide)
-            g = g * real
-            beta = real.expand_as(g) if beta is None else beta * real
+        if beta is None and real is not None:
+            beta = real.unsqueeze(2).to(wide).expand_as(g)
         return g, alpha, beta
 
     def _op(

@@ -26,18 +26,6 @@ from gka.ops.triton import conv as conv_kernels
 from gka.ops.triton import fused, norm
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The CPU in the place of a GPU; spans and programs so few that small inputs take several rounds."""
-    pytest.importorskip("triton", reason="Triton is made for Linux only")
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU, test_gpu.py runs the kernels themselves")
-    monkeypatch.setattr(fused, "DEVICE", "cpu")
-    monkeypatch.setattr(conv_kernels, "SPAN", 8)
-    monkeypatch.setattr(norm, "PROGRAMS", 3)
-    return monkeypatch
-
-
 def test_taken_for_16_or_32_bits(stand_in: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3, 4)
     assert all(norm.usable(x.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16))

@@ -1,4 +1,4 @@
-"""The layer, its short convolution and its gated norm on a CUDA device: `make test-gpu`."""
+"""The layer, its short convolution, gates and gated norm on a CUDA device: `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from gate_helpers import WHICH, GateModule, gate_outcome
 from helpers import assert_close, relative_error
 from model_helpers import ROWS, layer_outcome, tiny_layer
 from torch import Tensor
@@ -14,6 +15,7 @@ import gka
 from gka.nn.layer import GatedRMSNorm
 from gka.nn.short_conv import ShortConv, packing
 from gka.ops.triton import conv as conv_kernels
+from gka.ops.triton import gates as gate_kernels
 from gka.ops.triton import norm as norm_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
@@ -119,6 +121,28 @@ def test_gated_norm_gives_equal_bits(device: torch.device) -> None:
     leaves = {"o": x.requires_grad_(), "gate": gate.requires_grad_()}
     results = [differentiated(norm(**leaves), leaves | {"weight": norm.weight}) for _ in range(2)]
     assert all(out.equal(ref) for out, ref in zip(*(r.values() for r in results), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("which", WHICH, ids=str)
+def test_gates(which: tuple[bool, bool, bool], padded: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """More rows than the programs of the backward pass take at once; equal calls give equal bits."""
+    torch.manual_seed(0)
+    module, x = GateModule(64, 6, which).to(dtype), torch.randn(2, 20000, 64).to(dtype)
+    results = [gate_outcome(copy.deepcopy(module).to(device), x.to(device), padded) for _ in range(2)]
+    assert all(results[0][name].equal(results[1][name]) for name in results[0])
+    ref = gate_outcome(module.double(), x.double(), padded)
+    out = {name: value.cpu() for name, value in results[0].items()}
+    assert_close(out, ref, 3e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_weak_and_strong_decays(device: torch.device) -> None:
+    """softplus from 1e-9 to 50; each value for itself is exact."""
+    raw = torch.linspace(-20, 50, 3000, device=device).view(1, 1000, 3)
+    g, _, _ = gate_kernels.gates(raw, torch.zeros(2, 3, device=device), None, (True, False, False))
+    exact = -torch.nn.functional.softplus(raw.double(), threshold=1000)
+    assert ((g - exact) / exact).abs().max() < 2e-6
 
 
 LONG, WIDE, TAIL = 1_100_000, 2048, 1000  # more than 2^31 elements

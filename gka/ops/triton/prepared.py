@@ -43,27 +43,33 @@ class PreparedKernel:
             programs: number of programs.
             named: all arguments of the kernel, and options of the compiler.
         """
-        device = driver.active.get_current_device()
-        key, values = self._key_and_values(named, device)
+        key, values, device = self._key_and_values(named)
         compiled = self.compiled.get(key)
         if compiled is not None:
             compiled[programs, 1, 1](*values, stream=driver.active.get_current_stream(device))
             return
         found = self.kernel.run(grid=(programs,), warmup=False, **named)
-        if isinstance(found, CompiledKernel) and named.keys() <= self.known and not self.kernel.pre_run_hooks:
+        is_known = named.keys() <= self.known and not self.kernel.pre_run_hooks
+        if device >= 0 and is_known and isinstance(found, CompiledKernel):
             self.compiled[key] = found
 
-    def _key_and_values(self, named: dict[str, Any], device: int) -> tuple[tuple[Any, ...], list[Any]]:
-        """What decides on the compiled kernel, and the arguments in order, with addresses in place of tensors."""
+    def _key_and_values(self, named: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any], int]:
+        """What decides on the compiled kernel; the arguments in order, with addresses for tensors; the GPU.
+
+        The GPU is -1 without one.
+        """
+        device = -1
         values = list(self.in_order(named))
-        key: list[Any] = [device, len(named), self.constants(named), *map(named.get, OPTIONS)]
+        key: list[Any] = [len(named), self.constants(named), *map(named.get, OPTIONS)]
         for place in self.variable:
             value = values[place]
             if isinstance(value, Tensor):
+                device = value.get_device()
                 values[place] = address = value.data_ptr()
                 key.append((value.dtype, address & 15 == 0))
             elif type(value) is int:
                 key.append("one" if value == 1 else (value & 15 == 0, value >> 31))
             else:
                 key.append(type(value))
-        return tuple(key), values
+        key.append(device)
+        return tuple(key), values, device
