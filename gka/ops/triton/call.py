@@ -10,7 +10,7 @@ tokens; BD, BV blocks of D and V.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from ..solvers import node_steps
 from ..types import Arguments, Saved
 from . import config
 from .chunk_table import crossing_sequences, even_chunks, packed_chunks
+from .kept import to_keep
 
 WORKSPACE_BYTES = 9 * 2**27  # of the states of one part, forwards; 9: 34.9 rounds of an H200 at H 16, D = V = 128
 EDGE_EVERY = 64  # chunks between two states that are kept for the backward pass
@@ -76,12 +77,16 @@ class KeyWeights(NamedTuple):
     decay: Tensor
 
 
-@lru_cache(maxsize=64)
+@cache  # a CUDA graph may read them as long as the process lives
 def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Step sizes of all stages in a row, float32, and where each stage starts, int32."""
     taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio, smallest_last=True)]
     starts = [sum(solver_steps[:stage]) for stage in range(len(solver_steps) + 1)]
-    return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
+
+    def tables() -> tuple[Tensor, Tensor]:
+        return torch.tensor(taus, device=device), torch.tensor(starts, device=device, dtype=torch.int32)
+
+    return to_keep(tables, device)
 
 
 class Call:
