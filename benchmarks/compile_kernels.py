@@ -125,14 +125,14 @@ def step_launches(state: torch.dtype, D: int) -> list[Launch]:
 
 def conv_launches(packed: bool) -> list[Launch]:
     """Kernels of the forward and backward pass of the short convolution."""
-    from gka.ops.triton.conv import short_conv
+    from gka.ops.triton.conv import short_convs
 
-    x = torch.zeros(1, 300, 2048, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.zeros(2048, 4, dtype=torch.bfloat16, requires_grad=True)
+    xs = [torch.zeros(1, 300, C, dtype=torch.bfloat16, requires_grad=True) for C in (2048, 1024, 1024)]
+    weight = torch.zeros(4096, 4, dtype=torch.bfloat16, requires_grad=True)
     place = torch.arange(300, dtype=torch.int32) if packed else None
     with taken_down() as found:
-        y = short_conv(x, weight, place)
-        y.backward(y)
+        ys = short_convs(xs, weight, place)
+        torch.autograd.backward(ys, ys)
     return distinct(found)
 
 

@@ -40,7 +40,7 @@ from .gated_norm import GatedRMSNorm, at_least_float32
 from .gates import layer_gates
 from .padding import RealFirst, check_mask
 from .projections import LowRank, ZeroLinear
-from .short_conv import ShortConv, last_inputs, packing
+from .short_conv import ShortConv, convolve, last_inputs, packing
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -347,20 +347,14 @@ class GatedKalmaNet(DecayParameters):
         self, x: Tensor, past: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
         """q [B, T, H, D], k and v [B, T, Hk or H, D], and the inputs of the convolutions for `last_inputs`."""
-        packed = None
-        outputs, inputs = [], []
-        streams = ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
-        for number, (projection, conv) in enumerate(streams):
-            y = projection(x)
-            if conv is not None and cu_seqlens is not None:
-                packed = packing(y, cu_seqlens, self.conv_size) if packed is None else packed
-                y = conv(y, packed=packed)
-            elif conv is not None:
-                state = None if past is None else past.conv[number]
-                inputs.append((y, state))
-                y = conv(y, state)
-            outputs.append(y.unflatten(2, (-1, self.head_dim)))
-        q, k, v = outputs
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        packed = None if cu_seqlens is None else packing(projected[0], cu_seqlens, self.conv_size)
+        states = [None if past is None or conv is None else past.conv[n] for n, conv in enumerate(convolutions)]
+        outputs = convolve(convolutions, projected, states, packed)
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in outputs)
+        streams = zip(projected, states, convolutions, strict=True)
+        inputs = [] if cu_seqlens is not None else [(y, state) for y, state, conv in streams if conv is not None]
         if self.proj_k is not None and self.proj_v is not None:
             k, v = self._expand(k, self.proj_k, self.k_rep), self._expand(v, self.proj_v, self.v_rep)
         return q, k, v, inputs

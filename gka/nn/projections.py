@@ -33,17 +33,17 @@ class LowRank(nn.Module):
         return y
 
 
-def _is_plain(linear: nn.Linear) -> bool:
+def is_plain(module: nn.Linear | nn.Conv1d, kind: type[nn.Module]) -> bool:
     """Whether only weight and bias decide the output: no adapter, quantised weight, hook or offloading."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if type(linear) is not nn.Linear or any(hooks) or _has_any_global_hook() or "forward" in linear.__dict__:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) is not kind or any(hooks) or _has_any_global_hook() or "forward" in module.__dict__:
         return False
-    return all(type(x) in (nn.Parameter, Tensor) for x in (linear.weight, linear.bias) if x is not None)
+    return all(type(x) in (nn.Parameter, Tensor) for x in (module.weight, module.bias) if x is not None)
 
 
 def are_plain(projections: list[nn.Linear]) -> bool:
     """Whether weights and biases alone decide the outputs of all."""
-    return all(map(_is_plain, projections))
+    return all(is_plain(linear, nn.Linear) for linear in projections)
 
 
 def project_as_one(x: Tensor, projections: list[nn.Linear]) -> Tensor:

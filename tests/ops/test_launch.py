@@ -48,12 +48,13 @@ from gka.ops.triton.launch import launch
 
 room = torch.zeros(64)
 given = dict(
-    x_ptr=room, weight_ptr=room, place_ptr=None, y_ptr=room, T=9, C=17,
+    x0_ptr=room, x1_ptr=room, x2_ptr=room, weight_ptr=room, place_ptr=None, y0_ptr=room, y1_ptr=room, y2_ptr=room,
+    T=9, C0=17, C1=0, C2=5,
     W=2, PACKED=False, SPAN=8, R=2, BC=32, num_warps=1, num_stages=1,
 )
 changes = [
-    {}, {"x_ptr": room[32:]}, {"x_ptr": room[1:]}, {"y_ptr": room[1:]}, {"x_ptr": room.bfloat16()},
-    {"place_ptr": room.int(), "PACKED": True}, {"C": 16}, {"C": 18}, {"C": 1}, {"C": 2**40},
+    {}, {"x0_ptr": room[32:]}, {"x0_ptr": room[1:]}, {"y0_ptr": room[1:]}, {"x0_ptr": room.bfloat16()},
+    {"place_ptr": room.int(), "PACKED": True}, {"C0": 16}, {"C0": 18}, {"C0": 1}, {"C0": 2**40},
     {"T": 2**40}, {"T": 16}, {"W": 1}, {"num_warps": 2}, {"T": 10, "num_stages": 1},
 ]
 for device in (0, 1):
