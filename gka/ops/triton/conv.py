@@ -24,7 +24,7 @@ from .kernel_function import KernelFunction
 
 MOST_TAPS = 8  # there, backwards, a thread has no register left
 SPAN = 128  # tokens of a program
-FEW_TAPS, FEW_REGISTERS = 4, 104  # enough for packed sequences; the compiler may take half as many again
+FEW_TAPS, FEW_REGISTERS = 4, 104  # backwards these are enough; a compiler left free takes up to 168
 STREAMS = 3  # tensors of one launch, at most
 
 
@@ -112,7 +112,7 @@ def _backward(*given: Any) -> tuple[Tensor, ...]:
     with on_device(weight.device):
         pointers = _pointers("dy", _in_rows(dys)) | _pointers("x", _in_rows(xs)) | _pointers("dx", dxs)
         options = _options(xs, weight, place, rows=max(4, W - 1))
-        if place is not None and W <= FEW_TAPS:
+        if W <= FEW_TAPS:
             options["maxnreg"] = FEW_REGISTERS
         launch(convolve_backward, parts_ptr=parts, **pointers, **options)
     return *dxs, parts.sum(0).to(weight.dtype)
