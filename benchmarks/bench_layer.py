@@ -1,6 +1,7 @@
 """Time and memory of the layer, compared with other layers.
 
     python -m benchmarks.bench_layer --device cuda      # about 8 minutes on one H200, half of them for autotuning
+    python -m benchmarks.bench_layer --device cuda --shapes 8,2048 --hidden 1024 --heads 8 --autocast   # host time
     python -m benchmarks.bench_layer --shapes 1,256 --hidden 64 --heads 2 --head-dim 32 --dtype float32
 
 It measures forward, and forward + backward with the gradients of the input and of all parameters, for
@@ -9,9 +10,12 @@ It measures forward, and forward + backward with the gradients of the input and 
     Gated DeltaNet              the layer of flash-linear-attention, if it is installed and the device is a GPU
     SDPA                        causal softmax attention between projections of the same size
 
+On a GPU the host time is that of a call that does not wait for the GPU: the time to queue its kernels. With
+--autocast the parameters are float32, and the call runs under autocast in bfloat16.
+
 The results also have the time of the first call (with compilation and autotuning) and the peak memory above
-parameters and input. On a GPU the time of GatedKalmaNet is divided into the op, matrix products, convolution, norm
-and the rest, by the names of the kernels.
+parameters and input. On a GPU the time of GatedKalmaNet is divided into the op, matrix products, convolution,
+gates, norm and the rest, by the names of the kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import argparse
 import importlib
 import pkgutil
 import re
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,11 +39,13 @@ from benchmarks.calls import allow_fla_backward, first_calls, fla_is_missing, gp
 from benchmarks.common import medians, write_result
 
 Call = Callable[[], object]
+HOST_REPEATS = 20
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # The first pattern that occurs in the name of a kernel decides its part.
 PARTS = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitk",
     "convolution": r"conv",
+    "gates": r"gate_values|gate_gradients",
     "norm": r"gated_norm|layer_norm|rms_norm|rmsnorm",
 }
 
@@ -104,16 +112,29 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
     return found
 
 
-def call(layer: nn.Module, x: Tensor, cotangent: Tensor | None) -> Call:
+def call(layer: nn.Module, x: Tensor, cotangent: Tensor | None, autocast: bool) -> Call:
     """A call of the layer on x; with a cotangent also of its backward pass."""
     leaves = [x, *layer.parameters()]
 
     def run() -> object:
-        with torch.set_grad_enabled(cotangent is not None):
+        narrow = torch.autocast(x.device.type, torch.bfloat16, enabled=autocast)
+        with torch.set_grad_enabled(cotangent is not None), narrow:
             y = layer(x)
         return y if cotangent is None else torch.autograd.grad(y, leaves, cotangent)
 
     return run
+
+
+def host_seconds(functions: dict[str, Call], repeats: int) -> dict[str, float]:
+    """Median seconds until a call on a GPU returns, which has nothing else to do; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def part_of(kernel: str, ours: set[str]) -> str:
@@ -130,7 +151,7 @@ def our_kernels() -> set[str]:
     import gka.ops.triton.kernels
 
     kinds = (triton.JITFunction, triton.runtime.KernelInterface)
-    around = ("conv", "norm")
+    around = ("conv", "gates", "norm")
     modules = pkgutil.iter_modules(gka.ops.triton.kernels.__path__)
     names = (module.name for module in modules if module.name not in around)
     found = [importlib.import_module(f"gka.ops.triton.kernels.{name}") for name in names]
@@ -140,8 +161,8 @@ def our_kernels() -> set[str]:
 def shares(function: Call) -> dict[str, float]:
     """Seconds on the GPU for every part, from one profiled call."""
     ours, found = our_kernels(), dict.fromkeys(("op", *PARTS, "rest"), 0.0)
-    for name, time in gpu_seconds(function).items():
-        found[part_of(name, ours)] += time
+    for name, spent in gpu_seconds(function).items():
+        found[part_of(name, ours)] += spent
     return found
 
 
@@ -149,19 +170,24 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for B, T in options.shapes:
         size = {"B": B, "T": T, "hidden": options.hidden, "H": options.heads, "D": options.head_dim}
         x = torch.randn(B, T, options.hidden, device=options.device, dtype=DTYPES[options.dtype])
-        cotangent = torch.randn_like(x)
+        cotangent = torch.randn_like(x, dtype=torch.bfloat16 if options.autocast else None)
         x.requires_grad_()
         measured = layers(options)
         for what, given in (("forward", None), ("forward+backward", cotangent)):
-            calls = {name: call(layer, x, given) for name, (layer, _) in measured.items()}
+            calls = {name: call(layer, x, given, options.autocast) for name, (layer, _) in measured.items()}
             first = first_calls(calls, options.device)
             times = medians(calls, options.device, options.repeats)
-            for name, time in times.items():
-                row = {"part": "layer", "what": what, "layer": name, **size, "dtype": options.dtype}
-                row |= {"seconds": time, **first[name], **measured[name][1]}
+            host = host_seconds(calls, HOST_REPEATS) if options.device.type == "cuda" else {}
+            for name, spent in times.items():
+                row = {"part": "layer", "what": what, "layer": name, **size}
+                row["dtype"] = "float32 under autocast" if options.autocast else options.dtype
+                row |= {"seconds": spent, **first[name], **measured[name][1]}
+                if name in host:
+                    row["host seconds"] = host[name]
                 if options.device.type == "cuda" and name.startswith("gka"):
                     row["shares"] = shares(calls[name])
-                print(f"B {B} T {T:6d} {what:17s} {name:30s} {time['median'] * 1e3:9.3f} ms", flush=True)
+                queued = f", host {host[name] * 1e3:7.3f} ms" if name in host else ""
+                print(f"B {B} T {T:6d} {what:17s} {name:30s} {spent['median'] * 1e3:9.3f} ms{queued}", flush=True)
                 for part, value in row.get("shares", {}).items():
                     print(f"{'':33s}{part:22s} {value * 1e3:9.3f} ms", flush=True)
                 yield row
@@ -189,7 +215,10 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: benchmarks/results/layer_MACHINE_DATE.json"
     )
+    parser.add_argument("--autocast", action="store_true", help="float32 parameters under autocast in bfloat16")
     options = parser.parse_args()
+    if options.autocast:
+        options.dtype = "float32"
     command = " ".join(["python -m benchmarks.bench_layer", *sys.argv[1:]])
     write_result("layer", bench(options), command, options.output)
 

@@ -5,8 +5,8 @@
     python -m benchmarks.compile_kernels --check         # exit code 1 if worse than benchmarks/kernels.json
     python -m benchmarks.compile_kernels --write         # update that file
 
-The kernels are those of the op, the short convolution and the gated norm, forward and backward, and of a decode
-step. Launches are recorded and not run. ptxas and cuobjdump come with Triton.
+The kernels are those of the op, the short convolution, the gates and the gated norm, forward and backward, and of
+a decode step. Launches are recorded and not run. ptxas and cuobjdump come with Triton.
 """
 
 from __future__ import annotations
@@ -128,14 +128,14 @@ def step_launches(state: torch.dtype, D: int, **solver: Any) -> list[Launch]:
 
 def conv_launches(packed: bool) -> list[Launch]:
     """Kernels of the forward and backward pass of the short convolution."""
-    from gka.ops.triton.conv import short_conv
+    from gka.ops.triton.conv import short_convs
 
-    x = torch.zeros(1, 300, 2048, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.zeros(2048, 4, dtype=torch.bfloat16, requires_grad=True)
+    xs = [torch.zeros(1, 300, C, dtype=torch.bfloat16, requires_grad=True) for C in (2048, 1024, 1024)]
+    weight = torch.zeros(4096, 4, dtype=torch.bfloat16, requires_grad=True)
     place = torch.arange(300, dtype=torch.int32) if packed else None
     with taken_down() as found:
-        y = short_conv(x, weight, place)
-        y.backward(y)
+        ys = short_convs(xs, weight, place)
+        torch.autograd.backward(ys, ys)
     return distinct(found)
 
 
@@ -147,6 +147,17 @@ def norm_launches(dtype: torch.dtype, V: int) -> list[Launch]:
     with taken_down() as found:
         y = gated_rms_norm(x, gate, weight, 1e-6)
         y.backward(y)
+    return distinct(found)
+
+
+def gate_launches(masked: bool) -> list[Launch]:
+    """Kernels of the forward and backward pass of the gates."""
+    from gka.ops.triton.gates import gates
+
+    raw, vectors = torch.zeros(2, 9, 48, dtype=torch.bfloat16, requires_grad=True), torch.zeros(4, 16)
+    with taken_down() as found:
+        made = gates(raw, vectors, torch.ones(2, 9, dtype=torch.bool) if masked else None, (True, True, True))
+        torch.autograd.backward(made, made)
     return distinct(found)
 
 
@@ -184,7 +195,8 @@ NORM_CASES = {
     "norm, float32 V 128": (torch.float32, 128),
     "norm, bfloat16 V 100": (torch.bfloat16, 100),
 }
-ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *NORM_CASES]
+GATE_CASES = {"gates": False, "gates, padded": True}
+ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *NORM_CASES, *GATE_CASES]
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
@@ -194,6 +206,8 @@ def launches_of(case: str, architecture: int) -> list[Launch]:
         return step_launches(*CG_STEP_CASES[case], solver="cg", solver_steps=(20,))
     if case in CONV_CASES:
         return conv_launches(CONV_CASES[case])
+    if case in GATE_CASES:
+        return gate_launches(GATE_CASES[case])
     if case in NORM_CASES:
         return norm_launches(*NORM_CASES[case])
     if case in SOLVE_CASES:

@@ -137,13 +137,16 @@ def layer(result: Result) -> str:
         seconds, shape = row["seconds"]["median"], f"B {row['B']}, T {row['T']}"
         gigabytes = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.2f}"
         cells = [f"{seconds * 1e3:.2f}", _ratio(seconds / base if base else None), gigabytes]
-        table.append([shape, row["what"], row["layer"], *cells, f"{row['first call']:.1f}"])
+        host = [f"{row['host seconds'] * 1e3:.2f}"] if "host seconds" in first else []
+        table.append([shape, row["what"], row["layer"], *cells, f"{row['first call']:.1f}", *host])
         if "shares" in row:
             where.append([shape, row["what"], row["layer"], *(f"{s * 1e3:.2f}" for s in row["shares"].values())])
         if "note" in row:
             notes[row["layer"]] = row["note"]
     size = f"hidden {first['hidden']}, {first['H']} heads of {first['D']}, {first['dtype']}"
     header = ["shape", "what", "layer", "median ms", "ratio to Gated DeltaNet", "peak GB", "first call, s"]
+    if "host seconds" in first:
+        header.append("host ms")
     parts = [
         f"The layer compared with others ({size}); peak memory above parameters and input\n\n"
         f"{markdown_table(header, table)}"

@@ -77,6 +77,21 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The CPU in the place of a GPU; spans and programs so few that small inputs take several rounds."""
+    from gka.ops.triton import conv, fused, gates, norm
+
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, test_gpu.py runs the kernels themselves")
+    monkeypatch.setattr(fused, "DEVICE", "cpu")
+    monkeypatch.setattr(conv, "SPAN", 8)
+    monkeypatch.setattr(norm, "PROGRAMS", 3)
+    monkeypatch.setattr(gates, "PROGRAMS", 2)
+    return monkeypatch
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The CUDA device of tests that are marked gpu."""

@@ -162,13 +162,13 @@ def training_arguments(
         torch_compile=compile,
         logging_steps=options.log_every,
         logging_first_step=True,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # it reads the loss after every backward pass
+        accelerator_config={"non_blocking": True},  # else copying a batch to a GPU waits for the GPU
         eval_strategy="steps",
         eval_steps=eval_every,
         save_steps=options.save_every,
         save_total_limit=2,
         prediction_loss_only=True,
-        accelerator_config={"non_blocking": True},  # otherwise each batch waits for the steps before it
         disable_tqdm=True,
         report_to=[],
     )

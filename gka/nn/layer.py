@@ -26,7 +26,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
@@ -38,9 +37,10 @@ from .cache import LayerState, check_cache, checked_layer_state, read_cache, wri
 from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
+from .gates import layer_gates
 from .padding import RealFirst, check_mask
-from .projections import LowRank, ZeroLinear, project
-from .short_conv import ShortConv, last_inputs, packing
+from .projections import LowRank, ZeroLinear
+from .short_conv import ShortConv, convolve, last_inputs, packing
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -363,20 +363,14 @@ class GatedKalmaNet(DecayParameters):
         self, x: Tensor, past: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
         """q [B, T, H, D], k and v [B, T, Hk or H, D], and the inputs of the convolutions for `last_inputs`."""
-        packed = None
-        outputs, inputs = [], []
-        streams = ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
-        for number, (projection, conv) in enumerate(streams):
-            y = projection(x)
-            if conv is not None and cu_seqlens is not None:
-                packed = packing(y, cu_seqlens, self.conv_size) if packed is None else packed
-                y = conv(y, packed=packed)
-            elif conv is not None:
-                state = None if past is None else past.conv[number]
-                inputs.append((y, state))
-                y = conv(y, state)
-            outputs.append(y.unflatten(2, (-1, self.head_dim)))
-        q, k, v = outputs
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        packed = None if cu_seqlens is None else packing(projected[0], cu_seqlens, self.conv_size)
+        states = [None if past is None or conv is None else past.conv[n] for n, conv in enumerate(convolutions)]
+        outputs = convolve(convolutions, projected, states, packed)
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in outputs)
+        streams = zip(projected, states, convolutions, strict=True)
+        inputs = [] if cu_seqlens is not None else [(y, state) for y, state, conv in streams if conv is not None]
         if self.proj_k is not None and self.proj_v is not None:
             k, v = self._expand(k, self.proj_k, self.k_rep), self._expand(v, self.proj_v, self.v_rep)
         return q, k, v, inputs
@@ -392,21 +386,15 @@ class GatedKalmaNet(DecayParameters):
     def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """g, alpha and beta, [B, T, H] each, in at least 32 bits; at padding g = 0 and beta = 0."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        alpha = beta = None
-        raw_g, raw_beta, raw_alpha = project(x, self.a_proj, self.b_proj, self.alpha_proj)
-        if raw_g is None:
+        real = None if rows is None else rows.real
+        forgets = self.a_proj is not None
+        A_log, dt_bias = (self.decay_parameter(name, wide) if forgets else None for name in ("A_log", "dt_bias"))
+        projections = (self.a_proj, self.b_proj, self.alpha_proj)
+        g, beta, alpha = layer_gates(x, projections, A_log, dt_bias, real)
+        if g is None:
             g = x.new_zeros(*x.shape[:2], self.num_heads, dtype=wide)
-        else:
-            A_log, dt_bias = self.decay_parameter("A_log", wide), self.decay_parameter("dt_bias", wide)
-            g = -torch.exp(A_log) * F.softplus(raw_g.to(wide) + dt_bias)
-        if raw_beta is not None:
-            beta = torch.sigmoid(raw_beta.to(wide)) + 1e-6  # a global would be an input of a compiled graph
-        if raw_alpha is not None:
-            alpha = torch.sigmoid(raw_alpha.to(wide))
-        if rows is not None:
-            real = rows.real.unsqueeze(2).to(wide)
-            g = g * real
-            beta = real.expand_as(g) if beta is None else beta * real
+        if beta is None and real is not None:
+            beta = real.unsqueeze(2).to(wide).expand_as(g)
         return g, alpha, beta
 
     def _op(

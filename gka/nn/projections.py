@@ -33,12 +33,25 @@ class LowRank(nn.Module):
         return y
 
 
-def _is_plain(linear: nn.Linear) -> bool:
+def is_plain(module: nn.Linear | nn.Conv1d, kind: type[nn.Module]) -> bool:
     """Whether only weight and bias decide the output: no adapter, quantised weight, hook or offloading."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if type(linear) is not nn.Linear or any(hooks) or _has_any_global_hook() or "forward" in linear.__dict__:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) is not kind or any(hooks) or _has_any_global_hook() or "forward" in module.__dict__:
         return False
-    return all(type(x) in (nn.Parameter, Tensor) for x in (linear.weight, linear.bias) if x is not None)
+    return all(type(x) in (nn.Parameter, Tensor) for x in (module.weight, module.bias) if x is not None)
+
+
+def are_plain(projections: list[nn.Linear]) -> bool:
+    """Whether weights and biases alone decide the outputs of all."""
+    return all(is_plain(linear, nn.Linear) for linear in projections)
+
+
+def project_as_one(x: Tensor, projections: list[nn.Linear]) -> Tensor:
+    """The outputs of small plain projections of x [B, T, hidden], without biases, side by side in the last dim.
+
+    Large projections are not for this, because the weights are copied.
+    """
+    return F.linear(x, torch.cat([linear.weight for linear in projections]))
 
 
 def project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
@@ -48,7 +61,7 @@ def project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
     arithmetic of the few columns.
     """
     given = [linear for linear in projections if linear is not None]
-    if len(given) < 2 or x.shape[1] == 1 or not all(map(_is_plain, given)):
+    if len(given) < 2 or x.shape[1] == 1 or not are_plain(given):
         return [None if linear is None else linear(x) for linear in projections]
     weights: list[Tensor] = [p.weight for p in given]
     biases: list[Tensor] = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in given]

@@ -11,6 +11,7 @@ Legend: B batch, T time, C channels, W width of the convolution, N packed sequen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.triton import conv as conv_kernels
+from .projections import is_plain
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -53,7 +55,7 @@ class Gaps(NamedTuple):
 class ShortConv(nn.Conv1d):
     """The convolution and SiLU; weight [C, 1, W], no bias.
 
-    It is always called as a module, so that hooks on `forward` work with every implementation.
+    It is called as a module where hooks are registered, with every implementation; see `convolve`.
 
     Args:
         channels: C.
@@ -91,9 +93,9 @@ class ShortConv(nn.Conv1d):
             return y.index_select(2, packed.slots - (self.kernel_size[0] - 1)).transpose(1, 2)
         if packed is not None or conv_kernels.usable(x, self.kernel_size[0]):
             if state is None:
-                return conv_kernels.short_conv(x, self.weight[:, 0], packed)
+                return conv_kernels.short_convs([x], self.weight.squeeze(1), packed)[0]
             row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-            return conv_kernels.short_conv(row, self.weight[:, 0])[:, state.shape[2] :]
+            return conv_kernels.short_convs([row], self.weight.squeeze(1))[0][:, state.shape[2] :]
         if state is None:
             state = x.new_zeros(x.shape[0], x.shape[2], self.kernel_size[0] - 1)
         return self._in_pytorch(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)).transpose(1, 2)
@@ -119,6 +121,28 @@ class ShortConv(nn.Conv1d):
         x, weight = inputs.to(wide), self.weight.to(wide)
         parts = [x[..., j : j + T] * weight[:, 0, j : j + 1] for j in range(width)]
         return reduce(torch.add, parts).to(inputs.dtype)
+
+
+def convolve(
+    convolutions: Sequence[ShortConv | None],
+    xs: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    packed: Gaps | Tensor | None,
+) -> list[Tensor]:
+    """The convolution of each x with its state; where there is no convolution, x.
+
+    One launch does all where the kernels run. Convolutions that are watched or adapted are called one by one.
+    """
+    given = [(conv, x) for conv, x in zip(convolutions, xs, strict=True) if conv is not None]
+    width = given[0][0].kernel_size[0]
+    kernels = packed is not None or conv_kernels.usable(given[0][1], width)
+    like = len({x.dtype for _, x in given}) == 1 and all(state is None for state in states)
+    if kernels and not isinstance(packed, Gaps) and like and all(is_plain(conv, ShortConv) for conv, _ in given):
+        weight = torch.cat([conv.weight for conv, _ in given]).squeeze(1)
+        ys = iter(conv_kernels.short_convs([x for _, x in given], weight, packed))
+        return [x if conv is None else next(ys) for conv, x in zip(convolutions, xs, strict=True)]
+    calls = zip(convolutions, xs, states, strict=True)
+    return [x if conv is None else conv(x, state, packed) for conv, x, state in calls]
 
 
 def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | Tensor:

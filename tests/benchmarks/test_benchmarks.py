@@ -198,14 +198,15 @@ def test_results_of_models_stand_beside_each_other() -> None:
 def test_bench_layer(tmp_path: Path) -> None:
     output = tmp_path / "layer.json"
     sizes = ("--shapes", "2,33", "--hidden", "48", "--heads", "2", "--head-dim", "24", "--repeats", "1")
-    printed = run("benchmarks.bench_layer", *sizes, "--output", str(output))
+    printed = run("benchmarks.bench_layer", *sizes, "--autocast", "--output", str(output))
     assert "Gated DeltaNet is not measured" in printed
     result = json.loads(output.read_text())
     assert [row["layer"] for row in result["rows"]] == 2 * ["gka (16, 16)", "gka (16, 8)", "SDPA"]
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
     assert "| B 2, T 33 | forward+backward | gka (16, 16) |" in table.layer(result)
     for row in result["rows"]:
-        row |= {"shares": {"op": 0.5, "rest": 0.25}, "note": "a note"}
+        row |= {"shares": {"op": 0.5, "rest": 0.25}, "note": "a note", "host seconds": 0.0025}
+    assert "| first call, s | host ms |" in table.layer(result) and " 2.50 |" in table.layer(result)
     written = table.layer(result)
     assert "| what | layer | op | rest |" in written and "SDPA: a note." in written
 

@@ -55,6 +55,25 @@ def test_masks_and_positions_of_a_padded_batch_are_not_read_on_a_gpu(reads: list
     assert not reads
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_training_reads_nothing(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass; masks of softmax attention are transformers' own, which reads them."""
+    monkeypatch.delenv("GKA_CHECK_VALUES", raising=False)
+    torch.manual_seed(0)
+    model = GKAForCausalLM(tiny_config(num_hidden_layers=2, layer_types=[GKA, GKA]))
+    tokens = torch.randint(1, 60, (1, 18) if packed else (2, 9))
+    batch = {"input_ids": tokens, "labels": tokens}
+    if packed:
+        batch["cu_seq_lens_q"] = torch.tensor([0, 4, 18])
+    else:
+        batch["attention_mask"] = torch.tensor([[0, 0, *[1] * 7], [1] * 9])
+    model(**batch).loss.backward()  # tables are made once
+    monkeypatch.setattr(checks, "NEVER_WAITING", ())
+    with Reads() as watch:
+        model(**batch).loss.backward()
+    assert not watch.seen
+
+
 @pytest.mark.parametrize("types", [[GKA, GKA], [GKA, FULL]])
 def test_generate_with_unread_masks(types: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens; and pads are put aside for the prompt alone, once in each GKA layer."""

@@ -20,22 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from gka.nn.gated_norm import GatedRMSNorm
-from gka.nn.short_conv import ShortConv, last_inputs, packing
+from gka.nn.short_conv import ShortConv, convolve, last_inputs, packing
 from gka.ops.triton import config as triton_config
 from gka.ops.triton import conv as conv_kernels
 from gka.ops.triton import fused, norm
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The CPU in the place of a GPU; spans and programs so few that small inputs take several rounds."""
-    pytest.importorskip("triton", reason="Triton is made for Linux only")
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU, test_gpu.py runs the kernels themselves")
-    monkeypatch.setattr(fused, "DEVICE", "cpu")
-    monkeypatch.setattr(conv_kernels, "SPAN", 8)
-    monkeypatch.setattr(norm, "PROGRAMS", 3)
-    return monkeypatch
 
 
 def test_taken_for_16_or_32_bits(stand_in: pytest.MonkeyPatch) -> None:
@@ -58,13 +46,15 @@ def test_nothing_is_asked_of_a_gpu_for_the_cpu(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_layer_stays_the_same(rows: str, stand_in: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for module, name in ((conv_kernels, "short_conv"), (norm, "gated_rms_norm")):
+    for module, name in ((conv_kernels, "short_convs"), (norm, "gated_rms_norm")):
         original = getattr(module, name)
         stand_in.setattr(module, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
     layer = tiny_layer(torch.float32)
     out = layer_outcome(layer, rows)
-    single = rows == "in parts"  # one part is of one token, which has no kernel of the convolution
-    assert calls.count("short_conv") == 3 * (calls.count("gated_rms_norm") - single) > 0
+    convolutions = calls.count("gated_rms_norm")
+    if rows == "in parts":  # the first; one of a single token, without a kernel; the others with three states each
+        convolutions = 1 + 3 * (convolutions - 2)
+    assert calls.count("short_convs") == convolutions > 0
     calls.clear()
     stand_in.setattr(fused, "ENABLED", False)
     assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 2e-4)
@@ -91,10 +81,11 @@ def test_operators_are_what_they_say(packed: bool, stand_in: pytest.MonkeyPatch)
     x, weight = (random_inputs(*shape).float().requires_grad_() for shape in ((1, 9, 5), (5, 4)))
     place = torch.tensor([0, 1, *range(7)], dtype=torch.int32) if packed else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(conv_kernels._short_conv, (x, weight, place), test_utils=checks)
+    for xs, w in (((x, None, None), weight), ((x, None, x.detach()), torch.cat([weight, weight]))):
+        torch.library.opcheck(conv_kernels._function.operator, (*xs, w, place), test_utils=checks)
     o, gate = (random_inputs(2, 3, 4, 5, seed=s).requires_grad_() for s in (3, 4))
     norm_weight = random_inputs(5, seed=5).requires_grad_()
-    torch.library.opcheck(norm._operator, (o, gate, norm_weight, 1e-6), test_utils=checks)
+    torch.library.opcheck(norm._function.operator, (o, gate, norm_weight, 1e-6), test_utils=checks)
 
 
 def convolved(conv: ShortConv, given: dict[str, Tensor], edges: list[int] | None) -> dict[str, Tensor]:
@@ -129,6 +120,29 @@ def test_convolution_equals_pytorch_in_float64(
     stand_in.setattr(fused, "ENABLED", False)
     ref = convolved(conv.double(), {name: x.double() for name, x in given.items()}, edges)
     assert_close(out, ref, 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("without_v", [False, True], ids=["", "without v"])
+def test_one_launch_for_all_convolutions(without_v: bool, packed: bool, stand_in: pytest.MonkeyPatch) -> None:
+    """What single calls give, to the bit, for several blocks of channels; a hook makes calls single."""
+    launches: list[int] = []
+    kernel = conv_kernels.short_convs
+    stand_in.setattr(conv_kernels, "short_convs", lambda xs, *o: launches.append(len(xs)) or kernel(xs, *o))
+    torch.manual_seed(0)
+    convs = [None if without_v and C == 9 else ShortConv(C, 4) for C in (300, 37, 9)]
+    xs = [random_inputs(1, 13, C, seed=C).float().requires_grad_() for C in (300, 37, 9)]
+    found = []
+    for _ in range(2):
+        place = packing(xs[0], torch.tensor([0, 5, 5, 13]), 4) if packed else None
+        ys = convolve(convs, xs, [None] * 3, place)
+        leaves = [*xs, *(conv.weight for conv in convs if conv is not None)]
+        found.append([*ys, *torch.autograd.grad([y.sin().sum() for y in ys], leaves)])
+        convs[0].register_forward_hook(lambda *_: None)
+    assert all(together.equal(single) for together, single in zip(*found, strict=True))
+    number = 2 if without_v else 3
+    assert launches == [number, *[1] * number]
 
 
 def test_sequences_in_a_pack_do_not_see_each_other(stand_in: pytest.MonkeyPatch) -> None:
@@ -280,7 +294,7 @@ def test_offloaded_and_watched_convolutions(stand_in: pytest.MonkeyPatch) -> Non
         assert_near(model(tokens).logits, ref, 1e-4)
         assert len(seen) == 1
     with pytest.raises(ValueError, match="weight is on meta; expected cpu"):
-        conv_kernels.short_conv(torch.zeros(1, 2, 3), torch.zeros(3, 4, device="meta"))
+        conv_kernels.short_convs([torch.zeros(1, 2, 3)], torch.zeros(3, 4, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +303,7 @@ def test_offloaded_and_watched_convolutions(stand_in: pytest.MonkeyPatch) -> Non
 def test_wrong_sequences_are_refused_before_the_convolutions(
     edges: list[int], message: str, stand_in: pytest.MonkeyPatch
 ) -> None:
-    stand_in.setattr(conv_kernels, "short_conv", None)
+    stand_in.setattr(conv_kernels, "short_convs", None)
     with pytest.raises(ValueError, match=message):
         tiny_layer(torch.float32)(
             random_inputs(1, 9, 36).float(), cu_seqlens=torch.tensor(edges, dtype=torch.int64)

@@ -1,19 +1,23 @@
-"""The layer, its short convolution and its gated norm on a CUDA device: `make test-gpu`."""
+"""The layer, its short convolution, gates and gated norm on a CUDA device: `make test-gpu`."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from gate_helpers import WHICH, GateModule, gate_outcome
 from helpers import assert_close, relative_error
 from model_helpers import ROWS, layer_outcome, tiny_layer
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import gka
 from gka.nn.layer import GatedRMSNorm
 from gka.nn.short_conv import ShortConv, packing
 from gka.ops.triton import conv as conv_kernels
+from gka.ops.triton import gates as gate_kernels
 from gka.ops.triton import norm as norm_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
@@ -121,6 +125,28 @@ def test_gated_norm_gives_equal_bits(device: torch.device) -> None:
     assert all(out.equal(ref) for out, ref in zip(*(r.values() for r in results), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("which", WHICH, ids=str)
+def test_gates(which: tuple[bool, bool, bool], padded: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """More rows than the programs of the backward pass take at once; equal calls give equal bits."""
+    torch.manual_seed(0)
+    module, x = GateModule(64, 6, which).to(dtype), torch.randn(2, 20000, 64).to(dtype)
+    results = [gate_outcome(copy.deepcopy(module).to(device), x.to(device), padded) for _ in range(2)]
+    assert all(results[0][name].equal(results[1][name]) for name in results[0])
+    ref = gate_outcome(module.double(), x.double(), padded)
+    out = {name: value.cpu() for name, value in results[0].items()}
+    assert_close(out, ref, 3e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_weak_and_strong_decays(device: torch.device) -> None:
+    """softplus from 1e-9 to 50; each value for itself is exact."""
+    raw = torch.linspace(-20, 50, 3000, device=device).view(1, 1000, 3)
+    g, _, _ = gate_kernels.gates(raw, torch.zeros(2, 3, device=device), None, (True, False, False))
+    exact = -torch.nn.functional.softplus(raw.double(), threshold=1000)
+    assert ((g - exact) / exact).abs().max() < 2e-6
+
+
 LONG, WIDE, TAIL = 1_100_000, 2048, 1000  # more than 2^31 elements
 
 
@@ -151,3 +177,93 @@ def test_gated_norm_of_more_than_2_to_the_31_elements(long_sequence: Tensor) -> 
     y, ref = norm(heads, heads.detach()), norm(few, few.detach())
     (dx,), (dlast,) = torch.autograd.grad(y, heads, y), torch.autograd.grad(ref, few, ref)
     assert relative_error(y[:, -TAIL:], ref) < 1e-6 and relative_error(dx[:, -TAIL:], dlast) < 1e-6
+
+
+def graph_layer(device: torch.device) -> tuple[gka.GatedKalmaNet, Tensor, Tensor]:
+    """A layer, an input that requires a gradient, and a gradient of the output; padded in no row."""
+    torch.manual_seed(0)
+    layer = gka.GatedKalmaNet(64, 2).to(device)
+    x, dy = (torch.randn(2, 150, 64, device=device) for _ in range(2))
+    return layer, x.requires_grad_(), dy
+
+
+def gradients_in(layer: gka.GatedKalmaNet, x: Tensor) -> dict[str, Tensor]:
+    named = {"x": x, **dict(layer.named_parameters())}
+    return {name: parameter.grad.clone() for name, parameter in named.items() if parameter.grad is not None}
+
+
+def forward_backward(layer: torch.nn.Module, x: Tensor, dy: Tensor) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        y: Tensor = layer(x)
+    y.float().backward(dy)
+    return y
+
+
+def test_a_captured_step_gives_the_same_gradients(device: torch.device) -> None:
+    """For new values of the input, and although calls of many other shapes come between."""
+    layer, x, dy = graph_layer(device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            forward_backward(layer, x, dy)
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = forward_backward(layer, x, dy)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        for T in range(1, 80):
+            layer(x[:, :T])
+    graph.replay()
+    captured = {"y": y.detach().clone(), **gradients_in(layer, x)}
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    eager = forward_backward(layer, x, dy)
+    assert_close(captured, {"y": eager.detach(), **gradients_in(layer, x)}, 1e-2)
+
+
+def test_reduced_overhead_gives_the_same_gradients(device: torch.device) -> None:
+    """torch.compile's CUDA graphs, from their warm-up to the third replay; and eager calls between them."""
+    torch._dynamo.reset()
+    counters.clear()
+    layer, x, dy = graph_layer(device)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        found = []
+        for function in (compiled, layer):
+            torch.compiler.cudagraph_mark_step_begin()
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            y = forward_backward(function, x, dy).detach().clone()
+            found.append({"y": y, **gradients_in(layer, x)})
+        assert_close(*found, 3e-2)
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.fixture
+def waits_are_errors(device: torch.device) -> Iterator[Callable[[str], None]]:
+    """A function that sets what happens when the host waits: "default" or "error"."""
+    torch.use_deterministic_algorithms(False)  # else PyTorch's own operators may wait
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
+    torch.use_deterministic_algorithms(True)
+
+
+def test_nothing_waits_for_the_device(waits_are_errors: Callable[[str], None], device: torch.device) -> None:
+    """Forward and backward pass after the first, padded and not."""
+    layer, x, dy = graph_layer(device)
+    mask = torch.ones(2, 150, device=device, dtype=torch.int64)
+    mask[1, :40] = 0
+    for mode in ("default", "error"):
+        waits_are_errors(mode)
+        for given in (None, mask):
+            with torch.autocast("cuda", torch.bfloat16):
+                y = layer(x, given)
+            y.float().backward(dy)
+    with pytest.raises(RuntimeError, match="synchron"):
+        y.sum().item()

@@ -33,7 +33,7 @@ def outcomes() -> dict[str, Tensor]:
     """What the kernels give: of the op and the short convolution, with gradients, and of a step."""
     from gka.ops.triton import call as triton_call
     from gka.ops.triton import step as triton_step
-    from gka.ops.triton.conv import short_conv
+    from gka.ops.triton.conv import short_convs
 
     found: dict[str, Tensor] = {}
     for kind, (dtype, solver_steps, case) in CASES.items():
@@ -50,7 +50,7 @@ def outcomes() -> dict[str, Tensor]:
         found |= {f"step {dtype} {name}": value for name, value in {"o": o, **state._asdict()}.items()}
         x = make_inputs(Case(lengths=(11,), D=5), torch.float32)["q"].detach().flatten(2).to(dtype)
         x.requires_grad_()
-        y = short_conv(x, torch.linspace(-1, 1, 4 * x.shape[2]).view(-1, 4).to(dtype), None)
+        (y,) = short_convs([x], torch.linspace(-1, 1, 4 * x.shape[2]).view(-1, 4).to(dtype))
         y.backward(y.detach())
         found |= {f"convolution {dtype}": y.detach(), f"convolution {dtype} dx": x.grad}
     return found

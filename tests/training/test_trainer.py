@@ -90,6 +90,17 @@ def test_no_step_reads_a_value(tmp_path: Path) -> None:
     assert trainer.reads == ["step"] * 12
 
 
+def test_reads_do_not_grow_with_steps(tmp_path: Path) -> None:
+    """Batches, optimiser and schedule included: only the log at the end reads values."""
+    found = []
+    for steps in (2, 5):
+        trainer = make_trainer(tmp_path, log_every=sys.maxsize, save_every=sys.maxsize, steps=steps)
+        with Reads() as reads:
+            trainer.train()
+        found.append(reads.seen)
+    assert found[0] == found[1] != []
+
+
 def test_reads_are_seen() -> None:
     with Reads() as reads:
         torch.ones(1).item()

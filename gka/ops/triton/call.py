@@ -10,7 +10,7 @@ tokens; BD, BV blocks of D and V.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from ..solvers import node_steps
 from ..types import Arguments, Saved
 from . import config
 from .chunk_table import crossing_sequences, even_chunks, packed_chunks
+from .kept import to_keep
 
 WORKSPACE_BYTES = 9 * 2**27  # of the states of one part, forwards; 9: 34.9 rounds of an H200 at H 16, D = V = 128
 EDGE_EVERY = 64  # chunks between two states that are kept for the backward pass
@@ -76,17 +77,19 @@ class KeyWeights(NamedTuple):
     decay: Tensor
 
 
-@lru_cache(maxsize=64)
+@cache  # a CUDA graph may read them as long as the process lives
 def _node_table(
     solver_steps: tuple[int, ...], ridge_ratio: float, cg: bool, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
     """Step sizes of all stages in a row, float32, none for conjugate gradient; where each stage starts, int32."""
-    starts = [sum(solver_steps[:stage]) for stage in range(len(solver_steps) + 1)]
-    stages = torch.tensor(starts, device=device, dtype=torch.int32)
-    if cg:
-        return None, stages
     taus = [tau for n in solver_steps for tau in node_steps(n, ridge_ratio, smallest_last=True)]
-    return torch.tensor(taus, device=device), stages
+    starts = [sum(solver_steps[:stage]) for stage in range(len(solver_steps) + 1)]
+
+    def tables() -> tuple[Tensor | None, Tensor]:
+        stages = torch.tensor(starts, device=device, dtype=torch.int32)
+        return None if cg else torch.tensor(taus, device=device), stages
+
+    return to_keep(tables, device)
 
 
 class Call:

@@ -13,10 +13,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .kept import capturing, to_keep
+
+
+def even_chunks(B: int, T: int, C: int, every: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk table [NT, 2], first chunks [B + 1], and `crossing_sequences`, of B sequences of T tokens.
+
+    They are kept for later calls; a CUDA graph makes its own, because it may live longer than the kept ones.
+    """
+    return (_even_chunks if capturing(device) else _kept_even_chunks)(B, T, C, every, device)
+
 
 @lru_cache(maxsize=64)
-def even_chunks(B: int, T: int, C: int, every: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunk table [NT, 2], first chunks [B + 1], and `crossing_sequences`, of B sequences of T tokens."""
+def _kept_even_chunks(B: int, T: int, C: int, every: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return to_keep(lambda: _even_chunks(B, T, C, every, device), device)
+
+
+def _even_chunks(B: int, T: int, C: int, every: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     per_sequence = -(-T // C)
     sequence = torch.arange(B, device=device).unsqueeze(1) * T
     starts = sequence + torch.arange(per_sequence, device=device) * C

@@ -196,3 +196,9 @@ def norm_config(V: int, numbers: int) -> dict[str, int]:
     BV = max(16, 1 << (V - 1).bit_length())
     R = max(1, numbers // BV)
     return {"R": R, "BV": BV, "num_warps": max(1, min(32, R * BV // 256)), "num_stages": 1}
+
+
+def gates_config(H: int) -> dict[str, int]:
+    """Rows and warps of a program of the gates: 1024 numbers of each gate or one row, 8 a thread."""
+    BH = 1 << (H - 1).bit_length()
+    return {"R": max(1, 1024 // BH), "BH": BH, "num_warps": max(4, min(32, BH // 256)), "num_stages": 1}

@@ -1,29 +1,31 @@
-"""The short convolution and SiLU by the Triton kernels of `kernels/conv.py`: one launch, no copy of x.
+"""Short convolutions and SiLU by the Triton kernels of `kernels/conv.py`: one launch for all, no copy of x.
 
     y_t = SiLU( sum_{j=0}^{W-1} w_j x_{t-j} )
 
 They run for tensors on an NVIDIA GPU of compute capability 8.0 or later, packed or in rows, up to W = 8;
-everywhere else `short_conv.py` does the same in PyTorch. As custom operators they are opaque to torch.compile,
-which only traces shapes. Sums are made in one order, so that equal calls give equal bits. The kernels
-have first derivatives backwards; gradients of gradients come from PyTorch.
+everywhere else `short_conv.py` does the same in PyTorch. Sums are made in one order, so that equal calls give
+equal bits.
 
 Legend: B batch, T time, C channels, W width of the convolution, N packed sequences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transforms import gradients_with_graph
 from . import fused
 from .config import conv_config
+from .kernel_function import KernelFunction
 
 MOST_TAPS = 8  # there, backwards, a thread has no register left
 SPAN = 128  # tokens of a program
+FEW_TAPS, FEW_REGISTERS = 4, 104  # backwards these are enough; a compiler left free takes up to 168
+STREAMS = 3  # tensors of one launch, at most
 
 
 def usable(x: Tensor, width: int) -> bool:
@@ -31,91 +33,100 @@ def usable(x: Tensor, width: int) -> bool:
     return x.shape[1] > 1 and x.numel() > 0 and width <= MOST_TAPS and fused.enabled(x)
 
 
-def short_conv(x: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor:
-    """Causal convolution and SiLU; zeros before the first token.
+def short_convs(xs: Sequence[Tensor], weight: Tensor, place: Tensor | None = None) -> list[Tensor]:
+    """Causal convolution of up to three tensors and SiLU, by one launch; zeros before the first token.
 
     Args:
-        x: [B, T, C], of a dtype in `fused.DTYPES`; B is 1 with `place`.
-        weight: [C, W], any float dtype; its last column is of the token itself.
+        xs: [B, T, C] each, C channels of its own, of one dtype in `fused.DTYPES`; B is 1 with `place`.
+        weight: [sum of C, W], any float dtype; its last column is of the token itself.
         place: [T] of int32, the number of each token in its packed sequence.
 
     Returns:
-        [B, T, C] in x's dtype; sums are float32.
+        [B, T, C] for each x, in its dtype; sums are float32.
 
     Raises:
-        ValueError: x and weight are not on one device.
+        ValueError: weight and xs are not on one device.
     """
-    if (
-        weight.device != x.device
-    ):  # without the check, a weight on "meta" would make this a call that computes nothing
-        raise ValueError(f"the convolution's weight is on {weight.device}; expected {x.device}, as x")
-    y: Tensor = _short_conv(x, weight, place)
-    return y
+    if weight.device != xs[0].device:  # a weight on "meta" would make this a call that computes nothing
+        raise ValueError(f"the convolution's weight is on {weight.device}; expected {xs[0].device}, as x")
+    missing = [None] * (STREAMS - len(xs))
+    return list(_function(*xs, *missing, weight, place)[: len(xs)])
 
 
-def _options(x: Tensor, weight: Tensor, place: Tensor | None, rows: int) -> tuple[int, dict[str, Any]]:
-    """Number of programs and the kernels' named arguments."""
-    (B, T, C), W = x.shape, weight.shape[1]
-    config = conv_config(C, rows)
-    programs = B * -(-T // SPAN) * -(-C // config["BC"])
-    return programs, {"T": T, "C": C, "W": W, "PACKED": place is not None, "SPAN": SPAN, **config}
+def _options(xs: Sequence[Tensor | None], weight: Tensor, place: Tensor | None, rows: int) -> dict[str, Any]:
+    """The kernels' named arguments but tensors of the size of x, and the number of programs."""
+    (B, T, _), W = _first(xs).shape, weight.shape[1]
+    channels = [0 if x is None else x.shape[2] for x in xs]
+    config = conv_config(max(channels), rows)
+    return {
+        "programs": B * -(-T // SPAN) * sum(-(-C // config["BC"]) for C in channels),
+        "weight_ptr": weight.contiguous(), "place_ptr": place,
+        "T": T, "C0": channels[0], "C1": channels[1], "C2": channels[2],
+        "W": W, "PACKED": place is not None, "SPAN": SPAN, **config,
+    }  # fmt: skip
 
 
-@torch.library.custom_op("gka::short_conv", mutates_args=())
-def _short_conv(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
+def _first(xs: Sequence[Tensor | None]) -> Tensor:
+    x = xs[0]
+    assert x is not None, "one x at least"
+    return x
+
+
+def _pointers(name: str, xs: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Named arguments of a kernel for tensors of the size of x; the first in place of those that there are not."""
+    held = [_first(xs) if x is None else x for x in xs]
+    return {f"{name}{number}_ptr": x for number, x in enumerate(held)}
+
+
+def _in_rows(xs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in xs]
+
+
+def _empty(*given: Tensor | None) -> tuple[Tensor, ...]:
+    """Contiguous, in the shapes of the xs, which are the first inputs; empty for None."""
+    like = _first(given)
+    return tuple(like.new_empty((0,) if x is None else x.shape) for x in given[:STREAMS])
+
+
+def _forward(*given: Any) -> tuple[Tensor, ...]:
     from .kernels.conv import convolve  # Triton is needed where the kernel runs, not where it is traced
     from .launch import launch, on_device
 
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs, options = _options(x, weight, place, rows=8)
-    with on_device(x.device):
-        launch(convolve, programs,
-            x_ptr=x.contiguous(), weight_ptr=weight.contiguous(), place_ptr=place, y_ptr=y, **options,
-        )  # fmt: skip
-    return y
+    *xs, weight, place = given
+    ys = _empty(*xs)
+    with on_device(weight.device):
+        pointers = _pointers("x", _in_rows(xs)) | _pointers("y", ys)
+        launch(convolve, **pointers, **_options(xs, weight, place, rows=8))
+    return ys
 
 
-@_short_conv.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("gka::short_conv_backward", mutates_args=())
-def _short_conv_backward(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
+def _backward(*given: Any) -> tuple[Tensor, ...]:
+    """Gradients of the xs and of the weight."""
     from .kernels.conv import convolve_backward
     from .launch import launch, on_device
 
-    (B, T, C), W = x.shape, weight.shape[1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = torch.empty(B * -(-T // SPAN), C, W, dtype=torch.float32, device=x.device)
-    programs, options = _options(x, weight, place, rows=max(4, W - 1))
-    with on_device(x.device):
-        launch(convolve_backward, programs,
-            dy_ptr=dy.contiguous(), x_ptr=x.contiguous(), weight_ptr=weight.contiguous(), place_ptr=place,
-            dx_ptr=dx, parts_ptr=parts, **options,
-        )  # fmt: skip
-    return dx, parts.sum(0).to(weight.dtype)
+    dys, (*xs, weight, place) = given[:STREAMS], given[STREAMS:]
+    (B, T, _), W = xs[0].shape, weight.shape[1]
+    dxs = _empty(*xs)
+    parts = torch.empty(B * -(-T // SPAN), *weight.shape, dtype=torch.float32, device=weight.device)
+    with on_device(weight.device):
+        pointers = _pointers("dy", _in_rows(dys)) | _pointers("x", _in_rows(xs)) | _pointers("dx", dxs)
+        options = _options(xs, weight, place, rows=max(4, W - 1))
+        if W <= FEW_TAPS:
+            options["maxnreg"] = FEW_REGISTERS
+        launch(convolve_backward, parts_ptr=parts, **pointers, **options)
+    return *dxs, parts.sum(0).to(weight.dtype)
 
 
-@_short_conv_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _in_pytorch(*given: Any) -> tuple[Tensor, ...]:
+    """`short_convs` in PyTorch, for derivatives that the kernels do not have."""
+    *xs, weight, place = given
+    weights = weight.split([0 if x is None else x.shape[2] for x in xs])
+    empty = weight.new_empty(0)
+    return tuple(empty if x is None else _by_shifts(x, w, place) for x, w in zip(xs, weights, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, place = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        return *gradients_with_graph(lambda x, weight: [_in_pytorch(x, weight, place)], (x, weight), (dy,)), None
-    return *_short_conv_backward(dy, x, weight, place), None
-
-
-def _in_pytorch(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
-    """`short_conv` by W shifts, for derivatives that the kernels do not have."""
+def _by_shifts(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
     wide, W = x.float(), weight.shape[1]
     y = wide * weight[:, -1]
     for j in range(1, W):
@@ -126,4 +137,13 @@ def _in_pytorch(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
     return F.silu(y).to(x.dtype)
 
 
-_short_conv.register_autograd(_differentiate, setup_context=_save)
+_function = KernelFunction(
+    "short_convs",
+    ("Tensor x0", "Tensor? x1", "Tensor? x2", "Tensor weight", "Tensor? place"),
+    differentiable=4,
+    outputs=STREAMS,
+    empty=_empty,
+    forward=_forward,
+    backward=_backward,
+    in_pytorch=_in_pytorch,
+)

@@ -1,4 +1,4 @@
-"""Whether kernels run around the op, in the short convolution and the gated norm: `GKA_FUSED=0` turns them off."""
+"""Whether kernels run around the op, for short convolution, gates and gated norm: `GKA_FUSED=0` turns them off."""
 
 from __future__ import annotations
 

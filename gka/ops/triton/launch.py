@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from .prepared import PreparedKernel
 
 _AHEAD: ContextVar[bool] = ContextVar("gka_compiling_ahead", default=False)
 THREADS = 8
@@ -43,16 +46,23 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
-    """Run `programs` programs of a kernel, if any, or compile it; the op's stages give all arguments by name."""
+_prepared: dict[int, PreparedKernel] = {}  # by the kernel's id
+
+
+def launch(kernel: Any, programs: int, **named: Any) -> None:
+    """Run `programs` programs of a kernel, if any, or compile it."""
     if not programs:
         return
     named.setdefault("enable_fp_fusion", True)  # Triton is about to change its default
     if _AHEAD.get():
-        kernel.warmup(*arguments, grid=(programs,), **named)
-    else:
-        # kernel[grid](...) without its copy of the names
-        kernel.run(*arguments, grid=(programs,), warmup=False, **named)
+        kernel.warmup(grid=(programs,), **named)
+    elif (prepared := _prepared.get(id(kernel))) is not None:
+        prepared.run(programs, named)
+    elif type(kernel) is JITFunction:
+        _prepared[id(kernel)] = PreparedKernel(kernel)
+        _prepared[id(kernel)].run(programs, named)
+    else:  # Triton's interpreter
+        kernel.run(grid=(programs,), warmup=False, **named)
 
 
 @contextmanager

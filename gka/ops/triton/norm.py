@@ -3,24 +3,20 @@
     y = x / sqrt(mean(x^2) + eps) * weight * SiLU(gate)
 
 They run for tensors on an NVIDIA GPU of compute capability 8.0 or later; `gka/nn/gated_norm.py` does the same in
-PyTorch elsewhere. torch.compile meets a custom operator, of which it only traces shapes. Sums are made in one
-order, so equal calls give equal bits. The kernels have first derivatives backwards;
-gradients of gradients come from PyTorch.
+PyTorch elsewhere. Sums are made in one order, so equal calls give equal bits.
 
 Legend: V size of the last dim, N rows: product of all others.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transforms import gradients_with_graph, must_dispatch
 from . import fused
 from .config import norm_config
+from .kernel_function import KernelFunction
 
 FORWARD, BACKWARD = 1024, 1024  # numbers of each tensor that a program holds at once
 PROGRAMS = 6 * 132  # at most, of the backward pass: as many as an H100 holds at once
@@ -52,11 +48,10 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
         )
     if gate.device != x.device or weight.device != x.device:
         raise ValueError(f"gate and weight are on {gate.device} and {weight.device}; expected {x.device}, as x")
-    y: Tensor = (_operator if must_dispatch(x) else _GatedRMSNorm.apply)(x, gate, weight, eps)
-    return y
+    return _function(x, gate, weight, eps)[0]
 
 
-def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor]:
     from .kernels.norm import gated_norm  # Triton is needed where the kernel runs, not where it is traced
     from .launch import launch, on_device
 
@@ -69,7 +64,7 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
                 x_ptr=x.contiguous(), gate_ptr=gate.contiguous(), weight_ptr=weight.contiguous(), y_ptr=y,
                 N=N, eps=eps, V=V, **config,
             )  # fmt: skip
-    return y
+    return (y,)
 
 
 def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,58 +88,19 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -
     return dx, dgate, parts.sum(0).to(weight.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-class _GatedRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-        _save(ctx, (x, gate, weight, eps), x)
-        return _forward(x, gate, weight, eps)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, dy)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, gate, weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        eps = ctx.eps
-        return *gradients_with_graph(
-            lambda x, gate, weight: [_in_pytorch(x, gate, weight, eps)], (x, gate, weight), (dy,)
-        ), None
-    return *(_backward_operator if must_dispatch(dy) else _backward)(dy, x, gate, weight, ctx.eps), None
-
-
-def _in_pytorch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _in_pytorch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor]:
     """`gated_rms_norm` in PyTorch, for derivatives that the kernels do not have."""
     y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps) * F.silu(gate.float())
-    return y.to(x.dtype)
+    return (y.to(x.dtype),)
 
 
-_LIBRARY = torch.library.Library("gka", "FRAGMENT")
-_INPUTS = "Tensor x, Tensor gate, Tensor weight, float eps"
-_LIBRARY.define(f"gated_rms_norm({_INPUTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_LIBRARY.define(
-    f"gated_rms_norm_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+_function = KernelFunction(
+    "gated_rms_norm",
+    ("Tensor x", "Tensor gate", "Tensor weight", "float eps"),
+    differentiable=3,
+    outputs=1,
+    empty=lambda x, *_: (x.new_empty(x.shape),),
+    forward=_forward,
+    backward=_backward,
+    in_pytorch=_in_pytorch,
 )
-_LIBRARY.impl("gated_rms_norm", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("gated_rms_norm_backward", _backward, "CompositeExplicitAutograd")
-_operator = torch.ops.gka.gated_rms_norm.default
-_backward_operator = torch.ops.gka.gated_rms_norm_backward.default
-
-
-@torch.library.register_fake("gka::gated_rms_norm", lib=_LIBRARY)
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("gka::gated_rms_norm_backward", lib=_LIBRARY)
-def _(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
-
-
-torch.library.register_autograd("gka::gated_rms_norm", _differentiate, setup_context=_save, lib=_LIBRARY)

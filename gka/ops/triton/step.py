@@ -53,7 +53,7 @@ def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch
     return torch.tensor([*taus, 0.0], dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@cache  # as above
 def _end_table(solver_steps: tuple[int, ...], device: torch.device) -> Tensor:
     """The end of the stage of each product of conjugate gradient; a residual between stages is an end itself."""
     ends: list[int] = []

@@ -11,7 +11,11 @@ store that may be of the same address the compiler moves nothing. All arithmetic
 Rows of a batch do not see each other, nor do packed sequences: `place` says of each token its number in its
 sequence, and tap j is of a token only if that is at least j.
 
-Legend: T tokens of each of the batch's rows; C channels; W width; R rows at a time; BC block of channels.
+A launch convolves up to three tensors x of the same tokens, each with channels of its own. The taps of all are one
+tensor, in the order of the x.
+
+Legend: T tokens of each of the batch's rows; C0, C1, C2 channels of each x, 0 for a missing one; C those of one; W
+width; R rows at a time; BC block of channels.
 """
 
 import triton
@@ -21,13 +25,23 @@ from .common import cast
 
 
 @triton.jit
-def _span_of(program, T, C, SPAN: tl.constexpr, BC: tl.constexpr):
-    """Of a program: its channels, the first and the last token + 1 of its row, its first token, its number."""
-    blocks = tl.cdiv(C, BC)
+def _channels_of(program, C0, C1, C2, BC: tl.constexpr):
+    """Of a program: which x it is for, its block of that x, the x's channels, those before it, and its span."""
+    blocks0, blocks1 = tl.cdiv(C0, BC), tl.cdiv(C1, BC)
+    blocks = blocks0 + blocks1 + tl.cdiv(C2, BC)
+    block = program % blocks
+    is_0, is_1 = block < blocks0, block < blocks0 + blocks1
+    before = tl.where(is_0, 0, tl.where(is_1, blocks0, blocks0 + blocks1))
+    C = tl.where(is_0, C0, tl.where(is_1, C1, C2))
+    return is_0, is_1, block - before, C, tl.where(is_0, 0, tl.where(is_1, C0, C0 + C1)), program // blocks
+
+
+@triton.jit
+def _span_of(number, T, SPAN: tl.constexpr):
+    """Of a span: the first and the last token + 1 of its row, and its first token."""
     spans = tl.cdiv(T, SPAN)
-    number = program // blocks
     start = (number // spans).to(tl.int64) * T
-    return (program % blocks) * BC + tl.arange(0, BC), start, start + T, start + (number % spans) * SPAN, number
+    return start, start + T, start + (number % spans) * SPAN
 
 
 @triton.jit
@@ -94,12 +108,18 @@ def _convolved(taps, x, older, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def convolve(
-    x_ptr, weight_ptr, place_ptr, y_ptr,  # [B T, C], [C, W], [T] int32 if PACKED, out: [B T, C]
-    T, C,
+    x0_ptr, x1_ptr, x2_ptr,  # [B T, C] each
+    weight_ptr, place_ptr,  # [C0 + C1 + C2, W], [T] int32 if PACKED
+    y0_ptr, y1_ptr, y2_ptr,  # out: [B T, C] each
+    T, C0, C1, C2,
     W: tl.constexpr, PACKED: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    c, start, end, first, _ = _span_of(tl.program_id(0), T, C, SPAN, BC)
-    taps = _taps(weight_ptr, c, C, W)
+    is_0, is_1, block, C, before, number = _channels_of(tl.program_id(0), C0, C1, C2, BC)
+    x_ptr = x0_ptr if is_0 else (x1_ptr if is_1 else x2_ptr)
+    y_ptr = y0_ptr if is_0 else (y1_ptr if is_1 else y2_ptr)
+    c = block * BC + tl.arange(0, BC)
+    start, end, first = _span_of(number, T, SPAN)
+    taps = _taps(weight_ptr + before * W, c, C, W)
     past = _past(x_ptr, place_ptr, first, start, end, c, C, W, PACKED)
     for done in range(0, SPAN, R):
         rows = _rows(x_ptr, first + done, 1, start, end, c, C, R)
@@ -115,14 +135,21 @@ def convolve(
 
 @triton.jit(do_not_specialize=["T"])
 def convolve_backward(
-    dy_ptr, x_ptr, weight_ptr, place_ptr,  # [B T, C] twice, [C, W], [T] int32 if PACKED
-    dx_ptr, parts_ptr,  # out: [B T, C], [B spans, C, W] float32, the gradient of the weight by spans
-    T, C,
+    dy0_ptr, dy1_ptr, dy2_ptr, x0_ptr, x1_ptr, x2_ptr,  # [B T, C] each
+    weight_ptr, place_ptr,  # [C0 + C1 + C2, W], [T] int32 if PACKED
+    dx0_ptr, dx1_ptr, dx2_ptr,  # out: [B T, C] each
+    parts_ptr,  # out: [B spans, C0 + C1 + C2, W] float32, the gradient of the weight by spans
+    T, C0, C1, C2,
     W: tl.constexpr, PACKED: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """R is at least W - 1: the R tokens behind the span are walked through for the last of its dx."""
-    c, start, end, first, number = _span_of(tl.program_id(0), T, C, SPAN, BC)
-    taps = _taps(weight_ptr, c, C, W)
+    is_0, is_1, block, C, before, number = _channels_of(tl.program_id(0), C0, C1, C2, BC)
+    dy_ptr = dy0_ptr if is_0 else (dy1_ptr if is_1 else dy2_ptr)
+    x_ptr = x0_ptr if is_0 else (x1_ptr if is_1 else x2_ptr)
+    dx_ptr = dx0_ptr if is_0 else (dx1_ptr if is_1 else dx2_ptr)
+    c = block * BC + tl.arange(0, BC)
+    start, end, first = _span_of(number, T, SPAN)
+    taps = _taps(weight_ptr + before * W, c, C, W)
     last = tl.minimum(first + SPAN, end)
     past = _past(x_ptr, place_ptr, first, start, end, c, C, W, PACKED)
     dtaps = ()
@@ -151,4 +178,5 @@ def convolve_backward(
             tl.store(dx_ptr + done_with * C + c, dx, mask=_inside(c, C, done_with, first, last))
             dtaps, sums, past = new_dtaps, new_sums[: W - 1], past[: W - 1]
     for j in tl.static_range(W):
-        tl.store(parts_ptr + (number.to(tl.int64) * C + c) * W + (W - 1 - j), dtaps[j], mask=c < C)
+        place = parts_ptr + (number.to(tl.int64) * (C0 + C1 + C2) + before + c) * W + (W - 1 - j)
+        tl.store(place, dtaps[j], mask=c < C)
