@@ -47,7 +47,7 @@ from benchmarks.calls import allow_fla_backward, fla_is_missing, gpu_seconds
 from benchmarks.common import write_result
 from experiments.evidence.table import markdown_table
 from gka.hf import Mixer, register_mixer
-from gka.ops.checks import checked_solver_steps
+from gka.ops.checks import checked_plan
 from gka.ops.flops import forward_flops
 from gka.ops.triton.config import CHUNK_SIZES
 
@@ -117,8 +117,9 @@ def step_flops(model: nn.Module, mixer: str, B: int, T: int, dtype: torch.dtype)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if mixer == "gka":
         q = torch.empty(B, T, H, D, device="meta")
-        steps = checked_solver_steps(config.solver_steps, dtype)
-        op = forward_flops(SimpleNamespace(q=q, v=q, cu_seqlens=None, solver_steps=steps), CHUNK_SIZES[-1])
+        plan = checked_plan(config.solver, config.solver_steps, config.tolerance, dtype)
+        sizes: Any = SimpleNamespace(q=q, v=q, cu_seqlens=None, solver_steps=plan.solver_steps, plan=plan)
+        op = forward_flops(sizes, CHUNK_SIZES[-1])
     else:
         op = B * T * (2 * T * H * D if mixer == "attention" else 6 * H * D * D)
     return 3 * (2 * linear * B * T + config.num_hidden_layers * op)
