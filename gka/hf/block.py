@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,6 +29,21 @@ def cast_once(x: Tensor) -> Tensor:
     """x in the dtype of autocast, where it is on. Otherwise every projection of x casts it and keeps a copy."""
     dtype = autocast_dtype(x.device)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)  # autocast leaves float64 as it is
+
+
+class RMSNorm(Qwen3RMSNorm):
+    """RMSNorm as in Qwen3, bit for bit; in float32 under autocast by PyTorch's kernel.
+
+    Qwen3's is six kernels forward and about ten backward, which each read and write all hidden states.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden], in the dtype of the input."""
+        float32 = hidden_states.dtype == self.weight.dtype == torch.float32
+        if float32 and autocast_dtype(hidden_states.device) is not None:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        out: Tensor = super().forward(hidden_states)
+        return out
 
 
 class SoftmaxAttention(Qwen3Attention):
@@ -54,14 +70,14 @@ class GKABlock(GradientCheckpointingLayer):
     def __init__(self, config: GKAConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.layer_type == "linear_attention" and config.mixer in OURS:
             self.gka = GatedKalmaNet.from_config(config, layer_idx)
         elif self.layer_type == "linear_attention":
             self.peer = registered_mixer(config.mixer)(config, layer_idx)
         else:
             self.self_attn = SoftmaxAttention(config, layer_idx)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)  # Qwen3's, with a bias where config.mlp_bias
         for name, module in self.named_modules():
             if name.endswith(_OUTPUTS):

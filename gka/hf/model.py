@@ -25,7 +25,7 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.decay import whole_decay, with_rests
 from ..nn.layer import GatedKalmaNet
-from .block import GKABlock, SoftmaxAttention
+from .block import GKABlock, RMSNorm, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .captured_step import decode, forget
 from .checkpoint import is_published, load_published
@@ -182,7 +182,7 @@ class GKAModel(GKAPreTrainedModel):
         config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(GKABlock(config, index) for index in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.has_attention:
             self.rotary_emb = Qwen3RotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import relative_error
 from model_helpers import (
     FULL,
     GKA,
@@ -17,9 +18,10 @@ from model_helpers import (
     tiny_model,
 )
 from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from gka import GKAForCausalLM
-from gka.hf.block import cast_once
+from gka.hf.block import RMSNorm, cast_once
 from gka.hf.cache_name import named
 
 KINDS = ("gka", "gla", "hybrid", "hybrid, sliding")
@@ -204,3 +206,26 @@ def test_initial_weights() -> None:
             assert value.abs().max() <= 0.5 and 0.25 < value.std() < 0.33, name
         elif name.endswith("weight"):
             assert 0.017 < value.std() < 0.023, name
+
+
+def test_norm_under_autocast() -> None:
+    norm = RMSNorm(37, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = (3 * torch.randn(2, 5, 37)).requires_grad_()
+    cotangent = torch.randn(2, 5, 37)
+
+    def results(autocast: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = norm(x)
+        return [y, *torch.autograd.grad(y, [x, norm.weight], cotangent)]
+
+    for found, expected in zip(results(True), results(False), strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < 1e-6
+    # Without autocast and in 16 bits it is transformers' own.
+    theirs = Qwen3RMSNorm(37, eps=1e-5)
+    theirs.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), theirs(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x.bfloat16()), theirs(x.bfloat16()))
