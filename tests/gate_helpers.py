@@ -35,7 +35,8 @@ def gate_outcome(module: GateModule, x: Tensor, padded: bool) -> dict[str, Tenso
     last = x.shape[1] // 3 * torch.arange(1, x.shape[0] + 1, device=x.device)
     real = torch.arange(x.shape[1], device=x.device) < last.unsqueeze(1) if padded else None
     out = {name: y for name, y in zip(NAMES, module(leaf, real), strict=True) if y is not None}
-    cotangents = [random_inputs(*y.shape, seed=3).to(y) for y in out.values()]
+    # Of one sign, so that sums over tokens do not cancel.
+    cotangents = [random_inputs(*y.shape, seed=3).abs().to(y) for y in out.values()]
     wanted = {"x": leaf, **dict(module.named_parameters())}
     grads = torch.autograd.grad(list(out.values()), list(wanted.values()), cotangents)
     return {**out, **{f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
