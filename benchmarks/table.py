@@ -213,9 +213,24 @@ def place_errors(result: Result) -> str:
     return f"The same errors on the low-rank start by the position of the token, for a loss through o:\n\n{text}"
 
 
+def solver_errors(result: Result) -> str:
+    """Errors of both solvers, with alpha and beta random, on the families and on trained inputs of 16 bits."""
+    table = []
+    for row in result["rows"]:
+        trained = row["table"] == "trained" and row["bits"] == 16
+        if trained or (row["table"] == "families" and row["gates"] == "random"):
+            inputs = f"trained, layer {row['layer']}" if trained else row["family"]
+            steps = f"tolerance {row['tolerance']}" if row["steps"] is None else str(tuple(row["steps"]))
+            errors = [_thousandths(row[name]) for name in ("o", *GRADIENTS)]
+            table.append([row["backend"], inputs, row["solver"], steps, f"{row['products']:.1f}", *errors])
+    header = ["backend", "inputs", "solver", "steps", "products", "o", *GRADIENTS]
+    return f"Both solvers, in the same units, for a loss through o:\n\n{markdown_table(header, table)}"
+
+
 def accuracy(result: Result) -> str:
-    """Both tables of errors."""
-    return f"{family_errors(result)}\n\n{place_errors(result)}"
+    """All tables of errors; results from before there were two solvers have no table of both."""
+    both = [solver_errors(result)] if "solver" in result["rows"][0] else []
+    return "\n\n".join([family_errors(result), place_errors(result), *both])
 
 
 def length(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""The four families of inputs on which 16-bit accuracy is stated (D = V = 128).
+"""The four families of inputs on which 16-bit accuracy is stated (D = V = 128), and inputs of trained layers.
 
 k and q are normalised Gaussian rows, v Gaussian, all rounded to bfloat16; g = logsigmoid(N(0, 1) + m).
 """
@@ -6,9 +6,13 @@ k and q are normalised Gaussian rows, v Gaussian, all rounded to bfloat16; g = l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+TRAINED = Path(__file__).parent / "trained_inputs.safetensors"  # made by `python -m benchmarks.capture_inputs`
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,19 @@ def first_tokens(sequences: int, length: int, H: int = 2, D: int = 128, seed: in
     """A packed batch of short sequences like the low-rank start, with `cu_seqlens`."""
     inputs = family_inputs(Family(sequences * length, 4.0), H, D, seed)
     return {**inputs, "cu_seqlens": torch.arange(sequences + 1) * length}
+
+
+def trained_inputs(layer: int) -> dict[str, Tensor]:
+    """Inputs of the op in a layer of a trained byte-level model, D = V = 64: q, k, v, g, alpha, beta.
+
+    q and k are normalised and rounded to bfloat16, as those of the families.
+    """
+    saved = {
+        name.removeprefix(f"{layer}."): x for name, x in load_file(TRAINED).items() if name.startswith(f"{layer}.")
+    }
+    for name in ("q", "k"):
+        saved[name] = torch.nn.functional.normalize(saved[name].double(), dim=-1).bfloat16()
+    return saved
+
+
+TRAINED_LAYERS = (0, 1)

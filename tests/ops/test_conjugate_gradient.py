@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 from decode_helpers import StepCase, step_arguments
-from families import FAMILIES, Family, family_inputs, gradients_of, with_gates
+from families import (
+    FAMILIES,
+    TRAINED_LAYERS,
+    Family,
+    family_inputs,
+    gradients_of,
+    trained_inputs,
+    with_gates,
+)
 from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, relative_error, run
 
 from gka.ops import gated_kalmanet, gated_kalmanet_step
 from gka.ops.conjugate_gradient import conjugate_gradient
 from gka.ops.solvers import Exact
+from gka.ops.torch.products import products_needed
+from gka.ops.types import Arguments
 
 CG: dict[str, Any] = {"solver": "cg"}
 
@@ -234,6 +244,20 @@ def test_kernels_on_families(name: str, options: dict[str, Any]) -> None:
 
 
 @with_kernels
+def test_kernels_refuse_a_tolerance_that_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from gka.ops.triton import config
+
+    inputs = trained_inputs(0)
+    tensors = [inputs[name] for name in ("q", "k", "v", "g")]
+    monkeypatch.setattr(config, "capability", lambda _: (10, 0))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    with pytest.raises(ValueError, match=r"tolerance is 0\.1; expected None on this GPU with Triton 3\.6\.0"):
+        gated_kalmanet(*tensors, **CG, tolerance=0.1, backend="triton")
+
+
+@with_kernels
 def test_kernels_with_zero_rows_and_states() -> None:
     """Also with gradients so small that their squares are zero in float32."""
     arguments = converted(make_inputs(Case(lengths=(40,), Hk=2, state=False)), torch.bfloat16)
@@ -250,3 +274,37 @@ def test_kernels_with_zero_rows_and_states() -> None:
     for name in ("o", "dq", "dk"):
         scale = 1 / ref[name].norm()
         assert relative_error(out[name].double() * scale, ref[name] * scale) < 1.5e-2, name
+
+
+@pytest.mark.parametrize("layer", TRAINED_LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_states_of_trained_layers(layer: int, dtype: torch.dtype) -> None:
+    """Both solvers: states of a few strong directions are no harder than the families."""
+    inputs = {
+        n: x if n in "gab" or dtype == torch.bfloat16 else x.float() for n, x in trained_inputs(layer).items()
+    }
+    exact = run(doubled(inputs), solver_steps=(200,))
+    for options in ({}, CG, {**CG, "tolerance": 0.03 if dtype == torch.bfloat16 else 1e-4}):
+        out = run(inputs, **options)
+        bounds = (2e-3, 4e-3) if dtype == torch.bfloat16 else (3e-4, 3e-3)
+        assert_close({"o": out["o"]}, {"o": exact["o"]}, bounds[0], str(options))
+        assert_close(gradients_of(out), gradients_of(exact), bounds[1], str(options))
+
+
+def test_products_needed() -> None:
+    """Fewer for a looser tolerance; as many as the iteration makes."""
+    inputs = trained_inputs(0)
+    tensors = [inputs[name].float() for name in ("q", "k", "v", "g", "alpha", "beta")]
+    means = []
+    for tolerance in (0.1, 1e-3):
+        arguments = Arguments(*tensors, None, None, None, 0.02, (64,), 1.0, False, 64, "cg", tolerance)
+        (counts,) = products_needed(arguments)
+        assert counts.shape == (3, tensors[0].shape[2]) and (counts == counts.round()).all()
+        means.append(counts.mean().item())
+        most = int(counts.max())
+        whole = run(inputs, **CG, tolerance=tolerance, solver_steps=(64,), chunk_size=64)
+        limited = run(inputs, **CG, tolerance=tolerance, solver_steps=(most,), chunk_size=64)
+        assert torch.equal(whole["o"], limited["o"])
+    assert 1 < means[0] < means[1] < 40
+    with pytest.raises(ValueError, match="tolerance is None"):
+        products_needed(arguments._replace(tolerance=None))

@@ -23,6 +23,11 @@ SMALLEST = tl.constexpr(1e-36)  # its reciprocal is finite
 NOTHING = tl.constexpr(2.0**-92)  # eps^4 of float32: a residual of eps^2, relative to the right-hand side, is none
 
 
+def compiles_tolerance(capability: tuple[int, int]) -> bool:
+    """Whether Triton can compile a stage that ends by a tolerance: 3.6 fails for Blackwell, 3.9 does not."""
+    return capability[0] < 10 or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
 @triton.jit
 def _held(p, x, WIDE: tl.constexpr):
     """p and x, float32, as they are kept: as words if not WIDE, and then the second is not used."""

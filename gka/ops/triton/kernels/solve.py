@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import config
 from ..call import NO_PAIR, Call, Pair, Part, StatePairs
 from ..launch import launch
 from .common import (
@@ -43,7 +44,7 @@ from .common import (
     to_operand,
     widened,
 )
-from .conjugate_gradient import conjugate_gradient_stage
+from .conjugate_gradient import compiles_tolerance, conjugate_gradient_stage
 
 
 @triton.jit
@@ -187,6 +188,11 @@ def launch_solve_chunks(
 
     Rows are those of tokens, [B, T, H, D], or with y those of the part, [chunks, H, C, BD].
     """
+    if call.tolerance is not None and not compiles_tolerance(config.capability(call.device)):
+        raise ValueError(
+            f"tolerance is {call.tolerance}; expected None on this GPU with Triton {triton.__version__}, which "
+            "cannot compile it; Triton 3.9 can"
+        )
     launch(solve_chunks, part.programs,
         rhs_ptr=rhs, x_hi_ptr=x.hi, x_lo_ptr=x.lo,
         k_ptr=call.k, g_ptr=call.g, rhs_scale_ptr=rhs_scale, beta_ptr=call.beta, key_scale_ptr=key_scale,
