@@ -90,8 +90,7 @@ def _stage_nodes(matvec: Matvec, rhs: Tensor, ridge_ratio: float, n: int) -> Ten
     x = rhs * taus[0]
     for tau in taus[1:]:
         product = matvec(x)
-        # x - tau a x: for small tensors a product with a number takes PyTorch twice as long
-        x.sub_(x, alpha=tau * ridge_ratio).add_(rhs, alpha=tau).sub_(product, alpha=tau)
+        x.mul_(1.0 - tau * ridge_ratio).add_(rhs, alpha=tau).sub_(product, alpha=tau)  # tau a may be nearly 1
     return x
 
 
