@@ -175,6 +175,7 @@ def distinct(found: list[Launch]) -> list[Launch]:
 CASES = {
     "bfloat16 D 128 (16, 16)": (torch.bfloat16, 128, (16, 16)),
     "bfloat16 D 64 (16, 16)": (torch.bfloat16, 64, (16, 16)),
+    "float16 D 128 (16, 16)": (torch.float16, 128, (16, 16)),
     "bfloat16 D 64 ()": (torch.bfloat16, 64, ()),
     "float32 D 64 (31,)": (torch.float32, 64, (31,)),
 }
@@ -246,6 +247,7 @@ def compile_all(
         for name, architecture in itertools.product(cases, architectures)
         # tf32x3 gives the same code everywhere, and ptxas needs minutes for it
         if not (name.startswith("float32 ") and architecture != 90)
+        and not (name.startswith("float16 ") and architecture not in (89, 90))
         and ("tolerance" not in name or compiles_tolerance(divmod(architecture, 10)))
     ]
     rows = []

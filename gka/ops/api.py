@@ -90,7 +90,7 @@ def gated_kalmanet(
         chunk_size: tokens per chunk; None means the default of the device. The result does not depend on it, but
             within a tolerance, because the tokens of a chunk stop together.
         normalize_qk: whether to divide q and k by (their Euclidean norm + 1e-6) first, in 32 or 64 bits.
-        backend: "triton" (kernels for NVIDIA GPUs: bfloat16 up to D = 128, float32 and float16 up to 64),
+        backend: "triton" (kernels for NVIDIA GPUs: bfloat16 and float16 up to D = 128, float32 up to 64),
             "chunked" (PyTorch, any device), "differentiable" (the same, recorded by autograd: more memory) or
             "reference" (float64 token loop, slow). None chooses "triton" if it supports the tensors, otherwise
             "chunked"; "differentiable" for the derivatives below.

@@ -41,13 +41,13 @@ MORE = (
 def test_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """Against the chunk-wise form in float64."""
     arguments = converted(moved(make_inputs(case), device), dtype)
-    backend = None if case.D > 64 and dtype != torch.bfloat16 else "triton"
-    out = run(arguments, backend=backend, solver_steps=(16, 16) if dtype == torch.bfloat16 else (31,))
-    ref = run(doubled(arguments), backend="chunked", solver_steps=(100,) if dtype == torch.bfloat16 else (31,))
+    backend = None if case.D > 64 and dtype == torch.float32 else "triton"
+    refined = dtype == torch.bfloat16 or (dtype == torch.float16 and case.D > 64)  # products of 16 bits
+    out = run(arguments, backend=backend, solver_steps=(16, 16) if refined else (31,))
+    ref = run(doubled(arguments), backend="chunked", solver_steps=(100,) if refined else (31,))
     assert out["o"].dtype == dtype
-    o, gradients = {torch.float32: (2e-5, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1.5e-2)}[
-        dtype
-    ]
+    bounds = {torch.float32: (2e-5, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1.5e-2)}
+    o, gradients = (2e-3, 6e-3) if refined and dtype == torch.float16 else bounds[dtype]
     assert_close({"o": out.pop("o")}, {"o": ref.pop("o")}, o, "o")
     assert_close(out, ref, gradients)
 

@@ -51,7 +51,8 @@ def call(q: Any, chunk_size: int | None = None, k: Any = None) -> Arguments:
 def test_the_op_warns_once(dtype: torch.dtype, D: int, chunk_size: int | None) -> None:
     q = on_gpu(dtype, 2, 5, 3, D)
     with pytest.warns(
-        UserWarning, match=rf"slower.*{dtype}, D = {D}, chunk_size = {chunk_size}; fast are bfloat16 with D"
+        UserWarning,
+        match=rf"slower.*{dtype}, D = {D}, chunk_size = {chunk_size}; fast are bfloat16 or float16 with D",
     ):
         assert chosen(q, chunk_size) == "chunked"
     assert chosen(q, chunk_size) == "chunked"  # a second warning would be an error
@@ -60,18 +61,19 @@ def test_the_op_warns_once(dtype: torch.dtype, D: int, chunk_size: int | None) -
 
 
 @pytest.mark.parametrize(
-    ("wide", "words"),
+    ("half", "words"),
     [
         (64, "bfloat16 with D up to 128, float16 or float32 with D up to 64"),
-        (128, "bfloat16 or float16 or float32 with D up to 128"),
+        (128, "bfloat16 or float16 with D up to 128, float32 with D up to 64"),
     ],
 )
-def test_what_is_fast_is_read_from_the_table(wide: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fast_is_read_from_the_table(half: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And everything that the words promise has kernels."""
-    monkeypatch.setattr(config, "MAX_DIM", {False: 128, True: wide})
+    table = {torch.bfloat16: 128, torch.float16: half, torch.float32: 64}
+    monkeypatch.setattr(config, "MAX_DIM", table)
     with pytest.warns(UserWarning, match=f"fast are {words}, chunk_size None or"):
         chosen(on_gpu(torch.float16, 2, 5, 3, 200), None)
-    for dtype, D in ((torch.bfloat16, 128), (torch.float16, wide), (torch.float32, wide)):
+    for dtype, D in table.items():
         assert chosen(on_gpu(dtype, 2, 5, 3, D), None) == "triton"
 
 

@@ -104,6 +104,16 @@ def test_float16() -> None:
     assert_close(out, run(doubled(arguments), backend="chunked", solver_steps=(31,)), 2e-3)
 
 
+def test_float16_with_wide_heads() -> None:
+    """Beyond 64 dims the products of the solve are bfloat16, of keys as pairs."""
+    case = Case(lengths=(23, 30), H=2, Hk=1, D=70, V=9, packed=True, normalize_qk=True)
+    arguments = converted(make_inputs(case), torch.float16)
+    out = run(arguments, backend="triton", chunk_size=16, solver_steps=(16, 16))
+    exact = run(doubled(arguments), backend="chunked", solver_steps=(100,))
+    assert_close({"o": out.pop("o")}, {"o": exact.pop("o")}, 1e-3, "o")
+    assert_close(out, exact, 3e-3)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_without_a_solve(packed: bool) -> None:
     case = Case(lengths=(19, 30) if packed else (35,), H=4, Hk=2, D=6, V=9, packed=packed, normalize_qk=True)

@@ -17,9 +17,8 @@ import torch
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Largest key dim, by `Config.wide`: above, float32 operands (float16 gets them too) would not fit into shared
-# memory.
-MAX_DIM = {False: 128, True: 64}
+# Largest key dim: above, the solve's operands would not fit into shared memory.
+MAX_DIM = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Shorter chunks have narrow products (see `_power_of_two`); through the interpreter they make short tests.
 CHUNK_SIZES = (16, 32, 64) if INTERPRETED else (64,)
@@ -33,8 +32,8 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @dataclass(frozen=True)
 class Config:
-    """wide: whether products take float32 operands; BD, BV: blocks of D and V; tile: of a state in `scan_states`,
-    span_tile where it only sums;
+    """wide: whether products take float32 operands; narrow_solve: those of the solve are bfloat16 all the same;
+    BD, BV: blocks of D and V; tile: of a state in `scan_states`, span_tile where it only sums;
     half: columns of `increments_kk`; rows, wide_row: tile of `scan_gradients`; query_rows: of `query_gradients`;
     pipeline: chunks on their way in `scan_states`; local_pipeline, read_pipeline: pieces on their way in `local`
     and in the readers; o_columns, dy_columns: of V at a time in `read_states` and `read_gradients`.
@@ -43,6 +42,7 @@ class Config:
     """
 
     wide: bool
+    narrow_solve: bool
     BD: int
     BV: int
     tile: tuple[int, int]
@@ -78,11 +78,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
 
 def supports(dtype: torch.dtype, D: int, chunk_size: int | None) -> bool:
     """Whether there are kernels for inputs of this dtype, key dim and chunk size."""
-    return (
-        dtype != torch.float64
-        and D <= MAX_DIM[_is_wide(dtype)]
-        and (chunk_size is None or chunk_size in CHUNK_SIZES)
-    )
+    return D <= MAX_DIM.get(dtype, 0) and (chunk_size is None or chunk_size in CHUNK_SIZES)
 
 
 def fast_inputs(supported: Callable[[torch.dtype, int], bool]) -> str:
@@ -126,18 +122,19 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
             'backend "chunked" takes all'
         )
     wide = _is_wide(dtype)
-    BD, BV = _power_of_two(D), min(MAX_DIM[wide], _power_of_two(V))
+    BD, BV = _power_of_two(D), min(64 if wide else 128, _power_of_two(V))
     hopper = capability >= (9, 0)
     ahead = capability[0] == 9 and not wide  # loads to shared memory run ahead of the products
     few, many = {"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}
     three = {**few, "maxnreg": 168}  # so many programs share a multiprocessor
     return Config(
         wide=wide,
+        narrow_solve=wide and BD > 64,
         BD=BD,
         BV=BV,
         tile=(64, 64),
         span_tile=(BD, 64) if hopper and not wide else (64, 64),
-        half=BD if hopper else 64,
+        half=BD if hopper and not (wide and BD > 64) else 64,
         rows=8,
         wide_row=_power_of_two(max(D, V)),
         query_rows=16,
@@ -160,7 +157,7 @@ def config_for(dtype: torch.dtype, D: int, V: int, chunk_size: int, capability: 
 
 def supports_step(dtype: torch.dtype, D: int) -> bool:
     """Whether there is a kernel of a decode step for inputs of this dtype and key dim."""
-    return dtype != torch.float64 and D <= MAX_DIM[False]
+    return dtype != torch.float64 and D <= 128
 
 
 def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:

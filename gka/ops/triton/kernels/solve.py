@@ -48,7 +48,7 @@ from .conjugate_gradient import compiles_tolerance, conjugate_gradient_stage
 
 
 @triton.jit
-def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
+def _norms(K, K_lo, S, G, weight, C: tl.constexpr, BD: tl.constexpr, FROM_WIDE: tl.constexpr, WIDE: tl.constexpr):
     """max(||S_c||_F, NORM_FLOOR) [C] of every token, 0 for 0, where M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and
     zeta_c = e^{G_c}:
 
@@ -60,8 +60,14 @@ def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexp
     zeta = tl.exp(G)
     S_square = tl.sum(tl.sum(S.to(tl.float32) * S.to(tl.float32), 1), 0)
     keys_S = dot(K, S, tl.zeros([C, BD], tl.float32), WIDE)
-    quadratic = tl.sum(keys_S * K.to(tl.float32), 1)
     gram = dot(K, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
+    if FROM_WIDE:
+        keys_S = dot(K_lo, S, keys_S, WIDE)
+        quadratic = tl.sum(keys_S * (K.to(tl.float32) + K_lo.to(tl.float32)), 1)
+        gram = dot(K_lo, tl.trans(K), gram, WIDE)
+        gram = dot(K, tl.trans(K_lo), gram, WIDE)
+    else:
+        quadratic = tl.sum(keys_S * K.to(tl.float32), 1)
     gram = gram * gram
     M = past_mask(G, C) * weight[None, :]
     gram_hi, gram_lo = split(gram, WIDE)
@@ -72,23 +78,31 @@ def _norms(K, S, G, weight, C: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexp
 
 @triton.jit
 def _residual(
-    x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio, row, stop, rows_H, rows_h, rows_D, program, D,
-    C: tl.constexpr, BD: tl.constexpr, HAS_RHS: tl.constexpr, WIDE: tl.constexpr,
+    x, rhs_ptr, kk_hi_ptr, kk_lo_ptr, K, K_lo, S, G, inverse, weight, ridge_ratio,
+    row, stop, rows_H, rows_h, rows_D, program, D,
+    C: tl.constexpr, BD: tl.constexpr, HAS_RHS: tl.constexpr, FROM_WIDE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """S^ x + a x - rhs (without rhs unless HAS_RHS) as exactly as float32 sums allow, x [C, BD] in float32."""
     scores = fine_dot(x, tl.trans(K), tl.zeros([C, C], tl.float32), WIDE)
+    if FROM_WIDE:
+        scores = dot(to_operand(x, WIDE), tl.trans(K_lo), scores, WIDE)
     scores = scores * past_mask(G, C) * inverse[:, None] * weight[None, :]
     tl.debug_barrier()
     start = ridge_ratio * x
     if HAS_RHS:
         start -= load_rows(rhs_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD).to(tl.float32)
     product = fine_dot(scores, K, start, WIDE)
+    if FROM_WIDE:
+        product = dot(to_operand(scores, WIDE), K_lo, product, WIDE)
     hi, lo = split(x * (tl.exp(G) * inverse)[:, None], WIDE)
     product = dot(hi, S, product, WIDE)
     if not WIDE:
         product = dot(lo, S, product, WIDE)
         tl.debug_barrier()
-        S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
+        if FROM_WIDE:
+            S_lo = split(load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD), WIDE)[1]
+        else:
+            S_lo = load_matrix(kk_lo_ptr, program, D, D, 0, 0, BD, BD)
         product = dot(hi, S_lo, product, WIDE)
     return product
 
@@ -106,31 +120,39 @@ def solve_chunks(
     chunk_ptr, ridge_ratio, tolerance, first_chunk, H, Hk, D: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ADJOINT: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WIDE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
+    FROM_WIDE: tl.constexpr, WIDE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     """x_c = A_c^{-1} rhs_scale_c rhs_c with A_c = S_c + a ||S_c||_F I, for all tokens of a chunk; 0 where S_c is.
 
     ADJOINT, rhs is dy, rhs_scale alpha, and y the solution of the forward pass.
+
+    FROM_WIDE: with the arithmetic of bfloat16, from float16 keys, which become pairs, and float32 states; x and y
+    are float32.
     """
     program = tl.program_id(0).to(tl.int64)
     h, start, end = head_and_chunk(program, chunk_ptr, first_chunk, H)
     if start >= end:
         return
+    STORED_WIDE: tl.constexpr = WIDE or FROM_WIDE
     hk = h // (H // Hk)
     row, stop, rows_H, rows_h, rows_D = start, end, H, h, D
     if ADJOINT:
         row, stop, rows_H, rows_h, rows_D = program * C, program * C + C, 1, program * 0, BD
 
-    K = to_operand(load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD), WIDE)
+    keys = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD)
+    K = to_operand(keys, WIDE)
+    K_lo = K
+    S = to_operand(load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD), WIDE)
+    if FROM_WIDE:
+        K, K_lo = split(keys.to(tl.float32), WIDE)
     Kt = tl.trans(K)
-    S = load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD)
     G = log_decays(g_ptr, start, end, H, h, C)
     beta, scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
     weight = beta * beta * scale * scale
     if ADJOINT:
         norm = load_scalars(norm_ptr, start, end, H, h, C)
     else:
-        norm = _norms(K, S, G, weight, C, BD, WIDE)
+        norm = _norms(K, K_lo, S, G, weight, C, BD, FROM_WIDE, WIDE)
         store_scalars(norm_ptr, norm, start, end, H, h, C)
     inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
     zeta = tl.exp(G) * inverse
@@ -144,8 +166,8 @@ def solve_chunks(
     for stage in tl.static_range(STAGES):
         if stage > 0:
             product = _residual(
-                x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
-                row, stop, rows_H, rows_h, rows_D, program, D, C, BD, True, WIDE,
+                x, rhs_ptr, kk_hi_ptr, kk_lo_ptr, K, K_lo, S, G, inverse, weight, ridge_ratio,
+                row, stop, rows_H, rows_h, rows_D, program, D, C, BD, True, FROM_WIDE, WIDE,
             )  # fmt: skip
         first, last = tl.load(stage_ptr + stage), tl.load(stage_ptr + stage + 1)
         if CG:
@@ -163,20 +185,20 @@ def solve_chunks(
                 x = x * (1.0 - tau * ridge_ratio) - tau * product
         if stage > 0:
             tl.debug_barrier()
-            x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD, WIDE)
+            x += load_pairs(x_hi_ptr, x_lo_ptr, row, stop, rows_H, rows_h, rows_D, 0, C, BD, STORED_WIDE)
         factor = tl.full([C], 1.0, tl.float32)
         if stage == STAGES - 1:
             factor = inverse
             if HAS_SCALE:
                 factor *= load_scalars(rhs_scale_ptr, start, end, H, h, C)
-        store_pairs(x_hi_ptr, x_lo_ptr, x * factor[:, None], row, stop, rows_H, rows_h, rows_D, C, BD, WIDE)
+        store_pairs(x_hi_ptr, x_lo_ptr, x * factor[:, None], row, stop, rows_H, rows_h, rows_D, C, BD, STORED_WIDE)
     if ADJOINT:
         product = _residual(
-            x, rhs_ptr, kk_lo_ptr, K, S, G, inverse, weight, ridge_ratio,
-            row, stop, rows_H, rows_h, rows_D, program, D, C, BD, False, WIDE,
+            x, rhs_ptr, kk_hi_ptr, kk_lo_ptr, K, K_lo, S, G, inverse, weight, ridge_ratio,
+            row, stop, rows_H, rows_h, rows_D, program, D, C, BD, False, FROM_WIDE, WIDE,
         )  # fmt: skip
         tl.debug_barrier()
-        y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, 0, C, BD, WIDE)
+        y = load_pairs(y_hi_ptr, y_lo_ptr, start, end, H, h, D, 0, C, BD, STORED_WIDE)
         store_scalars(inner_yAx_ptr, tl.sum(product * y, 1) * factor * norm, start, end, H, h, C)
 
 
@@ -202,6 +224,7 @@ def launch_solve_chunks(
         ridge_ratio=call.ridge_ratio, tolerance=call.tolerance or 0.0, first_chunk=part.first,
         H=call.H, Hk=call.Hk, D=call.D, C=call.C, BD=call.BD,
         STAGES=call.solver_stages, ADJOINT=y is not NO_PAIR, HAS_SCALE=rhs_scale is not None,
-        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, WIDE=call.wide, CG=call.cg,
+        HAS_BETA=call.has_beta, NORMALIZE=call.normalize, CG=call.cg,
+        FROM_WIDE=call.config.narrow_solve, WIDE=call.wide and not call.config.narrow_solve,
         TOLERANCE=call.tolerance is not None, **call.config.solve,
     )  # fmt: skip
