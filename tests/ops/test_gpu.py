@@ -180,7 +180,7 @@ def test_registration_of_the_step(solver_steps: list[int], device: torch.device)
     a = step_arguments(StepCase(solver_steps=tuple(solver_steps)), device)
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
     for operator in (triton_step._step, triton_step._step_):
-        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True))
+        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True, "chebyshev", None))
 
 
 def test_values_are_checked_only_when_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
