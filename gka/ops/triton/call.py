@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A tensor as hi + lo (see `kernels.common`); lo is hi where there is none."""
+    """A tensor as hi + lo (see `kernels.arithmetic`); lo is hi where there is none."""
 
     hi: Tensor | None
     lo: Tensor | None

@@ -17,7 +17,7 @@ Legend: C tokens of a chunk; D key dim, BD its power of two.
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, dot, operand_product, to_operand
+from .arithmetic import INTERPRETED, dot, operand_product, to_operand
 
 SMALLEST = tl.constexpr(1e-36)  # its reciprocal is finite
 NOTHING = tl.constexpr(2.0**-92)  # eps^4 of float32: a residual of eps^2, relative to the right-hand side, is none

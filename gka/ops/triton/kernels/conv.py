@@ -21,7 +21,7 @@ width; R rows at a time; BC block of channels.
 import triton
 import triton.language as tl
 
-from .common import cast
+from .arithmetic import cast
 
 
 @triton.jit

@@ -17,7 +17,7 @@ R rows at a time; BH power of two, at least H; P programs.
 import triton
 import triton.language as tl
 
-from .common import cast
+from .arithmetic import cast
 
 
 @triton.jit

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from ..call import BackwardWorkspace, Call, Part, Scales, keys_and_values
 from ..launch import launch
+from .arithmetic import dot, through_registers, to_operand
 from .common import (
-    dot,
     future_mask,
     head_and_chunk,
     key_weights,
@@ -49,8 +49,6 @@ from .common import (
     store_matrix,
     store_rows,
     store_scalars,
-    through_registers,
-    to_operand,
 )
 
 

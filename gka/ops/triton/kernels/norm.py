@@ -14,7 +14,7 @@ Legend: x, z (the gate), y [N, V]; w [V]; v, j columns; R rows at a time; BV pow
 import triton
 import triton.language as tl
 
-from .common import cast
+from .arithmetic import cast
 
 
 @triton.jit

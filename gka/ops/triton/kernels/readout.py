@@ -25,10 +25,9 @@ from torch import Tensor
 
 from ..call import BackwardWorkspace, Call, Pair, Part, Scales, StatePairs, keys_and_values
 from ..launch import launch
+from .arithmetic import dot, fine_dot, pair_dot, through_registers, to_operand
 from .common import (
     NORM_FLOOR,
-    dot,
-    fine_dot,
     head_and_chunk,
     key_weights,
     load_matrix_operands,
@@ -36,12 +35,9 @@ from .common import (
     load_rows,
     load_scalars,
     log_decays,
-    pair_dot,
     past_mask,
     store_rows,
     store_scalars,
-    through_registers,
-    to_operand,
 )
 from .state_gradients import blend
 

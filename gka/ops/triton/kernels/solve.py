@@ -24,9 +24,8 @@ from torch import Tensor
 from .. import config
 from ..call import NO_PAIR, Call, Pair, Part, StatePairs
 from ..launch import launch
+from .arithmetic import dot, fine_dot, operand_product, pair_dot, split, to_operand, widened
 from .common import (
-    dot,
-    fine_dot,
     floored,
     head_and_chunk,
     key_weights,
@@ -35,14 +34,9 @@ from .common import (
     load_rows,
     load_scalars,
     log_decays,
-    operand_product,
-    pair_dot,
     past_mask,
-    split,
     store_pairs,
     store_scalars,
-    to_operand,
-    widened,
 )
 from .conjugate_gradient import compiles_tolerance, conjugate_gradient_stage
 

@@ -20,18 +20,8 @@ from torch import Tensor
 from .. import call as sizes
 from ..call import Call, Edges, KeyWeights, Part, StatePairs
 from ..launch import compiling_ahead, launch, or_stand_in
-from .common import (
-    chunk_of,
-    dot,
-    lo8_of,
-    load_matrix,
-    load_rows,
-    load_scalars,
-    load_transposed,
-    split,
-    store_matrix,
-    to_operand,
-)
+from .arithmetic import dot, lo8_of, split, to_operand
+from .common import chunk_of, load_matrix, load_rows, load_scalars, load_transposed, store_matrix
 
 
 @triton.jit

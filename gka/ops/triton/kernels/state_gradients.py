@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ..call import BackwardWorkspace, Call, Edges, KeyWeights, Part, Scales
 from ..launch import launch, or_stand_in
+from .arithmetic import dot, joined, split, to_operand
 from .common import (
-    dot,
     head_and_chunk,
-    joined,
     key_weights,
     load_matrix,
     load_operands,
@@ -33,11 +32,9 @@ from .common import (
     load_transposed,
     log_decays,
     past_mask,
-    split,
     store_matrix,
     store_matrix_pair,
     store_scalars,
-    to_operand,
 )
 
 

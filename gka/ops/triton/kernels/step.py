@@ -20,7 +20,8 @@ G groups of R = BD / G rows.
 import triton
 import triton.language as tl
 
-from .common import cast, floored
+from .arithmetic import cast
+from .common import floored
 from .conjugate_gradient import NOTHING, SMALLEST
 
 
