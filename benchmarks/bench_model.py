@@ -57,6 +57,7 @@ MIXERS = ("gka", "Gated DeltaNet", "attention")
 MODES = ("eager", "compiled", "graph")
 PEAKS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,

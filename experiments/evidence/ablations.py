@@ -199,9 +199,10 @@ def section(entries: Entries, picture: Path) -> str:
             f"more than {_SPIKE:g} times the median of the {_WINDOW} steps before; the table counts the spikes "
             "of all seeds.",
             markdown_table(_HEAD, [_row(name, by_name) for name in by_name]),
-            "The layer has no option for a constant lambda, a sketch or conjugate gradient. The experiment "
-            "computes them in PyTorch with the products of the chunk-wise form. A test runs this code without a "
-            "change to the layer and compares it with the op: outputs and gradients agree. With lambda = 0.25, "
+            "The layer has no option for a constant lambda or a sketch; its conjugate gradient is a later one, "
+            "with refinement. The experiment computes all three in PyTorch with the products of the chunk-wise "
+            "form. A test runs this code without a change to the layer and compares it with the op: outputs and "
+            "gradients agree. With lambda = 0.25, "
             "the Chebyshev nodes of a token cover the interval of this token, from lambda to ||S|| + lambda. "
             "The sketch is a learned map of each head to d dims; it starts orthonormal. Conjugate gradient uses "
             "as many products as the base, without refinement. Its gradient is implicit: conjugate gradient "

@@ -156,7 +156,7 @@ class TrainOptions:
     solver_steps: list[int] | None = option(
         None,
         "steps of each stage of the solve, e.g. 31 or 16,16; fewer steps are faster and less exact; "
-        "default: 31 in float32, 16,16 in bfloat16; with cg 20 and 10,10",
+        "default: 31 in float32, 16,16 in bfloat16; with cg 20 and 10,10, with a tolerance 64 and 32,32",
         group=MODEL,
         minimum=1,
         maximum=128,

@@ -38,7 +38,8 @@ def trained_model() -> Any:
 def solver(group: str, *, default: str) -> Any:
     return option(
         None,
-        f"solver of the ridge regression: chebyshev or cg, conjugate gradient; default: {default}",
+        "solver of the ridge regression: chebyshev, or cg, conjugate gradient, which is slower on a GPU; "
+        f"default: {default}",
         group=group,
     )
 
@@ -57,7 +58,8 @@ def tolerance(group: str, *, default: str) -> Any:
 def solver_steps_of_checkpoint() -> Any:
     return option(
         None,
-        "steps of each stage of the solve, e.g. 16; default: the steps of the checkpoint",
+        "steps of each stage of the solve, e.g. 16; default: those of the checkpoint, or with --solver those of "
+        "the solver",
         group=MACHINE,
         metavar="N,N,...",
         minimum=1,

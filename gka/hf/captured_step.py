@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -209,6 +210,7 @@ class Decoding:
         if step is not None:
             if keeps_cache:
                 step.fixed.move_out(self._cache)
+            step.fixed.forget_cache()
             self._cache = None
             step.in_use.release()
 
@@ -241,12 +243,21 @@ def decode(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) ->
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What a recording depends on besides its inputs: modules, their plain attributes, hooks, places of weights.
+    """What a recording depends on besides its inputs: modules, their attributes, places of weights, settings.
 
     Weights that are written in place keep it, and a replay reads them. An adapter, other solver steps or a weight
     in another place change it.
     """
-    found: list[Any] = [getattr(model.config, "_attn_implementation", None)]
+    attention = torch.backends.cuda
+    found: list[Any] = [
+        getattr(model.config, "_attn_implementation", None),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        attention.flash_sdp_enabled(),
+        attention.mem_efficient_sdp_enabled(),
+        attention.math_sdp_enabled(),
+        attention.cudnn_sdp_enabled(),
+    ]
     for module in model.modules():
         found.append(type(module))
         for name, value in vars(module).items():
@@ -282,6 +293,7 @@ def _why_not(model: Any, inputs: dict[str, Any]) -> str:
         "a mode of PyTorch watches every operation": torch._C._len_torch_dispatch_stack() > 0,
         f"the steps have {', '.join(others)}": bool(others),
         "the model runs by torch.compile": any(map(_is_compiled, model.modules())),
+        "hooks are registered, and a replay would not call them": _has_hooks(model),
         f"mixer {config.mixer!r} is another package's": config.mixer not in OURS,
         f"attn_implementation is {config._attn_implementation!r}, not one of {', '.join(_ATTENTION)}": (
             config.has_attention and config._attn_implementation not in _ATTENTION
@@ -292,6 +304,13 @@ def _why_not(model: Any, inputs: dict[str, Any]) -> str:
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether functions in Python are called beside the modules, of this model or of all."""
+    if _has_any_global_hook():
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _is_compiled(module: nn.Module) -> bool:

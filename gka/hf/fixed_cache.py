@@ -218,10 +218,13 @@ class FixedCache:
             layer.keys, layer.values = fixed.keys[:, :, places], fixed.values[:, :, places]
             cache.layers[index] = layer
         counter: Any
-        for counter in filter(_is_counter, cache.layers):  # as wide as its tokens, though of no numbers
+        for counter in filter(_is_counter, cache.layers):  # its tensors are as long as its tokens, and empty
             for name in ("keys", "values"):
                 held = getattr(counter, name)
                 setattr(counter, name, held.new_zeros(*held.shape[:2], counter.cumulative_length, 0))
+
+    def forget_cache(self) -> None:
+        """Keep nothing of the cache that moved in."""
         self._homes, self._grown = [], {}
 
     def settle(self) -> None:

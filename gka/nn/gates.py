@@ -37,6 +37,11 @@ def layer_gates(
         raw_g, raw_beta, raw_alpha = project(x, *projections)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return gates_in_pytorch((raw_g, raw_beta, raw_alpha), A_log, dt_bias, real, wide)
-    vectors = [A_log, dt_bias, *(linear.bias for linear in projections[1:] if linear is not None)]
+    biases = [
+        linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+        for linear in projections[1:]
+        if linear is not None
+    ]
+    vectors = [A_log, dt_bias, *biases]
     stacked = torch.stack([vector.float() for vector in vectors if vector is not None])
     return gates(project_as_one(x, given), stacked, real, [linear is not None for linear in projections])

@@ -251,14 +251,19 @@ class GatedKalmaNet(DecayParameters):
     ) -> None:
         """Change the solver from the next call on; the arguments are those of the constructor.
 
-        A layer with `solve=False` has no solver and stays as it is.
+        A layer with `solve=False` has no solver: its steps stay ().
 
         Raises:
             ValueError: there is no such solver, or it has no tolerance; the tolerance is not between 0 and 1;
                 solver_steps is empty, or has a value that is not an integer of at least 1.
         """
         check_solver(solver, tolerance)
-        if solver_steps is not None and not (solver_steps and all(type(n) is int and n > 0 for n in solver_steps)):
+        if not self.solves and (solver != "chebyshev" or tolerance is not None):
+            raise ValueError(
+                f"solver is {solver!r}, tolerance {tolerance}; expected the defaults with solve=False"
+            )
+        whole = isinstance(solver_steps, Sequence) and all(type(n) is int and n > 0 for n in solver_steps)
+        if solver_steps is not None and not (whole and solver_steps):
             raise ValueError(
                 f"solver_steps is {solver_steps!r}; expected None or integers of at least 1, such as [31] "
                 "or [16, 16]"

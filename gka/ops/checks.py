@@ -106,7 +106,8 @@ def check_solver(solver: Any, tolerance: Any) -> None:
         return
     if solver != "cg":
         raise ValueError(
-            f"tolerance is {tolerance!r}; expected None with solver={solver!r}, whose steps are fixed"
+            f"tolerance is {tolerance!r}; expected None with solver={solver!r}, of fixed steps; solver='cg' "
+            "takes a tolerance"
         )
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance is {tolerance!r}; expected None or a number between 0 and 1")

@@ -43,6 +43,18 @@ def test_equal_pytorch_in_float64(
     assert calls == [1]
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_a_projection_without_a_bias(stand_in: pytest.MonkeyPatch) -> None:
+    found = []
+    for enabled in (True, False):
+        stand_in.setattr(fused, "ENABLED", enabled)
+        torch.manual_seed(0)
+        module = GateModule(HIDDEN, H, (True, True, True))
+        module.b_proj.bias = None
+        found.append(gate_outcome(module, random_inputs(1, 9, HIDDEN).float(), padded=False))
+    assert_close(*found, 1e-6)
+
+
 def test_in_bfloat16(stand_in: pytest.MonkeyPatch) -> None:
     """The projections are rounded, everything behind them is float32."""
     out, ref = outcomes((True, True, True), torch.bfloat16, True, stand_in)

@@ -49,6 +49,10 @@ def test_plain_arguments() -> None:
     assert layer.q_proj.weight.shape == (40, 36) and layer.k_proj.weight.shape == (20, 36)
     assert layer.alpha_proj is None and layer.v_conv1d is None and layer.solver_steps == ()
     assert GatedKalmaNet(8, 2, device="meta").A_log.device.type == "meta"
+    with pytest.raises(ValueError, match=r"solver is 'cg'.*with solve=False"):
+        GatedKalmaNet(8, 2, solve=False, solver="cg")
+    with pytest.raises(ValueError, match="solver_steps is 20; expected None or integers"):
+        GatedKalmaNet(8, 2, solver_steps=20)
     std = GatedKalmaNet(400, 2).q_proj.weight.std().item()
     assert abs(std - 400**-0.5) < 1e-3
 

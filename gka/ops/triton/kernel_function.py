@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..transforms import gradients_with_graph, must_dispatch
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("gka", "FRAGMENT")
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -59,7 +60,9 @@ class KernelFunction:
         self.direct = self._without_dispatcher(forward)
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
-        return _in_tuple((self.operator if must_dispatch(inputs[0]) else self.direct)(*inputs))
+        plain = all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor))
+        direct = plain and not must_dispatch(inputs[0])
+        return _in_tuple((self.direct if direct else self.operator)(*inputs))
 
     def _define(self, name: str, inputs: Sequence[str], outputs: int, function: Function, empty: Function) -> Any:
         """An operator without derivatives. A single output stands alone, because schemas have no tuple of one."""

@@ -22,6 +22,7 @@ from ..solvers import node_steps
 from ..transforms import must_dispatch
 from ..types import Arguments, State
 from .config import INTERPRETED, step_config
+from .kept import to_keep
 
 
 def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
@@ -43,14 +44,14 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
     return o, State(S_kk if arguments.solver_steps else None, S_kv)
 
 
-@cache  # never freed: CUDA graphs read its tensors
+@cache  # a CUDA graph may read them as long as the process lives
 def _node_table(solver_steps: tuple[int, ...], ridge_ratio: float, device: torch.device) -> Tensor:
     """Step sizes of all stages in a row, negative where a later stage starts, and one more that is read unused."""
     taus: list[float] = []
     for n in solver_steps:
         first, *others = node_steps(n, ridge_ratio)
         taus += [-first if taus else first, *others]
-    return torch.tensor([*taus, 0.0], dtype=torch.float32, device=device)
+    return to_keep(lambda: torch.tensor([*taus, 0.0], dtype=torch.float32, device=device), device)
 
 
 @cache  # as above
@@ -60,7 +61,7 @@ def _end_table(solver_steps: tuple[int, ...], device: torch.device) -> Tensor:
     for n in solver_steps:
         end = len(ends) + n
         ends += [end] * (n + 1)
-    return torch.tensor(ends[:-1], dtype=torch.int32, device=device)
+    return to_keep(lambda: torch.tensor(ends[:-1], dtype=torch.int32, device=device), device)
 
 
 def _launch(arguments: Arguments, new_state: State) -> Tensor:
