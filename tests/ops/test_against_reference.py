@@ -83,7 +83,7 @@ def test_truncation_error_within_the_bound(solver_steps: tuple[int, ...], ridge_
     exact, _ = gated_kalmanet(q, k, 0 * v, g, solver_steps=(400,), **options)
     errors = (x - exact).norm(dim=-1) / exact.norm(dim=-1)
     bound = Chebyshev(solver_steps).error_bound(ridge_ratio)
-    assert errors.max().item() <= bound * (1 + 1e-9)
+    assert errors.max().item() <= bound * (1 + 1e-9) + 1e-15, "more than the bound and rounding"
     assert errors.max().item() >= bound / 50, "the bound says nothing here"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..conjugate_gradient import Matvec
 from ..plan import Plan
-from ..solvers import NORM_FLOOR, floored, inverse_or_zero, root
+from ..solvers import NORM_FLOOR, Product, floored, inverse_or_zero, root
 
 
 def cross(left: Tensor, keys: Tensor) -> Tensor:
@@ -122,22 +122,34 @@ def squared_norm(chunks: Chunks, S_0: Tensor, KS: Tensor) -> Tensor:
     )
 
 
-def product_with_states(
-    K: Tensor, S_0: Tensor, Mb: Tensor, zeta: Tensor, inverse_norm: Tensor, dtype: torch.dtype
-) -> Matvec:
+class StateProduct(Product):
     """X [b, R, C, D] -> X S_hat: row c times S_c / ||S_c||_F, products and result in `dtype`."""
-    K, S_0 = K.to(dtype), S_0.to(dtype)
-    mask = (Mb * inverse_norm.unsqueeze(-1)).to(dtype)
-    factor = (zeta * inverse_norm).unsqueeze(-1).to(dtype)
-    b, R, C, _ = mask.shape
 
-    def matvec(X: Tensor) -> Tensor:
-        X = X.to(dtype)
-        from_state = heads(X, S_0).mul_(factor).view(b, R * C, -1)
-        scores = cross(X, K).mul_(mask).view(b, R * C, C)
-        return from_state.baddbmm_(scores, K).view(b, R, C, -1)
+    def __init__(
+        self, K: Tensor, S_0: Tensor, Mb: Tensor, zeta: Tensor, inverse_norm: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.K, self.S_0 = K.to(dtype), S_0.to(dtype).flatten(0, 1)
+        self.mask = (Mb * inverse_norm.unsqueeze(-1)).to(dtype)
+        self.factor = (zeta * inverse_norm).unsqueeze(-1).to(dtype)
 
-    return matvec
+    def _scores(self, X: Tensor) -> Tensor:
+        """The masked X K^T, [b, R C, C]."""
+        return cross(X, self.K).mul_(self.mask).flatten(1, 2)
+
+    def __call__(self, X: Tensor) -> Tensor:
+        X = X.to(self.K.dtype)
+        scores = self._scores(X)
+        from_state = torch.bmm(X.flatten(0, 1), self.S_0).view(X.shape).mul_(self.factor)
+        return from_state.view(*scores.shape[:2], -1).baddbmm_(scores, self.K).view(X.shape)
+
+    def step(self, x: Tensor, kept: float, tau: float) -> Tensor:
+        if x.dtype != self.K.dtype:
+            return super().step(x, kept, tau)
+        x = x.contiguous()
+        scores, decayed = self._scores(x), (x * self.factor).flatten(0, 1)
+        x.view(*scores.shape[:2], -1).baddbmm_(scores, self.K, beta=kept, alpha=-tau)
+        x.view(decayed.shape).baddbmm_(decayed, self.S_0, alpha=-tau)
+        return x
 
 
 @dataclass
@@ -172,7 +184,7 @@ class Systems:
     def matvec(self, dtype: torch.dtype) -> Matvec:
         """X [b, R, C, D] -> X S_hat, with products in `dtype`, which is that of the result."""
         chunks = self.chunks
-        return product_with_states(chunks.K, self.S_0, chunks.Mb, chunks.zeta, self.inverse_norm, dtype)
+        return StateProduct(chunks.K, self.S_0, chunks.Mb, chunks.zeta, self.inverse_norm, dtype)
 
     def solve(self, Q: Tensor, counts: list[Tensor] | None = None) -> Tensor:
         """X [b, R, C, D] with X_c = (S_c + lambda_c I)^{-1} Q_c; 0 where S_c = 0.

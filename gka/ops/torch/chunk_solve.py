@@ -21,7 +21,7 @@ from torch import Tensor
 from ..plan import Plan
 from ..solvers import inverse_or_zero
 from ..transforms import batch_in_front
-from .chunk_math import cross, heads, mix, product_with_states
+from .chunk_math import StateProduct, cross, heads, mix
 
 TENSORS = 6  # q, K, S_0, Mb, zeta, norm
 
@@ -41,7 +41,7 @@ class _ChunkSolve(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         inverse_norm = inverse_or_zero(norm)
-        matvec = product_with_states(K, S_0, Mb, zeta, inverse_norm, Q.dtype)
+        matvec = StateProduct(K, S_0, Mb, zeta, inverse_norm, Q.dtype)
         return plan.solve(matvec, Q * inverse_norm.unsqueeze(-1), ridge_ratio)
 
     @staticmethod

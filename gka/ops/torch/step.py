@@ -25,18 +25,20 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
     of PyTorch and of `ridge_solve`.
     """
     with autocast_off(arguments.q.device):
-        o, (S_kk, S_kv) = _step(arguments)
+        o, (S_kk, S_kv) = _step(arguments, inplace)
     old_kk, old_kv = arguments.S_kk, arguments.S_kv
     assert old_kv is not None
     if not inplace:
         return o, State(None if S_kk is None else S_kk.to(old_kv.dtype), S_kv.to(old_kv.dtype))
-    old_kv.copy_(S_kv)
-    if S_kk is not None and old_kk is not None:
-        old_kk.copy_(S_kk)
+    if S_kv.dtype != old_kv.dtype:
+        old_kv.copy_(S_kv)
+        if S_kk is not None and old_kk is not None:
+            old_kk.copy_(S_kk)
     return o, State(old_kk, old_kv)
 
 
-def _step(a: Arguments) -> tuple[Tensor, State]:
+def _step(a: Arguments, inplace: bool) -> tuple[Tensor, State]:
+    """o and the new states in the dtype of the arithmetic; `inplace`: in the place of old states of that dtype."""
     assert a.S_kv is not None
     heads, dtype = a.q.shape[1], torch.promote_types(a.S_kv.dtype, torch.float32)
     differentiated = a.needs_gradient() or transforms_active()
@@ -49,7 +51,7 @@ def _step(a: Arguments) -> tuple[Tensor, State]:
     keys, values = repeat_heads(keys, heads, dim=1), repeat_heads(values, heads, dim=1)
     weighted = keys if a.beta is None else keys * a.beta.to(dtype).square().unsqueeze(-1)
     kept, rate = _decay_parts(a.g.to(dtype))
-    S_kv = _updated(a.S_kv.to(dtype), kept, rate, weighted, values)
+    S_kv = _updated(a.S_kv.to(dtype), kept, rate, weighted, values, inplace)
     S_kk: Tensor | None = None
     y = query
     if a.solver_steps:
@@ -57,7 +59,7 @@ def _step(a: Arguments) -> tuple[Tensor, State]:
         S_kk = a.S_kk.to(dtype)
         if differentiated:  # changes no value of a symmetric S_kk, and makes its derivatives symmetric
             S_kk = 0.5 * (S_kk + S_kk.transpose(-1, -2))
-        S_kk = _updated(S_kk, kept, rate, weighted, keys)
+        S_kk = _updated(S_kk, kept, rate, weighted, keys, inplace)
         solve = ridge_solve if differentiated else ridge_solution
         x = solve(S_kk, query, a.ridge_ratio, a.plan.dense())
         y = x if a.alpha is None else torch.lerp(query, x, a.alpha.to(dtype).unsqueeze(-1))
@@ -76,7 +78,10 @@ def _decay_parts(g: Tensor) -> tuple[Tensor, Tensor]:
     return near.to(g.dtype)[..., None, None], rate[..., None, None]
 
 
-def _updated(S: Tensor, kept: Tensor, rate: Tensor, weighted: Tensor, row: Tensor) -> Tensor:
-    """(kept + rate) S + weighted row^T; S [B, H, D, D or V], weighted [B, H, D], row [B, H, D or V]."""
+def _updated(S: Tensor, kept: Tensor, rate: Tensor, weighted: Tensor, row: Tensor, inplace: bool) -> Tensor:
+    """(kept + rate) S + weighted row^T, over S if `inplace`; S [B, H, D, D or V], weighted, row [B, H, D or V]."""
+    column, row = weighted.unsqueeze(-1), row.unsqueeze(-2)
     decayed = torch.addcmul(kept * S, rate, S)
-    return torch.addcmul(decayed, weighted.unsqueeze(-1), row.unsqueeze(-2))
+    if inplace:
+        return S.copy_(decayed).addcmul_(column, row)
+    return torch.addcmul(decayed, column, row)
