@@ -57,7 +57,8 @@ def test_the_layer_stays_the_same(rows: str, stand_in: pytest.MonkeyPatch) -> No
     assert calls.count("short_convs") == convolutions > 0
     calls.clear()
     stand_in.setattr(fused, "ENABLED", False)
-    assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 2e-4)
+    # The first tokens of short sequences amplify the rounding of float32: either way is up to 1.7e-4 from float64.
+    assert_close(out, layer_outcome(layer, rows), 6e-2 if rows == "autocast" else 5e-4)
     assert not calls
 
 
