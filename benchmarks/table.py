@@ -330,7 +330,7 @@ def newest() -> dict[Key, Result]:
     return results
 
 
-# Results of these parts that differ in one of these fields stand beside each other.
+# Results of these parts are kept apart if they differ in one of these fields.
 TOLD_APART = {
     "wide": ("part", "B", "T", "H", "what", "op"),
     "model": ("part", "B", "T", "layers", "loss chunk", "mode", "mixer"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.triton import fused
 from ..ops.triton.gates import Gates, gates, gates_in_pytorch
-from .projections import are_plain, project, project_as_one
+from .projections import are_plain, bias_of, project, project_as_one
 
 
 def layer_gates(
@@ -37,11 +37,6 @@ def layer_gates(
         raw_g, raw_beta, raw_alpha = project(x, *projections)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return gates_in_pytorch((raw_g, raw_beta, raw_alpha), A_log, dt_bias, real, wide)
-    biases = [
-        linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
-        for linear in projections[1:]
-        if linear is not None
-    ]
-    vectors = [A_log, dt_bias, *biases]
+    vectors = [A_log, dt_bias, *(bias_of(linear) for linear in projections[1:] if linear is not None)]
     stacked = torch.stack([vector.float() for vector in vectors if vector is not None])
     return gates(project_as_one(x, given), stacked, real, [linear is not None for linear in projections])

@@ -268,7 +268,7 @@ class GatedKalmaNet(DecayParameters):
                 f"solver_steps is {solver_steps!r}; expected None or integers of at least 1, such as [31] "
                 "or [16, 16]"
             )
-        self.solver, self.tolerance = (solver, tolerance) if self.solves else ("chebyshev", None)
+        self.solver, self.tolerance = solver, tolerance
         self.solver_steps = (None if solver_steps is None else tuple(solver_steps)) if self.solves else ()
 
     def forward(

@@ -46,6 +46,11 @@ def are_plain(projections: list[nn.Linear]) -> bool:
     return all(is_plain(linear, nn.Linear) for linear in projections)
 
 
+def bias_of(linear: nn.Linear) -> Tensor:
+    """The bias, zeros if there is none."""
+    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+
+
 def project_as_one(x: Tensor, projections: list[nn.Linear]) -> Tensor:
     """The outputs of small plain projections of x [B, T, hidden], without biases, side by side in the last dim.
 
@@ -63,8 +68,6 @@ def project(x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
     given = [linear for linear in projections if linear is not None]
     if len(given) < 2 or x.shape[1] == 1 or not are_plain(given):
         return [None if linear is None else linear(x) for linear in projections]
-    weights: list[Tensor] = [p.weight for p in given]
-    biases: list[Tensor] = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in given]
-    out = F.linear(x, torch.cat(weights), torch.cat(biases))
+    out = F.linear(x, torch.cat([linear.weight for linear in given]), torch.cat(list(map(bias_of, given))))
     parts = iter(out.split([p.out_features for p in given], dim=2))
     return [None if linear is None else next(parts) for linear in projections]

@@ -85,10 +85,8 @@ def _stage(
     rows_stop_together: bool,
 ) -> tuple[Tensor, Tensor]:
     """x of one stage and the number of products; `residual`, the right-hand side, is written over."""
-    exact, least = (
-        product_dtype in (None, residual.dtype),
-        torch.finfo(residual.dtype).tiny,
-    )  # of a divisor: 0 / 0 = 0
+    exact = product_dtype in (None, residual.dtype)
+    least = torch.finfo(residual.dtype).tiny  # of a divisor: 0 / 0 = 0
     x, direction = torch.zeros_like(residual), _rounded(residual.clone(), product_dtype)
     energy = _dot(residual, residual)
     enough = None if tolerance is None else tolerance**2 * energy

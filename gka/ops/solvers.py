@@ -346,7 +346,7 @@ def inverse_or_zero(norm: Tensor, above: float = 0.0) -> Tensor:
 
 def ridge_solution(S: Tensor, rhs: Tensor, ridge_ratio: float, solver: Solver) -> Tensor:
     """`ridge_solve` without derivatives."""
-    norm = torch.linalg.matrix_norm(S)
+    norm = torch.linalg.matrix_norm(S)  # inverse_or_zero(floored(norm)), in fewer operators without derivatives
     inverse_norm = torch.where(norm > 0, norm.clamp_min(NORM_FLOOR).reciprocal(), 0.0)
     D = rhs.shape[-1]
     S_hat, rhs_hat = S * inverse_norm[..., None, None], rhs * inverse_norm[..., None]

@@ -57,12 +57,7 @@ def forward(arguments: Arguments, *, output_final_state: bool, save: bool) -> Ou
     for group in p.groups:
         carry = p.carries(group)
         for block in group.blocks:
-            index = p.index(block)
-            chunks, _ = p.chunks(index)
-            first_kk, first_kv = p.states(block, chunks, carry)
-            Y = p.read(q, index)
-            if p.normalize_qk:
-                Y = unit_rows(Y)[0]
+            index, chunks, first_kk, first_kv, Y = p.inputs(block, carry)
             if solver_steps:
                 X = p.systems(chunks, first_kk).solve(p.zero_at_padding(Y, index))
                 if x is not None:

@@ -147,6 +147,14 @@ class ChunkedInputs:
             return S_kv[..., :0], S_kv
         return self.scan(block, decay, chunks.increment(chunks.K), carry[0], reverse=False), S_kv
 
+    def inputs(self, block: Block, carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Chunks, Tensor, Tensor, Tensor]:
+        """The next block forwards: index, chunks, the states before them, and Q, normalised if asked for."""
+        index = self.index(block)
+        chunks, _ = self.chunks(index)
+        first_kk, first_kv = self.states(block, chunks, carry)
+        Q = self.read(self.q, index)
+        return index, chunks, first_kk, first_kv, unit_rows(Q)[0] if self.normalize_qk else Q
+
     def systems(self, chunks: Chunks, S_kk: Tensor) -> Systems:
         return Systems.build(chunks, S_kk, self.ridge_ratio, self.plan, self.product_dtype)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..types import Arguments
-from .chunk_math import unit_rows
 from .chunked_inputs import ChunkedInputs
 
 
@@ -29,11 +28,7 @@ def products_needed(arguments: Arguments) -> list[Tensor]:
     for group in p.groups:
         carry = p.carries(group)
         for block in group.blocks:
-            index = p.index(block)
-            chunks, _ = p.chunks(index)
-            first_kk, _ = p.states(block, chunks, carry)
-            Q = p.read(p.q, index)
-            Q = unit_rows(Q)[0] if p.normalize_qk else Q
+            index, chunks, first_kk, _, Q = p.inputs(block, carry)
             counts: list[Tensor] = []
             p.systems(chunks, first_kk).solve(p.zero_at_padding(Q, index), counts)
             found.append([count.reshape(-1, p.H) for count in counts])
