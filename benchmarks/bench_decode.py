@@ -35,7 +35,7 @@ from gka.ops import State, gated_kalmanet_step
 from gka.ops.torch import step as pytorch_step
 from gka.ops.types import Arguments
 
-STEPS = ((16, 16), (31,), (8,))
+SOLVES = (("chebyshev", (16, 16)), ("chebyshev", (31,)), ("chebyshev", (8,)), ("cg", (10, 10)))
 PEER = "gated delta rule (flash-linear-attention)"
 Call = Callable[[], object]
 
@@ -90,17 +90,19 @@ def in_turn(calls: list[Call]) -> Call:
 
 
 def calls_by_name(
-    inputs: list[Tensor], states: list[State], solver_steps: tuple[int, ...]
+    inputs: list[Tensor], states: list[State], solver: str, solver_steps: tuple[int, ...]
 ) -> dict[str, list[Call]]:
-    """The functions to time with these steps, one call per set of states."""
-    options: dict[str, Any] = dict(ridge_ratio=0.02, solver_steps=solver_steps, normalize_qk=True, inplace=True)
+    """The functions to time with this solve, one call per set of states."""
+    options: dict[str, Any] = dict(
+        ridge_ratio=0.02, solver=solver, solver_steps=solver_steps, normalize_qk=True, inplace=True
+    )
 
     def kernel(state: State) -> Call:
         return lambda: gated_kalmanet_step(*inputs, state=state, **options)
 
     def in_pytorch(state: State) -> Call:
         scale = inputs[0].shape[-1] ** -0.5
-        arguments = Arguments(*inputs, *state, None, 0.02, solver_steps, scale, normalize_qk=True)
+        arguments = Arguments(*inputs, *state, None, 0.02, solver_steps, scale, normalize_qk=True, solver=solver)
         return lambda: pytorch_step.gated_kalmanet_step(arguments, inplace=True)
 
     return {
@@ -135,17 +137,19 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
             sets = max(2, min(16, 256 // (B * max(1, H // 16)))) if device.type == "cuda" else 2
             states = make_states(B, H, D, dtype, device, sets)
             shape = {"B": B, "H": H, "D": D, "V": D, "states": str(dtype).removeprefix("torch.")}
-            parts: list[tuple[tuple[int, ...] | None, dict[str, list[Call]]]] = [
-                (None, peers_by_name(inputs, states))
+            parts: list[tuple[str, tuple[int, ...] | None, dict[str, list[Call]]]] = [
+                ("", None, peers_by_name(inputs, states)),
+                *((*solve, calls_by_name(inputs, states, *solve)) for solve in SOLVES),
             ]
-            parts += [(solver_steps, calls_by_name(inputs, states, solver_steps)) for solver_steps in STEPS]
-            for solver_steps, calls in parts:
+            for solver, solver_steps, calls in parts:
                 functions = {name: in_turn(each) for name, each in calls.items()}
                 if device.type == "cuda":
                     name = "kernel" if solver_steps else "floor"
                     functions["graph" if solver_steps else "floor"] = replayed(calls[name])
                 for name, time in medians(functions, device, options.repeats).items():
                     per_call = {key: value / sets for key, value in time.items()}
+                    if solver == "cg":
+                        name = f"{name}, cg"
                     rows.append({"what": name, **shape, "steps": solver_steps, "seconds": per_call})
                     label = f"{name} {solver_steps}" if solver_steps else name
                     print(

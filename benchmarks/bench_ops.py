@@ -153,6 +153,7 @@ def bench_wide(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             f"gka {solver_steps}": partial(forward, solver_steps=solver_steps)
             for solver_steps in ((16, 16), (16, 8), (31,))
         }
+        functions["gka cg (10, 10)"] = partial(forward, solver="cg", solver_steps=(10, 10))
         peers, note = op_peers(options.device)
         functions |= peers
         if unknown := set(options.without) - set(functions):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experiments.evidence.timing import seconds
 from gka.ops import gated_kalmanet
+from gka.ops.plan import SolverName
 
 Inputs = dict[str, Tensor]
 
@@ -34,8 +35,8 @@ def make_inputs(T: int, H: int, D: int, dtype: torch.dtype, device: torch.device
     return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
 
-def forward(inputs: Inputs, solver_steps: tuple[int, ...] | None) -> Tensor:
-    return gated_kalmanet(*inputs.values(), solver_steps=solver_steps)[0]
+def forward(inputs: Inputs, solver_steps: tuple[int, ...] | None, solver: SolverName = "chebyshev") -> Tensor:
+    return gated_kalmanet(*inputs.values(), solver=solver, solver_steps=solver_steps)[0]
 
 
 def attention(inputs: Inputs) -> Tensor:

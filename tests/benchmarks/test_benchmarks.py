@@ -52,7 +52,8 @@ def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:
     small = ("--shapes", "2,70,1", "--repeats", "1", "--without", "gka (31,)")
     run("benchmarks.bench_ops", "--only", "wide", *small, "--output", str(output))
     result = json.loads(output.read_text())
-    assert [row["op"] for row in result["rows"]] == 2 * ["gka (16, 16)", "gka (16, 8)", "SDPA, causal"]
+    ops = ["gka (16, 16)", "gka (16, 8)", "gka cg (10, 10)", "SDPA, causal"]
+    assert [row["op"] for row in result["rows"]] == 2 * ops
     assert all(row["seconds"]["median"] > 0 and row["first call"] > 0 for row in result["rows"])
     cells = ["B 2, T 70, H 1", "forward+backward", "gka (16, 16)"]
     assert cells in [row[:3] for row in rows_of(table.ops(result))]
