@@ -22,7 +22,7 @@ from . import config
 from .chunk_table import crossing_sequences, even_chunks, packed_chunks
 from .kept import to_keep
 
-WORKSPACE_BYTES = 4 * 2**27  # of the states of one part, forwards; 9 * 2**27 takes 3% less time and 1.6 GB more at T 131072, H 16
+WORKSPACE_BYTES = 4 * 2**27  # of the states of one part, forwards; docs/kernels.md has the times of others
 EDGE_EVERY = 64  # chunks between two states that are kept for the backward pass
 
 
