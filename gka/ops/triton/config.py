@@ -174,15 +174,15 @@ def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
     def groups(columns: int) -> int:
         return max(1, min(BD, threads * at_once // columns))
 
-    def pieces(numbers: int) -> int:
-        """256 bytes each, as a power of two."""
-        return 1 << (-(-numbers // (16 * at_once)) - 1).bit_length()
+    def lines(numbers: int) -> int:
+        """128 bytes each, as a power of two."""
+        return 1 << (-(-numbers // (8 * at_once)) - 1).bit_length()
 
     return {
         "BD": BD, "BV": BV,
         "G_KK": groups(BD), "LOG_KK": groups(BD).bit_length() - 1,
         "G_KV": groups(BV), "LOG_KV": groups(BV).bit_length() - 1,
-        "PIECES_KK": pieces(D * D), "PIECES_KV": pieces(D * V), "PREFETCH": 0,
+        "LINES_KK": lines(D * D), "LINES_KV": lines(D * V), "PREFETCH": 3,
         "num_warps": num_warps, "num_stages": 1,
     }  # fmt: skip
 

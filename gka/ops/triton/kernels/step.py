@@ -44,14 +44,14 @@ def _places(ptr, program, first, rows: tl.constexpr, columns: tl.constexpr, BR: 
 
 
 @triton.jit
-def _prefetch(ptr, program, NUMBERS: tl.constexpr, PIECES: tl.constexpr):
-    """Ask for a state of NUMBERS numbers in the L2 cache, by pieces of 256 bytes. Nothing waits for it."""
+def _prefetch(ptr, program, NUMBERS: tl.constexpr, LINES: tl.constexpr):
+    """Ask for a state of NUMBERS numbers in LINES or fewer lines of the L2 cache. Nothing waits for it."""
     if not INTERPRETED:
-        size: tl.constexpr = 2048 // ptr.dtype.element_ty.primitive_bitwidth
-        number = tl.minimum(tl.arange(0, PIECES) * size, NUMBERS - size)
+        step: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+        number = tl.minimum(tl.arange(0, LINES) * step, NUMBERS - 1)
         tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;", "=r,l",
-            [ptr + program.to(tl.int64) * NUMBERS + number], dtype=tl.int32, is_pure=False, pack=1,
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr + program.to(tl.int64) * NUMBERS + number],
+            dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def step_token(
     scale, ridge_ratio, tolerance, steps, ahead, H, Hk,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     G_KK: tl.constexpr, LOG_KK: tl.constexpr, G_KV: tl.constexpr, LOG_KV: tl.constexpr,
-    PIECES_KK: tl.constexpr, PIECES_KV: tl.constexpr,
+    LINES_KK: tl.constexpr, LINES_KV: tl.constexpr,
     SOLVE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
@@ -181,10 +181,10 @@ def step_token(
         S = tl.load(place, mask=inside, other=0.0)
         tl.debug_barrier()
         if PREFETCH & 1:
-            _prefetch(kv_ptr, program, D * V, PIECES_KV)
+            _prefetch(kv_ptr, program, D * V, LINES_KV)
         if PREFETCH & 2:
             later = program + ahead
-            _prefetch(kk_ptr, tl.where(later < tl.num_programs(0), later, program), D * D, PIECES_KK)
+            _prefetch(kk_ptr, tl.where(later < tl.num_programs(0), later, program), D * D, LINES_KK)
     q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
     k = _load_vector(k_ptr + head.to(tl.int64) * D, D, BD)
     kept, rate = _decay_parts(tl.load(g_ptr + program).to(tl.float32))
