@@ -22,7 +22,6 @@ def layer_gates(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     real: Tensor | None,
-    raw: Tensor | None = None,
 ) -> Gates:
     """g, beta and alpha, [B, T, H] each, in at least 32 bits; None for those without a projection.
 
@@ -31,15 +30,13 @@ def layer_gates(
         projections: those of g, without a bias, of beta and of alpha.
         A_log, dt_bias: [H] each, in at least 32 bits; with a projection of g.
         real: [B, T] of bool, False for padding, where g = 0 and beta = 0; None for no padding.
-        raw: [B, T, outputs], their outputs without biases from `project_jointly`; None if it made none.
     """
     given = [linear for linear in projections if linear is not None]
-    kernels = raw is not None or (x.shape[1] > 1 and x.numel() > 0 and fused.enabled(x) and are_plain(given))
+    kernels = x.shape[1] > 1 and x.numel() > 0 and fused.enabled(x) and are_plain(given)
     if not kernels or not given:
         raw_g, raw_beta, raw_alpha = project(x, *projections)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return gates_in_pytorch((raw_g, raw_beta, raw_alpha), A_log, dt_bias, real, wide)
     vectors = [A_log, dt_bias, *(bias_of(linear) for linear in projections[1:] if linear is not None)]
     stacked = torch.stack([vector.float() for vector in vectors if vector is not None])
-    raw = project_as_one(x, given) if raw is None else raw
-    return gates(raw, stacked, real, [linear is not None for linear in projections])
+    return gates(project_as_one(x, given), stacked, real, [linear is not None for linear in projections])

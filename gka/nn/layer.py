@@ -38,7 +38,6 @@ from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
 from .gates import layer_gates
-from .joint_projection import project_jointly
 from .padding import RealFirst, check_mask
 from .projections import LowRank, ZeroLinear
 from .short_conv import ShortConv, convolve, last_inputs, packing
@@ -313,9 +312,8 @@ class GatedKalmaNet(DecayParameters):
             hidden_states = rows.compress(hidden_states)
         if past_key_values is not None:
             past = read_cache(past_key_values, self._place, hidden_states.shape[0], self.solves)
-        *projected, gate, raw_gates = self._projected(hidden_states)
-        q, k, v, inputs = self._qkv(projected, past, cu_seqlens)
-        g, alpha, beta = self._gates(hidden_states, rows, raw_gates)
+        q, k, v, inputs = self._qkv(hidden_states, past, cu_seqlens)
+        g, alpha, beta = self._gates(hidden_states, rows)
         cached = past_key_values is not None
         o, last = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, cached or return_state)
         new = None
@@ -327,7 +325,8 @@ class GatedKalmaNet(DecayParameters):
             new = LayerState(conv, last)
         if past_key_values is not None and new is not None:
             write_cache(past_key_values, self._place, new)
-        out = self.o_proj(self.o_norm(o, None if gate is None else gate.view_as(o)).flatten(2))
+        gate = None if self.g_proj is None else self.g_proj(hidden_states).view_as(o)
+        out = self.o_proj(self.o_norm(o, gate).flatten(2))
         out = out if rows is None else rows.restore(out)
         return (out, new) if return_state and new is not None else out
 
@@ -365,26 +364,12 @@ class GatedKalmaNet(DecayParameters):
         S = x.new_zeros(B, self.num_heads, D, D, dtype=at_least_float32(x[:0]).dtype)
         return LayerState(conv, State(S.clone() if self.solves else None, S))
 
-    def _projected(self, x: Tensor) -> list[Any]:
-        """Queries, keys, values and the output gate before anything else; what the gates need, or None."""
-        large = [self.q_proj, self.k_proj, self.v_proj, self.g_proj]
-        small = [projection for projection in self._gate_projections if projection is not None]
-        groups = [[projection] for projection in large if projection is not None]
-        found = project_jointly(x, [*groups, small] if small else groups)
-        if found is None:
-            return [None if projection is None else projection(x) for projection in large] + [None]
-        raw = found.pop() if small else None
-        return [*found, *([None] if self.g_proj is None else []), raw]
-
-    @property
-    def _gate_projections(self) -> tuple[nn.Linear | None, nn.Linear | None, nn.Linear | None]:
-        return self.a_proj, self.b_proj, self.alpha_proj
-
     def _qkv(
-        self, projected: list[Tensor], past: LayerState | None, cu_seqlens: Tensor | None
+        self, x: Tensor, past: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
         """q [B, T, H, D], k and v [B, T, Hk or H, D], and the inputs of the convolutions for `last_inputs`."""
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         packed = None if cu_seqlens is None else packing(projected[0], cu_seqlens, self.conv_size)
         states = [None if past is None or conv is None else past.conv[n] for n, conv in enumerate(convolutions)]
         outputs = convolve(convolutions, projected, states, packed)
@@ -403,15 +388,14 @@ class GatedKalmaNet(DecayParameters):
             residual = torch.einsum("hk,btkd->bthd", mixing.to(x.dtype), x)
         return residual + low_rank(x.flatten(2)).unflatten(2, (-1, self.head_dim))
 
-    def _gates(
-        self, x: Tensor, rows: RealFirst | None, raw: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """g, alpha and beta, [B, T, H] each, in at least 32 bits; at padding g = 0 and beta = 0."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         real = None if rows is None else rows.real
         forgets = self.a_proj is not None
         A_log, dt_bias = (self.decay_parameter(name, wide) if forgets else None for name in ("A_log", "dt_bias"))
-        g, beta, alpha = layer_gates(x, self._gate_projections, A_log, dt_bias, real, raw)
+        projections = (self.a_proj, self.b_proj, self.alpha_proj)
+        g, beta, alpha = layer_gates(x, projections, A_log, dt_bias, real)
         if g is None:
             g = x.new_zeros(*x.shape[:2], self.num_heads, dtype=wide)
         if beta is None and real is not None:

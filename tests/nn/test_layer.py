@@ -118,7 +118,7 @@ def test_without_its_gate_is_with_the_gate_at_its_end(switch: str) -> None:
 
 def test_v_without_its_convolution_is_linear_in_the_input() -> None:
     layer, x = tiny_layer(use_v_conv=False), random_inputs(1, 5, 36)
-    _, _, v, _ = layer._qkv(layer._projected(x)[:3], None, None)
+    _, _, v, _ = layer._qkv(x, None, None)
     assert_near(v, layer.v_proj(x).unflatten(2, (-1, 10)), 1e-12)
 
 
