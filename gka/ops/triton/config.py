@@ -174,25 +174,12 @@ def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
     def groups(columns: int) -> int:
         return max(1, min(BD, threads * at_once // columns))
 
-    def lines(numbers: int) -> int:
-        """128 bytes each, as a power of two."""
-        return 1 << (-(-numbers // (8 * at_once)) - 1).bit_length()
-
     return {
         "BD": BD, "BV": BV,
         "G_KK": groups(BD), "LOG_KK": groups(BD).bit_length() - 1,
         "G_KV": groups(BV), "LOG_KV": groups(BV).bit_length() - 1,
-        "LINES_KK": lines(D * D), "LINES_KV": lines(D * V), "PREFETCH": 3,
         "num_warps": num_warps, "num_stages": 1,
     }  # fmt: skip
-
-
-@lru_cache
-def steps_at_once(device: torch.device, num_warps: int) -> int:
-    """Programs of `step_token` that a GPU runs at once: their registers allow 8 warps a multiprocessor."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 8 // num_warps)
 
 
 def conv_config(C: int, rows: int) -> dict[str, int]:

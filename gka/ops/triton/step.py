@@ -21,7 +21,7 @@ from ..flops import register_steps
 from ..solvers import node_steps
 from ..transforms import must_dispatch
 from ..types import Arguments, State
-from .config import INTERPRETED, step_config, steps_at_once
+from .config import INTERPRETED, step_config
 from .kept import to_keep
 
 
@@ -84,17 +84,15 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
     q, k, v, g, alpha, beta, kk, kv = tensors
     new_kk, new_kv = (x if x is None else x.contiguous() for x in new_state)
     assert kv is not None
-    blocks = step_config(kv.dtype, D, V)
     with on_device(device):
         launch(step_token, B * H,
             q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
             kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
             new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
             steps_ptr=table, scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, tolerance=tolerance or 0.0,
-            steps=steps, ahead=steps_at_once(device, blocks["num_warps"]), H=H, Hk=Hk, D=D, V=V,
-            SOLVE=bool(solver_steps), CG=cg, TOLERANCE=tolerance is not None,
+            steps=steps, H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps), CG=cg, TOLERANCE=tolerance is not None,
             HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
-            **blocks,
+            **step_config(kv.dtype, D, V),
         )  # fmt: skip
     for target, computed in zip(new_state, (new_kk, new_kv), strict=True):
         if target is not None and computed is not None and target is not computed:

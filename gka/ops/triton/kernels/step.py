@@ -20,7 +20,7 @@ G groups of R = BD / G rows.
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRETED, cast
+from .arithmetic import cast
 from .common import floored
 from .conjugate_gradient import NOTHING, SMALLEST
 
@@ -41,18 +41,6 @@ def _places(ptr, program, first, rows: tl.constexpr, columns: tl.constexpr, BR: 
     j = first + tl.arange(0, BC)
     place = ptr + program.to(tl.int64) * (rows * columns) + (i[:, None] * columns + j[None, :])
     return place, (i < rows)[:, None] & (j < columns)[None, :]
-
-
-@triton.jit
-def _prefetch(ptr, program, NUMBERS: tl.constexpr, LINES: tl.constexpr):
-    """Ask for a state of NUMBERS numbers in LINES or fewer lines of the L2 cache. Nothing waits for it."""
-    if not INTERPRETED:
-        step: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-        number = tl.minimum(tl.arange(0, LINES) * step, NUMBERS - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr + program.to(tl.int64) * NUMBERS + number],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -166,12 +154,11 @@ def step_token(
     new_kk_ptr, new_kv_ptr, o_ptr,  # out: new states, maybe those so far; [B, H, V]
     steps_ptr,  # nodes: [steps + 1] float32, step sizes of all stages, negative where a later stage starts
     # CG: [steps] int32, the end of the stage of each product
-    scale, ridge_ratio, tolerance, steps, ahead, H, Hk,
+    scale, ridge_ratio, tolerance, steps, H, Hk,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     G_KK: tl.constexpr, LOG_KK: tl.constexpr, G_KV: tl.constexpr, LOG_KV: tl.constexpr,
-    LINES_KK: tl.constexpr, LINES_KV: tl.constexpr,
     SOLVE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
-    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, PREFETCH: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """The step of one sequence and head. Without SOLVE nothing is solved, y = q, and there is no S_kk."""
     program = tl.program_id(0)
@@ -180,11 +167,6 @@ def step_token(
         place, inside = _places(kk_ptr, program, 0, D, D, BD, BD, G_KK)
         S = tl.load(place, mask=inside, other=0.0)
         tl.debug_barrier()
-        if PREFETCH & 1:
-            _prefetch(kv_ptr, program, D * V, LINES_KV)
-        if PREFETCH & 2:
-            later = program + ahead
-            _prefetch(kk_ptr, tl.where(later < tl.num_programs(0), later, program), D * D, LINES_KK)
     q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
     k = _load_vector(k_ptr + head.to(tl.int64) * D, D, BD)
     kept, rate = _decay_parts(tl.load(g_ptr + program).to(tl.float32))
