@@ -1,0 +1,6 @@
+"""Context parallelism: several ranks share the tokens of every row (docs/parallel.md)."""
+
+from .context_parallel import ContextParallel
+from .shard import Shard
+
+__all__ = ["ContextParallel", "Shard"]
