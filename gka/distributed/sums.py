@@ -12,6 +12,7 @@ A state S before the span becomes e^{log_decay} S + S_span after it. With A = dS
 
 Sums are float32, or float64 for float64 inputs. For 16-bit keys and values on a GPU, each operand of a product is
 one or two bfloat16 tensors, 16 bits of each number, and the sums are float32; the setting of TF32 has no effect.
+For bfloat16 and at most 128 dims on an NVIDIA GPU kernels do it (`gka.ops.triton.kernels.span`), else PyTorch.
 For 32-bit inputs `torch.set_float32_matmul_precision` counts, as for the op in PyTorch.
 
 Legend: B rows, T tokens of the span, H query heads, Hk key/value heads, R = H / Hk, D key dim, V value dim,
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.autocast import autocast_off
+from ..ops.triton import fused
+from ..ops.triton.config import MAX_DIM
 from ..ops.types import state_dtype
 
 BLOCK_ELEMENTS = 2**24  # 64 MiB in float32
@@ -104,14 +107,8 @@ class _SpanSums(torch.autograd.Function):
         ctx.settings = normalize_k, with_kk
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
-            S_kk, S_kv = span.zeros(span.D if with_kk else 0), span.zeros(span.V)
-            for tokens in span.blocks():
-                K, V, w, r = span.block(tokens)
-                w_kv = w * r
-                S_kv += span.product(weighted_keys(K, w_kv), V)
-                if with_kk:
-                    S_kk += span.product(weighted_keys(K, w_kv * r), K)
-            return g.to(span.wide).sum(1), span.by_head(S_kk), span.by_head(S_kv)
+            S_kk, S_kv = span.sums(with_kk)
+            return g.to(span.wide).sum(1), S_kv.new_empty(0) if S_kk is None else S_kk, S_kv
 
     @staticmethod
     @once_differentiable
@@ -121,13 +118,8 @@ class _SpanSums(torch.autograd.Function):
         (k, v, g, beta), (normalize_k, with_kk) = ctx.saved_tensors, ctx.settings
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
-            A = span.by_key_head(dS_kk + dS_kk.transpose(-1, -2)) if with_kk else None
-            W, W_t = span.by_key_head(dS_kv), span.by_key_head(dS_kv.transpose(-1, -2))
-            dk, dv, dw = torch.empty_like(k), torch.empty_like(v), torch.empty_like(span.w)
-            for tokens in span.blocks():
-                found = span.block_gradients(tokens, A, W, W_t)
-                for whole, rows in zip((dk, dv, dw), found, strict=True):
-                    whole[:, tokens] = span.by_token(rows).reshape(whole[:, tokens].shape)
+            A = dS_kk + dS_kk.transpose(-1, -2) if with_kk else None
+            dk, dv, dw = span.gradients(A, dS_kv)
             dbeta = None if beta is None else (2.0 * dw * span.to_end * beta.to(span.wide)).to(beta.dtype)
             from_earlier = sums_after((dw * span.w).flip(1), 1).flip(1)
             dg = (d_log_decay.unsqueeze(1) + from_earlier).to(g.dtype)
@@ -145,6 +137,8 @@ class _Span:
         (self.B, self.T, self.Hk, self.D), self.V, self.H = k.shape, v.shape[3], g.shape[2]
         self.R = self.H // self.Hk
         self.in_parts = k.dtype.itemsize == 2 and k.device.type == "cuda"
+        narrow = k.dtype == torch.bfloat16 and max(self.D, self.V) <= MAX_DIM[torch.bfloat16]
+        self.by_kernels = narrow and k.numel() > 0 and fused.enabled(k)
         self.to_end = sums_after(g.to(self.wide), 1).exp()
         self.w = self.to_end if beta is None else self.to_end * beta.to(self.wide).square()
         self.norm: Tensor | None = None
@@ -152,6 +146,41 @@ class _Span:
         if normalize_k:
             self.norm = torch.linalg.vector_norm(k, dim=3, keepdim=True, dtype=self.wide)
             self.r = 1.0 / (self.norm + 1e-6)
+
+    def sums(self, with_kk: bool) -> tuple[Tensor | None, Tensor]:
+        """S_kk, None without `with_kk`, and S_kv."""
+        if self.by_kernels:
+            from ..ops.triton.kernels.span import launch_add_tokens
+
+            return launch_add_tokens(*self.for_kernels, with_kk)
+        S_kk, S_kv = self.zeros(self.D if with_kk else 0), self.zeros(self.V)
+        for tokens in self.blocks():
+            K, V, w, r = self.block(tokens)
+            w_kv = w * r
+            S_kv += self.product(weighted_keys(K, w_kv), V)
+            if with_kk:
+                S_kk += self.product(weighted_keys(K, w_kv * r), K)
+        return self.by_head(S_kk) if with_kk else None, self.by_head(S_kv)
+
+    def gradients(self, A: Tensor | None, dS_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dk, dv and dw; A = dS_kk + dS_kk^T [B, H, D, D], None without S_kk."""
+        if self.by_kernels:
+            from ..ops.triton.kernels.span import launch_token_gradients
+
+            return launch_token_gradients(*self.for_kernels, A, dS_kv, normalize=self.norm is not None)
+        A = None if A is None else self.by_key_head(A)
+        W, W_t = self.by_key_head(dS_kv), self.by_key_head(dS_kv.transpose(-1, -2))
+        dk, dv, dw = torch.empty_like(self.k), torch.empty_like(self.v), torch.empty_like(self.w)
+        for tokens in self.blocks():
+            found = self.block_gradients(tokens, A, W, W_t)
+            for whole, rows in zip((dk, dv, dw), found, strict=True):
+                whole[:, tokens] = self.by_token(rows).reshape(whole[:, tokens].shape)
+        return dk, dv, dw
+
+    @property
+    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, w and r, contiguous."""
+        return self.k.contiguous(), self.v.contiguous(), self.w.contiguous(), self.r.squeeze(3).contiguous()
 
     def blocks(self) -> Iterator[slice]:
         """Tokens whose weighted keys and values have at most BLOCK_ELEMENTS elements."""

@@ -43,7 +43,8 @@ def leaves_of(case: Case) -> list[Any]:
 
 def gradients(outputs: Any, leaves: list[Any]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+    loss = sum((x * cotangent).sum() for x, cotangent in zip(outputs, cotangents, strict=True))
     wanted = [x for x in leaves if x is not None]
     return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
 
@@ -101,3 +102,40 @@ def test_products_of_bfloat16_parts(dtype: torch.dtype) -> None:
         assert found.dtype == torch.float32
         assert relative_error(found, expected) < 2.0**-16
     assert relative_error(a.bfloat16().float() @ b.float(), expected) > 2.0**-10
+
+
+@pytest.mark.usefixtures("poisoned", "stand_in")
+@pytest.mark.parametrize("with_kk", (True, False))
+@pytest.mark.parametrize("case", (*CASES[:3], Case(lengths=(120,), D=33, V=65)), ids=str)
+def test_kernels(case: Case, with_kk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums as exact as 16 bits of their operands; gradients as exact as their dtype and these bits."""
+    calls = counted_launches(monkeypatch)
+    leaves = leaves_of(case)
+    leaves = [
+        None if x is None else x.detach().to(torch.bfloat16 if x.ndim == 4 else torch.float32) for x in leaves
+    ]
+    exact = [None if x is None else x.double().requires_grad_() for x in leaves]
+    leaves = [None if x is None else x.requires_grad_() for x in leaves]
+    found = sums.span_sums(*leaves, normalize_k=case.normalize_qk, with_kk=with_kk)
+    expected = tokens_one_by_one(*exact, case.normalize_qk)
+    kept = [n for n in range(3) if with_kk or n != 1]
+    mine, theirs = [found[n] for n in kept], [expected[n] for n in kept]
+    for x, y in zip(mine, theirs, strict=True):
+        assert x.dtype == torch.float32 and relative_error(x, y) < 2e-5
+    for x, y in zip(gradients(mine, leaves), gradients(theirs, exact), strict=True):
+        assert relative_error(x, y) < (3e-3 if x.dtype == torch.bfloat16 else 2e-5), x.shape
+    assert calls == ["add_tokens", "token_gradients"]
+
+
+def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from gka.ops.triton.kernels import span
+
+    calls: list[str] = []
+
+    def launch(kernel: Any, programs: int, **named: Any) -> None:
+        calls.append(kernel.fn.__name__)
+        original(kernel, programs, **named)
+
+    original = span.launch
+    monkeypatch.setattr(span, "launch", launch)
+    return calls
