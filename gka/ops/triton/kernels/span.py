@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import span_config
 from ..launch import launch, on_device, or_stand_in
-from .arithmetic import dot, split
+from .arithmetic import dot, split, through_registers
 from .common import load_matrix, load_rows, load_scalars, store_matrix, store_rows, store_scalars
 
 
@@ -35,8 +35,9 @@ def _add_tokens(
         right = load_rows(right_ptr, start, last, Hk, hk, width, 0, C, BW)
         r = load_scalars(r_ptr, start, last, Hk, hk, C)
         weight = load_scalars(w_ptr, start, last, H, h, C) * r
-        if POWER == 2:
+        if POWER == 2:  # both loads are the same one
             weight *= r
+            keys = through_registers(keys)
         hi, lo = split(right.to(tl.float32) * weight[:, None], False)
         transposed = tl.trans(keys)
         S = dot(transposed, lo, dot(transposed, hi, S, False), False)
