@@ -80,11 +80,15 @@ def product(a: Tensor, b: Tensor, wide: torch.dtype, in_parts: bool) -> Tensor:
 
 
 def bfloat16_parts(x: Tensor) -> list[Tensor]:
-    """bfloat16 tensors whose sum is x, exactly for 16 bits, to 16 bits of each number for float32."""
+    """bfloat16 tensors whose sum is x, exactly for 16 bits, to 16 bits of each number for float32.
+
+    The first part is x without its last 16 bits. A compiler would take x for x rounded and widened again.
+    """
     if x.dtype == torch.bfloat16:
         return [x]
-    high = x.bfloat16()
-    return [high, (x.float() - high.float()).bfloat16()]
+    x = x.float()
+    high = (x.view(torch.int32) & -65536).view(torch.float32)
+    return [high.bfloat16(), (x - high).bfloat16()]
 
 
 def _float32_bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -209,4 +213,4 @@ class _Span:
 
 def weighted_keys(K: Tensor, w: Tensor) -> Tensor:
     """K [n, C, D] times w [n, C, R], transposed: [n, R * D, C]."""
-    return (K.to(w.dtype).unsqueeze(2) * w.unsqueeze(3)).flatten(2).transpose(1, 2)
+    return (K.unsqueeze(2) * w.unsqueeze(3)).flatten(2).transpose(1, 2)
