@@ -21,6 +21,7 @@ C tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from ..ops.autocast import autocast_off
 from ..ops.types import state_dtype
 
 BLOCK_ELEMENTS = 2**24  # 64 MiB in float32
+SIDE_BY_SIDE = 16  # parts of a block that are summed up at once, if it divides: one head keeps one processor busy
 
 
 class SpanSums(NamedTuple):
@@ -71,24 +73,31 @@ def product(a: Tensor, b: Tensor, wide: torch.dtype, in_parts: bool) -> Tensor:
     if not in_parts:
         return torch.bmm(a.to(wide), b.to(wide))
     (a_high, *a_low), (b_high, *b_low) = bfloat16_parts(a), bfloat16_parts(b)
-    total = _float32_bmm(a_high, b_high)
-    for low in a_low:
-        total += _float32_bmm(low, b_high)
-    for low in b_low:
-        total += _float32_bmm(a_high, low)
+    pairs = [(a_high, b_high), *((low, b_high) for low in a_low), *((a_high, low) for low in b_low)]
+    # One product of parts side by side, not a sum of products, where they are shorter than the result.
+    if a.shape[2] <= b.shape[2]:
+        left, right = zip(*pairs, strict=True)
+        pairs = [(torch.cat(left, 2), torch.cat(right, 1))]
+    total = _float32_bmm(*pairs[0])
+    for pair in pairs[1:]:
+        total += _float32_bmm(*pair)
     return total
 
 
 def bfloat16_parts(x: Tensor) -> list[Tensor]:
     """bfloat16 tensors whose sum is x, exactly for 16 bits, to 16 bits of each number for float32.
 
-    The first part is x without its last 16 bits. A compiler would take x for x rounded and widened again.
+    The first part is the upper half of the bits of x. A compiler would take x for x rounded and widened again.
     """
     if x.dtype == torch.bfloat16:
         return [x]
     x = x.float()
-    high = (x.view(torch.int32) & -65536).view(torch.float32)
-    return [high.bfloat16(), (x - high).bfloat16()]
+    transposed = x.stride(-1) != 1
+    if transposed:
+        x = x.mT
+    high = x.contiguous().view(torch.bfloat16)[..., 1::2].contiguous()
+    parts = [high, torch.sub(x, high, out=torch.empty_like(high))]
+    return [part.mT for part in parts] if transposed else parts
 
 
 def _float32_bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -110,11 +119,11 @@ class _SpanSums(torch.autograd.Function):
             span = _Span(k, v, g, beta, normalize_k)
             S_kk, S_kv = span.zeros(span.D if with_kk else 0), span.zeros(span.V)
             for tokens in span.blocks():
-                K, V, w, r = span.block(tokens)
+                K, V, w, r = span.block(tokens, side_by_side=gcd(tokens.stop - tokens.start, SIDE_BY_SIDE))
                 w_kv = w * r
-                S_kv += span.product(weighted_keys(K, w_kv), V)
+                S_kv += span.summed_product(weighted_keys(K, w_kv), V)
                 if with_kk:
-                    S_kk += span.product(weighted_keys(K, w_kv * r), K)
+                    S_kk += span.summed_product(weighted_keys(K, w_kv * r), K)
             return g.to(span.wide).sum(1), span.by_head(S_kk), span.by_head(S_kv)
 
     @staticmethod
@@ -125,11 +134,12 @@ class _SpanSums(torch.autograd.Function):
         (k, v, g, beta), (normalize_k, with_kk) = ctx.saved_tensors, ctx.settings
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
-            A = span.by_key_head(dS_kk + dS_kk.transpose(-1, -2)) if with_kk else None
-            W, W_t = span.by_key_head(dS_kv), span.by_key_head(dS_kv.transpose(-1, -2))
+            W, W_t = span.by_key_head(dS_kv), span.by_key_head(dS_kv.mT)
+            A = span.by_key_head(dS_kk + dS_kk.mT) if with_kk else W[..., :0]
+            W_and_A = torch.cat([W, A], 2)
             dk, dv, dw = torch.empty_like(k), torch.empty_like(v), torch.empty_like(span.w)
             for tokens in span.blocks():
-                found = span.block_gradients(tokens, A, W, W_t)
+                found = span.block_gradients(tokens, W_and_A, W_t)
                 for whole, rows in zip((dk, dv, dw), found, strict=True):
                     whole[:, tokens] = span.by_token(rows).reshape(whole[:, tokens].shape)
             dbeta = None if beta is None else (2.0 * dw * span.to_end * beta.to(span.wide)).to(beta.dtype)
@@ -162,35 +172,47 @@ class _Span:
         length = max(1, BLOCK_ELEMENTS // (self.B * self.H * max(self.D, self.V)))
         return (slice(first, min(first + length, self.T)) for first in range(0, self.T, length))
 
-    def rows(self, x: Tensor, tokens: slice) -> Tensor:
-        """[B, T, Hk, .] -> [n, C, .]."""
-        return x[:, tokens].transpose(1, 2).flatten(0, 1)
+    def rows(self, x: Tensor, tokens: slice, side_by_side: int = 1) -> Tensor:
+        """[B, T, Hk, .] -> [n, C, .], or [n side_by_side, C / side_by_side, .]."""
+        return x[:, tokens].unflatten(1, (side_by_side, -1)).permute(0, 3, 1, 2, 4).flatten(0, 2)
 
-    def block(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def block(self, tokens: slice, side_by_side: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K [n, C, D], V [n, C, V], w [n, C, R] and r [n, C, 1]."""
         w = self.w.unflatten(2, (self.Hk, self.R))
-        K, V, w, r = (self.rows(x, tokens) for x in (self.k, self.v, w, self.r))
+        K, V, w, r = (self.rows(x, tokens, side_by_side) for x in (self.k, self.v, w, self.r))
         return K, V, w, r
 
-    def block_gradients(self, tokens: slice, A: Tensor | None, W: Tensor, W_t: Tensor) -> tuple[Tensor, ...]:
-        """dk [n, C, D], dv [n, C, V] and dw [n, C, R]; A, W and W_t are [n, D or V, R * D or V]."""
+    def summed_product(self, weighted: Tensor, right: Tensor) -> Tensor:
+        """The sum over a block's tokens, [n, R * D, .], from parts of it side by side."""
+        return self.product(weighted.mT, right).unflatten(0, (self.B * self.Hk, -1)).sum(1)
+
+    def block_gradients(self, tokens: slice, W_and_A: Tensor, W_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dk [n, C, D], dv [n, C, V] and dw [n, C, R].
+
+        W_and_A: W and A, [n, D, R * V + R * D], or W alone; W_t: W^T [n, V, R * D].
+        """
         K, V, w, r = self.block(tokens)
-        keys, w_kv = K.to(self.wide).unsqueeze(2), (w * r).unsqueeze(3)
-        Wv = self.product(V, W_t).unflatten(2, (self.R, -1))
-        kWv = (keys * Wv).sum(3)
-        kAk = torch.zeros_like(kWv)
-        if A is not None:
-            Ak = self.product(K, A).unflatten(2, (self.R, -1))
-            kAk = 0.5 * (keys * Ak).sum(3)
-            Wv = Wv.addcmul_(Ak, r.unsqueeze(3))
-        dk = (Wv * w_kv).sum(2)
+        keys, w_kv = K.unsqueeze(2), (w * r).unsqueeze(3)
+        kW, Ak = self.product(K, W_and_A).split([self.R * self.V, W_and_A.shape[2] - self.R * self.V], 2)
+        dv = self._over_query_heads(kW.unflatten(2, (self.R, -1)) * w_kv)
+        pulled = self.product(V, W_t).unflatten(2, (self.R, -1))  # W v + r A k
+        half_kAk = torch.zeros_like(w)
+        if Ak.shape[2]:
+            Ak = Ak.unflatten(2, (self.R, -1))
+            half_kAk = 0.5 * (keys * Ak).sum(3)
+            pulled = pulled.addcmul_(Ak, r.unsqueeze(3))
+        k_pulled = (keys * pulled).sum(3)
+        dk = self._over_query_heads(pulled.mul_(w_kv))
         if self.norm is not None:
-            dr = (w * (2.0 * r * kAk + kWv)).sum(2, keepdim=True)
+            dr = (w * k_pulled).sum(2, keepdim=True)
             norm = self.rows(self.norm, tokens)
             slope = torch.where(norm > 0, -r.square() / norm, torch.zeros_like(norm))
-            dk = dk + (dr * slope) * keys.squeeze(2)
-        dv = (self.product(K, W).unflatten(2, (self.R, -1)) * w_kv).sum(2)
-        return dk, dv, r * (r * kAk + kWv)
+            dk = torch.addcmul(dk, K.to(self.wide), dr * slope)
+        return dk, dv, r * (k_pulled - r * half_kAk)
+
+    def _over_query_heads(self, x: Tensor) -> Tensor:
+        """[n, C, R, .] -> [n, C, .]."""
+        return x.squeeze(2) if self.R == 1 else x.sum(2)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return product(a, b, self.wide, self.in_parts)
@@ -212,5 +234,5 @@ class _Span:
 
 
 def weighted_keys(K: Tensor, w: Tensor) -> Tensor:
-    """K [n, C, D] times w [n, C, R], transposed: [n, R * D, C]."""
-    return (K.unsqueeze(2) * w.unsqueeze(3)).flatten(2).transpose(1, 2)
+    """K [n, C, D] times w [n, C, R] -> [n, C, R * D]."""
+    return (K.unsqueeze(2) * w.unsqueeze(3)).flatten(2)
