@@ -70,6 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "number of items given": dict(kind="gka", n=2, T=13, options=dict(num_items_in_batch=7)),
     "shifted labels given": dict(kind="gka", n=2, T=13, shifted=True),
     "other ignored label": dict(kind="gka", n=2, T=13, options=dict(ignore_index=5)),
+    "plain loss": dict(kind="gka", n=4, T=23, B=2, chunk=None),
     "tuples": dict(kind="gka", n=2, T=13, options=dict(return_dict=False)),
 }
 BROKEN = {"no halo": lambda xs: [x * 0 for x in xs], "halo without gradients": lambda xs: [x.detach() for x in xs]}
@@ -157,6 +158,7 @@ def run_model(
     embeds: bool = False,
     shifted: bool = False,
     checkpointing: bool = False,
+    chunk: int | None = 5,
     options: Any = None,
 ) -> Errors:
     """A model's logits and loss, and the mean over the ranks of the gradients of the loss.
@@ -165,7 +167,7 @@ def run_model(
     With checkpointing there are two calls before the backward pass: it must not take one batch for the other.
     """
     model = tiny_model(kind)
-    model.set_loss_chunk(5)  # its losses are float64
+    model.set_loss_chunk(chunk)  # the loss in chunks is float64, the plain loss float32
     made = (B, T, told, shifted, (options or {}).get("ignore_index", -100))
     batch = batch_of(*made)
     x = model.model.embed_tokens(batch["input_ids"]).detach().requires_grad_() if embeds else None

@@ -16,6 +16,7 @@ from parallel_model_run import BROKEN, LAYERS, MODELS
 from gka.distributed import ContextParallel, Part, parallelize
 
 BOUND = 1e-10
+PLAIN_LOSS = 1e-6  # of transformers, in float32
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
 def test_results_are_those_of_one_process(errors: Any, case: str) -> None:
     """Outputs, losses, and gradients of all parameters and of the input."""
     assert len(errors[case]) > 5
-    wrong = {name: error for name, error in errors[case].items() if not error <= BOUND}
+    bound = PLAIN_LOSS if "plain loss" in case else BOUND
+    wrong = {name: error for name, error in errors[case].items() if not error <= bound}
     assert not wrong, wrong
 
 
