@@ -82,6 +82,10 @@ def attend(
     shard = context_parallel.shard
     keys, values = shard.gather(torch.cat([key, value], dim=1), dim=2).chunk(2, dim=1)
     masked = sliding_window is not None or context_parallel.real is not None
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and (masked or query.dtype not in (torch.float16, torch.bfloat16)):  # kernels take no groups there
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        grouped = False
     outputs = []
     for stretch in _stretches(shard, sliding_window, _QUERIES if masked else None):
         tokens = stretch.stop - stretch.first
@@ -95,7 +99,7 @@ def attend(
                 attn_mask=causal_lower_right(tokens, stretch.stop - stretch.key) if mask is None else mask,
                 dropout_p=dropout,
                 scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=grouped,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
