@@ -198,6 +198,10 @@ def training_arguments(
 # Training
 
 
+class _TrainerOfSharedRows(ContextParallelTrainer, GKATrainer):
+    """A GKATrainer whose processes share the tokens of every row."""
+
+
 def _make_trainer(
     options: TrainOptions,
     output: Path,
@@ -227,7 +231,7 @@ def _make_trainer(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer_of: Any = GKATrainer
     if options.context_parallel > 1:
-        trainer_of = partial(ContextParallelTrainer, processes_per_row=options.context_parallel)
+        trainer_of = partial(_TrainerOfSharedRows, processes_per_row=options.context_parallel)
     trainer: GKATrainer = trainer_of(
         schedule=schedule,
         tokens_per_byte=manifest.tokens_per_byte,

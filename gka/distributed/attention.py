@@ -12,13 +12,15 @@ Legend: B batch, T tokens of the global row, t tokens of this rank, H query head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .part import Part
 from .shard import Shard
@@ -96,7 +98,7 @@ def attend(
                 query.narrow(2, stretch.local, tokens),
                 keys[:, :, seen],
                 values[:, :, seen],
-                attn_mask=causal_lower_right(tokens, stretch.stop - stretch.key) if mask is None else mask,
+                attn_mask=_causal(tokens, stretch.stop - stretch.key) if mask is None else mask,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=grouped,
@@ -118,6 +120,16 @@ def _stretches(shard: Shard, window: int | None, most: int | None) -> Iterator[S
                 yield Stretch(local + done, first, stop, key)
             position, local = position + length, local + length
         sequence += count
+
+
+@functools.lru_cache(maxsize=4096)
+def _causal(queries: int, keys: int) -> CausalBias:
+    """The mask that PyTorch's kernels know: the last query sees all keys, each one before it a key less.
+
+    Such a tensor cannot be made where a mode watches operators, as FlopCounterMode and selective checkpointing do.
+    """
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def _mask(stretch: Stretch, window: int | None, real: Tensor | None, device: torch.device) -> Tensor:

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import Trainer
 
 from ..distributed import parallelize
-from .trainer import GKATrainer
 
 
-class ContextParallelTrainer(GKATrainer):
-    """A GKATrainer whose processes share the tokens of every row.
+class ContextParallelTrainer(Trainer):
+    """transformers' Trainer, with processes that share the tokens of every row.
+
+    As first of several base classes it makes another Trainer of this kind.
 
     Args:
         processes_per_row: N; the number of processes is a multiple of it.
-        **settings: arguments of GKATrainer; the model is a GKAForCausalLM, and args.prediction_loss_only is True.
+        **settings: arguments of the Trainer; the model is a GKAForCausalLM, and args.prediction_loss_only is True.
 
     Raises:
         ValueError: the number of processes is not a multiple of N, or predictions are asked for.

@@ -9,10 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_helpers import random_inputs, random_tokens, tiny_layer, tiny_model
-from parallel_models import BROKEN, LAYERS, MODELS, broken_errors, fsdp_errors, layer_errors, model_errors
+from parallel_models import (
+    BROKEN,
+    LAYERS,
+    MODELS,
+    batch_of,
+    broken_errors,
+    fsdp_errors,
+    layer_errors,
+    model_errors,
+)
 from ranks import Ranks
+from reads import Reads
 
 from gka.distributed import ContextParallel, Part, parallelize
+from gka.ops import checks
 
 BOUND = 1e-10
 PLAIN_LOSS = 1e-6  # of transformers, in float32
@@ -108,3 +119,19 @@ def test_the_implementation_of_attention_is_not_saved(alone: Any, tmp_path: Path
     parallelize(model, ContextParallel(alone))
     model.save_pretrained(tmp_path)
     assert "gka_context_parallel" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("told", ["rows", "padded", "packed"])
+def test_training_waits_for_nothing(alone: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass of a hybrid; the CPU is taken for a device that makes one wait."""
+    monkeypatch.delenv("GKA_CHECK_VALUES", raising=False)
+    model = tiny_model("hybrid, all three")
+    parallelize(model, ContextParallel(alone))
+    batch = batch_of(
+        1 if told == "packed" else 3, 24, {"padded": "attention_mask", "packed": "cu_seq_lens_q"}.get(told), False
+    )
+    model(**batch).loss.backward()  # tables are made once
+    monkeypatch.setattr(checks, "NEVER_WAITING", ())
+    with Reads() as reads:
+        model(**batch).loss.backward()
+    assert not reads.seen
