@@ -1,8 +1,12 @@
-"""Time of the op and of the layer on a row that several ranks share, compared with one rank.
+"""Time of the op, its sums and the layer on a row that several ranks share, compared with one rank.
 
     torchrun --nproc_per_node 8 -m benchmarks.bench_parallel --device cuda            # takes about two minutes
     torchrun --nproc_per_node 8 -m benchmarks.bench_parallel --device cuda --check    # errors instead of times
     torchrun --nproc_per_node 2 -m benchmarks.bench_parallel --tokens 64 --hidden 32 --heads 2   # quick, on a CPU
+
+    op       `gka.distributed.gated_kalmanet`
+    sums     what its tokens add to the running sums, the work that a rank has besides the op; nothing is sent
+    layer    `GatedKalmaNet` with the parts of a row
 
 It measures forward, and forward + backward with the gradients of all inputs, in the layer also of its parameters.
 All ranks share the row, in each layout; then rank 0 alone has the whole row while the others wait. All ranks begin
@@ -40,9 +44,11 @@ from experiments.evidence.timing import seconds
 from gka import ops
 from gka.distributed import ContextParallel, Part, collectives, gated_kalmanet
 from gka.distributed.context_parallel import LAYOUTS
+from gka.distributed.sums import span_sums
 
 Results = dict[str, Tensor]
 Call = Callable[[bool], Results]
+PARTS = ("op", "sums", "layer")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Rounding of o and of dq, dk, dv to bfloat16, and the errors of two solves.
 BOUNDS = {"bfloat16": 2e-2, "float32": 1e-3}
@@ -63,6 +69,22 @@ def op_call(inputs: Results, cotangent: Tensor, shard: Any) -> Call:
             return {"o": o}
         grads = torch.autograd.grad(o, list(mine.values()), cut(cotangent, shard))
         return {"o": o, **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}
+
+    return run
+
+
+def sums_call(inputs: Results, _: Tensor, shard: Any) -> Call:
+    """The sums over this rank's tokens, and the gradients of keys, values and gates."""
+    mine = {name: cut(inputs[name], shard).requires_grad_() for name in ("k", "v", "g", "beta")}
+
+    def run(backward: bool) -> Results:
+        with torch.set_grad_enabled(backward):
+            found = span_sums(*mine.values(), normalize_k=True, with_kk=True)
+        outputs = {name: x for name, x in found._asdict().items() if x is not None}
+        if not backward:
+            return outputs
+        grads = torch.autograd.grad(list(outputs.values()), list(mine.values()), list(outputs.values()))
+        return outputs | {f"d{name}": grad for name, grad in zip(mine, grads, strict=True)}
 
     return run
 
@@ -92,10 +114,11 @@ def calls(options: argparse.Namespace, part: str) -> Iterator[tuple[str, Call | 
     """The layouts by name, and "one rank", with their calls; ranks other than 0 have none for the last."""
     torch.manual_seed(0)
     T, dtype = options.tokens, DTYPES[options.dtype]
-    if part == "op":
+    if part != "layer":
         inputs = make_inputs(T, options.heads, options.head_dim, dtype, options.device)
         cotangent = torch.randn_like(inputs["v"])
-        make: Callable[[Any], Call] = lambda shard: op_call(inputs, cotangent, shard)  # noqa: E731
+        of_part = {"op": op_call, "sums": sums_call}[part]
+        make: Callable[[Any], Call] = lambda shard: of_part(inputs, cotangent, shard)  # noqa: E731
     else:
         layer = gka.GatedKalmaNet(options.hidden, options.heads, head_dim=options.head_dim)
         layer = layer.to(options.device, dtype)
@@ -161,7 +184,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def check(options: argparse.Namespace) -> bool:
     """Print ||a - b|| / ||b|| of o and of each gradient, n ranks and one; whether all are within the bound."""
     bound, fits = BOUNDS[options.dtype], True
-    for part in options.parts:
+    for part in (part for part in options.parts if part != "sums"):
         found: dict[str, Results] = {}
         for name, call, shard in calls(options, part):
             results = {} if call is None else call(True)
@@ -200,7 +223,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
-    parser.add_argument("--parts", nargs="+", choices=("op", "layer"), default=["op", "layer"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--tokens", type=int, default=131072, help="T, of the whole row; default 131072")
     parser.add_argument("--hidden", type=int, default=2048)

@@ -75,6 +75,23 @@ def compare(
     return errors(run_shared(inputs(case, **kind), ContextParallel(group, layout), **options), reference)
 
 
+def compare_gradients_of(group: Any, case: Case, layout: Any, names: list[str]) -> dict[str, float]:
+    """Errors of the gradients of some inputs, where no other input has one."""
+    arguments = make_inputs(case)
+    leaves = {name: x.detach().requires_grad_(name in names) for name, x in arguments.items() if name in INPUTS}
+    context = ContextParallel(group, layout)
+    shard = context.shard(leaves["q"].shape[1])
+    state = (leaves["S_kk"], leaves["S_kv"])
+    mine, _ = gated_kalmanet(*(shard.take(leaves[name]) for name in INPUTS[:6]), shard=shard, initial_state=state)
+    alone, _ = gka.ops.gated_kalmanet(*(leaves[name] for name in INPUTS[:6]), initial_state=state)
+    wanted = [leaves[name] for name in names]
+    found = [x.contiguous() for x in torch.autograd.grad(mine.square().sum(), wanted)]
+    expected = torch.autograd.grad(alone.square().sum(), wanted)
+    for x in found:
+        dist.all_reduce(x, group=group)
+    return {name: relative_error(x, y) for name, x, y in zip(names, found, expected, strict=True)}
+
+
 def compare_broken(group: Any, case: Case, layout: Any, reference: Arrays) -> dict[str, float]:
     """The same without the gradient of the sums of g, which later ranks send back."""
     exchanged = gka.distributed.op.exchanged

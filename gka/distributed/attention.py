@@ -12,13 +12,15 @@ Legend: B batch, T tokens of the global row, t tokens of this rank, H query head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .part import Part
 from .shard import Shard
@@ -82,6 +84,10 @@ def attend(
     shard = context_parallel.shard
     keys, values = shard.gather(torch.cat([key, value], dim=1), dim=2).chunk(2, dim=1)
     masked = sliding_window is not None or context_parallel.real is not None
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and (masked or query.dtype not in (torch.float16, torch.bfloat16)):  # kernels take no groups there
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        grouped = False
     outputs = []
     for stretch in _stretches(shard, sliding_window, _QUERIES if masked else None):
         tokens = stretch.stop - stretch.first
@@ -92,10 +98,10 @@ def attend(
                 query.narrow(2, stretch.local, tokens),
                 keys[:, :, seen],
                 values[:, :, seen],
-                attn_mask=causal_lower_right(tokens, stretch.stop - stretch.key) if mask is None else mask,
+                attn_mask=_causal(tokens, stretch.stop - stretch.key) if mask is None else mask,
                 dropout_p=dropout,
                 scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=grouped,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
@@ -114,6 +120,16 @@ def _stretches(shard: Shard, window: int | None, most: int | None) -> Iterator[S
                 yield Stretch(local + done, first, stop, key)
             position, local = position + length, local + length
         sequence += count
+
+
+@functools.lru_cache(maxsize=4096)
+def _causal(queries: int, keys: int) -> CausalBias:
+    """The mask that PyTorch's kernels know: the last query sees all keys, each one before it a key less.
+
+    Such a tensor cannot be made where a mode watches operators, as FlopCounterMode and selective checkpointing do.
+    """
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def _mask(stretch: Stretch, window: int | None, real: Tensor | None, device: torch.device) -> Tensor:

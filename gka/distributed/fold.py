@@ -56,3 +56,12 @@ def carried(sums: SpanSums, initial: State) -> SpanSums:
     decay = sums.log_decay.exp()[..., None, None]
     S_kk = None if sums.S_kk is None or initial.S_kk is None else sums.S_kk + decay * initial.S_kk
     return SpanSums(sums.log_decay, S_kk, sums.S_kv + decay * initial.S_kv)
+
+
+def tied(sums: SpanSums, initial: State) -> SpanSums:
+    """The same sums, which autograd takes for a function of the state as well, with a gradient of zero.
+
+    So that all ranks have a backward pass of the exchange if only the initial state has gradients.
+    """
+    nothing = sum((x[:0].sum() for x in initial if x is not None), start=sums.S_kv.new_zeros(()))
+    return sums._replace(S_kv=sums.S_kv + nothing)

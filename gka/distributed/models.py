@@ -138,7 +138,7 @@ def cut_batch(config: GKAConfig, context: ContextParallel, call: dict[str, Any])
         call.pop(name, None)
     return {
         **call,
-        **{name: shard.take(call[name]) for name in _OF_TOKENS if name in call},
+        **{name: shard.take(call[name]).contiguous() for name in _OF_TOKENS if name in call},
         "attention_mask": _masks(config, shard, real),
         "use_cache": False,
         "context_parallel": Part(shard, real),

@@ -36,7 +36,7 @@ from ..ops.checks import (
 )
 from ..ops.transforms import transforms_active
 from .collectives import all_reduce
-from .fold import carried, exchanged, state_before
+from .fold import carried, exchanged, state_before, tied
 from .shard import Shard
 from .sums import SpanSums, span_sums
 
@@ -88,8 +88,10 @@ def gated_kalmanet(
             keys, values, decays = (x[:, segment.sent] for x in (k, v, g))
             strengths = None if beta is None else beta[:, segment.sent]
             sums = span_sums(keys, values, decays, strengths, normalize_k=normalize_qk, with_kk=with_kk)
-            if segment.sent_begins_here and initial is not None:
+            if initial is not None and segment.sent_begins_here:
                 sums = carried(sums, _of(initial, segment.global_sequences[-1:], shard))
+            elif initial is not None:
+                sums = tied(sums, initial)
             sent.append(sums)
         pieces = exchanged(sent, shard)
         states = [_first_states(pieces, segment, initial, shard) for segment in segments]

@@ -132,7 +132,7 @@ class Shard:
     def _kept(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._on_devices:
             made = self._make_positions() if name == "positions" else torch.tensor(self.sequences.cu_seqlens)
-            if device.type == "cuda":  # so that the copy waits for nothing
+            if device.type == "cuda" and not torch.compiler.is_compiling():  # so that the copy waits for nothing
                 made = made.pin_memory()
             self._on_devices[name, device] = made.to(device, non_blocking=True)
         return self._on_devices[name, device]

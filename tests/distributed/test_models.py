@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from forked import run_ranks
 from model_helpers import random_inputs, random_tokens, tiny_layer, tiny_model
-from parallel_model_run import BROKEN, LAYERS, MODELS
+from parallel_models import (
+    BROKEN,
+    LAYERS,
+    MODELS,
+    batch_of,
+    broken_errors,
+    fsdp_errors,
+    layer_errors,
+    model_errors,
+)
+from ranks import Ranks
+from reads import Reads
 
 from gka.distributed import ContextParallel, Part, parallelize
+from gka.ops import checks
 
 BOUND = 1e-10
+PLAIN_LOSS = 1e-6  # of transformers, in float32
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    file = tmp_path_factory.mktemp("parallel") / "errors.json"
-    run_ranks("-m", "parallel_model_run", str(file), processes=4)
-    found: dict[str, dict[str, float]] = json.loads(file.read_text())
-    return found
-
-
-@pytest.mark.parametrize("case", [*(f"layer: {name}" for name in LAYERS), *(f"model: {name}" for name in MODELS)])
-def test_results_are_those_of_one_process(errors: Any, case: str) -> None:
-    """Outputs, losses, and gradients of all parameters and of the input."""
-    assert len(errors[case]) > 5
-    wrong = {name: error for name, error in errors[case].items() if not error <= BOUND}
+def assert_small(errors: dict[str, float], bound: float) -> None:
+    assert len(errors) > 5
+    wrong = {name: error for name, error in errors.items() if not error <= bound}
     assert not wrong, wrong
 
 
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_is_that_of_one_process(ranks: Ranks, case: str) -> None:
+    """Output, and gradients of all parameters and of the input."""
+    assert_small(ranks.run(LAYERS[case]["n"], layer_errors, LAYERS[case])[0], BOUND)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_is_that_of_one_process(ranks: Ranks, case: str) -> None:
+    """Logits, loss, and gradients of all parameters and of embeddings that are given."""
+    bound = PLAIN_LOSS if case == "plain loss" else BOUND
+    assert_small(ranks.run(MODELS[case]["n"], model_errors, MODELS[case])[0], bound)
+
+
+def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks) -> None:
+    assert_small(ranks.run(2, fsdp_errors)[0], PLAIN_LOSS)
+
+
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_border_is_seen(errors: Any, name: str) -> None:
-    found = errors[f"broken: {name}"]
+def test_a_broken_border_is_seen(ranks: Ranks, name: str) -> None:
+    found = ranks.run(4, broken_errors, name)[0]
     assert max(found.values()) > 1e-2
     assert (found["out"] > 1e-2) == (name == "no halo"), "without its gradients the output is right"
 
@@ -101,3 +119,19 @@ def test_the_implementation_of_attention_is_not_saved(alone: Any, tmp_path: Path
     parallelize(model, ContextParallel(alone))
     model.save_pretrained(tmp_path)
     assert "gka_context_parallel" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("told", ["rows", "padded", "packed"])
+def test_training_waits_for_nothing(alone: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass of a hybrid; the CPU is taken for a device that makes one wait."""
+    monkeypatch.delenv("GKA_CHECK_VALUES", raising=False)
+    model = tiny_model("hybrid, all three")
+    parallelize(model, ContextParallel(alone))
+    batch = batch_of(
+        1 if told == "packed" else 3, 24, {"padded": "attention_mask", "packed": "cu_seq_lens_q"}.get(told), False
+    )
+    model(**batch).loss.backward()  # tables are made once
+    monkeypatch.setattr(checks, "NEVER_WAITING", ())
+    with Reads() as reads:
+        model(**batch).loss.backward()
+    assert not reads.seen

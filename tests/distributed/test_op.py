@@ -83,6 +83,13 @@ def test_a_broken_border_is_seen(ranks: Ranks, layout: str) -> None:
     assert all(error <= BOUND for name, error in found.items() if not name.endswith("dg"))
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "zigzag"))
+@pytest.mark.parametrize("names", (["S_kv"], ["S_kk"], ["q", "alpha"], ["k"], ["g"]), ids=" ".join)
+def test_some_inputs_have_gradients(ranks: Ranks, layout: str, names: list[str]) -> None:
+    """All ranks take part in the backward pass, or none."""
+    assert_near(ranks.run(3, sharded_op.compare_gradients_of, Case(lengths=(12, 12)), layout, names))
+
+
 @pytest.mark.parametrize("how", ("checkpoint", "autocast", "compile"))
 def test_under(ranks: Ranks, how: str) -> None:
     case = Case(lengths=(13, 13))

@@ -1,15 +1,11 @@
-"""`python -m parallel_model_run FILE` in four processes: layers and models beside one process, errors into a file.
+"""Layers and models whose tokens the ranks of a group share, beside one process: errors of one case.
 
-Errors are ||out - ref|| / ||ref|| of outputs, losses and all gradients, in float64. Rank 0 compares.
+Errors are ||out - ref|| / ||ref|| of outputs, losses and all gradients, in float64. Rank 0 compares; the others
+return nothing.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +14,8 @@ import torch.distributed as dist
 from helpers import relative_error
 from model_helpers import random_inputs, random_tokens, tiny_layer, tiny_model
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from gka.distributed import ContextParallel, Part, halo, parallelize
 
@@ -70,11 +68,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "number of items given": dict(kind="gka", n=2, T=13, options=dict(num_items_in_batch=7)),
     "shifted labels given": dict(kind="gka", n=2, T=13, shifted=True),
     "other ignored label": dict(kind="gka", n=2, T=13, options=dict(ignore_index=5)),
+    "plain loss": dict(kind="gka", n=4, T=23, B=2, chunk=None),
     "tuples": dict(kind="gka", n=2, T=13, options=dict(return_dict=False)),
 }
 BROKEN = {"no halo": lambda xs: [x * 0 for x in xs], "halo without gradients": lambda xs: [x.detach() for x in xs]}
-
-GROUPS: dict[int, Any] = {}
 
 
 def some_mask(B: int, T: int) -> Tensor:
@@ -98,8 +95,25 @@ def gradients(module: Any, x: Tensor | None = None) -> dict[str, Tensor]:
     return found if x is None else {**found, "input": x.grad.clone()}
 
 
-def run_layer(
-    n: int, T: int, layout: Any = "contiguous", packed: bool = False, mask: bool = False, changes: Any = None
+def layer_errors(group: Any, settings: dict[str, Any]) -> Errors:
+    """The errors of one of LAYERS."""
+    return _layer(group, **{name: value for name, value in settings.items() if name != "n"})
+
+
+def model_errors(group: Any, settings: dict[str, Any]) -> Errors:
+    """The errors of one of MODELS."""
+    return _model(group, **{name: value for name, value in settings.items() if name != "n"})
+
+
+def broken_errors(group: Any, name: str) -> Errors:
+    """The errors of a layer with one of the wrong borders of BROKEN."""
+    right = halo.preceding_inputs
+    with mock.patch.object(halo, "preceding_inputs", lambda *given: BROKEN[name](right(*given))):
+        return _layer(group, T=23)
+
+
+def _layer(
+    group: Any, T: int, layout: Any = "contiguous", packed: bool = False, mask: bool = False, changes: Any = None
 ) -> Errors:
     """A layer's output and gradients, of a loss through the output."""
     layer = tiny_layer(**(changes or {}))
@@ -114,11 +128,11 @@ def run_layer(
         expected = {"out": whole.detach(), **gradients(layer, x)}
         layer.zero_grad()
         x.grad = None
-    shard = ContextParallel(GROUPS[n], layout).shard(T, cu_seqlens)
+    shard = ContextParallel(group, layout).shard(T, cu_seqlens)
     layer.context_parallel = Part(shard)
     out = layer(shard.take(x), None if given is None else shard.take(given))
     (out * shard.take(cotangent)).sum().backward()
-    found = {"out": shard.gather(out).detach(), **summed(gradients(layer, x), GROUPS[n])}
+    found = {"out": shard.gather(out).detach(), **summed(gradients(layer, x), group)}
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 
@@ -147,9 +161,9 @@ def batch_of(B: int, T: int, told: str | None, shifted: bool, ignored: int = -10
     return batch
 
 
-def run_model(
+def _model(
+    group: Any,
     kind: str,
-    n: int,
     T: int,
     B: int = 1,
     layout: Any = "contiguous",
@@ -157,15 +171,16 @@ def run_model(
     embeds: bool = False,
     shifted: bool = False,
     checkpointing: bool = False,
+    chunk: int | None = 5,
     options: Any = None,
 ) -> Errors:
     """A model's logits and loss, and the mean over the ranks of the gradients of the loss.
 
-    The norms of its blocks are float32. A power of two as `n` leaves their rounding as it is.
+    The norms of its blocks are float32. A power of two as number of ranks leaves their rounding as it is.
     With checkpointing there are two calls before the backward pass: it must not take one batch for the other.
     """
     model = tiny_model(kind)
-    model.set_loss_chunk(5)  # its losses are float64
+    model.set_loss_chunk(chunk)  # the loss in chunks is float64, the plain loss float32
     made = (B, T, told, shifted, (options or {}).get("ignore_index", -100))
     batch = batch_of(*made)
     x = model.model.embed_tokens(batch["input_ids"]).detach().requires_grad_() if embeds else None
@@ -191,44 +206,38 @@ def run_model(
 
     expected = results() if dist.get_rank() == 0 else {}
     batch["labels"] = batch_of(*made)["labels"]
-    context = parallelize(model, ContextParallel(GROUPS[n], layout))
+    context = parallelize(model, ContextParallel(group, layout))
     found = results()
     joined = B * T if told not in (None, "attention_mask") else T
     outputs = {
         "logits": context.shard(joined).gather(found.pop("logits")).flatten(0, 1),
         "loss": found.pop("loss"),
     }
-    found = {name: gradient / n for name, gradient in summed(found, GROUPS[n]).items()} | outputs
+    found = {
+        name: gradient / dist.get_world_size(group) for name, gradient in summed(found, group).items()
+    } | outputs
     if "logits" in expected:
         expected["logits"] = expected["logits"].flatten(0, 1)
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 
-def run_broken(change: Callable[[list[Tensor]], list[Tensor]]) -> Errors:
-    """The same with a wrong border."""
-    right = halo.preceding_inputs
-    with mock.patch.object(halo, "preceding_inputs", lambda *given: change(right(*given))):
-        return run_layer(n=4, T=23)
-
-
-def main() -> None:
-    """Run all cases whose groups this rank is in."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, seen = dist.get_rank(), {}
-    GROUPS.update({n: dist.new_group(list(range(n))) for n in (2, 3, 4)})
-    for name, settings in LAYERS.items():
-        if rank < settings["n"]:
-            seen[f"layer: {name}"] = run_layer(**settings)
-    for name, settings in MODELS.items():
-        if rank < settings["n"]:
-            seen[f"model: {name}"] = run_model(**settings)
-    for name, change in BROKEN.items():
-        seen[f"broken: {name}"] = run_broken(change)
-    if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(seen))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def fsdp_errors(group: Any) -> Errors:
+    """The gradients of a hybrid that FSDP2 shards over the ranks that share its tokens, and its loss."""
+    batch = batch_of(2, 23, None, False)
+    model = tiny_model("hybrid")
+    expected = {}
+    if dist.get_rank() == 0:
+        loss = model(**batch).loss
+        loss.backward()
+        expected = {"loss": loss.detach(), **gradients(model)}
+        model.zero_grad()
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+    parallelize(model, mesh)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**batch).loss
+    loss.backward()
+    found = {"loss": loss.detach()}
+    found |= {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    return {name: relative_error(found[name], expected[name]) for name in expected}
