@@ -46,7 +46,7 @@ def state_before(pieces: SpanSums, first: int, stop: int) -> State:
 
     Without such pieces it is zero, and still depends on `pieces`: all ranks must run the exchange's backward pass.
     """
-    weight = sums_after(pieces.log_decay[first:stop], 0).exp()[..., None, None]
+    weight = sums_after(pieces.log_decay[first:stop].movedim(0, -1)).movedim(-1, 0).exp()[..., None, None]
     S_kk = None if pieces.S_kk is None else (weight * pieces.S_kk[first:stop]).sum(0)
     return State(S_kk, (weight * pieces.S_kv[first:stop]).sum(0))
 

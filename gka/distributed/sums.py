@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,6 +35,7 @@ from ..ops.triton.config import MAX_DIM
 from ..ops.types import state_dtype
 
 BLOCK_ELEMENTS = 2**24  # 64 MiB in float32
+SUM_BLOCK = 256
 
 
 class SpanSums(NamedTuple):
@@ -59,11 +61,21 @@ def span_sums(
     return SpanSums(log_decay, S_kk if with_kk else None, S_kv)
 
 
-def sums_after(x: Tensor, dim: int) -> Tensor:
-    """x_{t+1} + ... + x_T for every t. Nothing is subtracted, so -inf and long sums are harmless."""
-    later = x.narrow(dim, 1, x.shape[dim] - 1) if x.shape[dim] else x
-    shifted = torch.cat([later, torch.zeros_like(x.narrow(dim, 0, min(1, x.shape[dim])))], dim)
-    return shifted.flip(dim).cumsum(dim).flip(dim)
+def sums_after_tokens(x: Tensor) -> Tensor:
+    """x_{t+1} + ... + x_T for every t of x [B, T, H]. Nothing is subtracted, so -inf and long sums are harmless.
+
+    In blocks of tokens: over dim 1 PyTorch's cumsum on a GPU has one thread for each row and head.
+    """
+    B, T, H = x.shape
+    blocks = F.pad(x.transpose(1, 2), (0, -T % SUM_BLOCK)).reshape(B, H, -1, SUM_BLOCK)
+    later = sums_after(blocks.sum(3))
+    found = sums_after(blocks) + later.unsqueeze(3)
+    return found.flatten(2)[:, :, :T].transpose(1, 2).contiguous()
+
+
+def sums_after(x: Tensor) -> Tensor:
+    """x_{t+1} + ... + x_T for every t of the last dim."""
+    return F.pad(x[..., 1:], (0, min(1, x.shape[-1]))).flip(-1).cumsum(-1).flip(-1)
 
 
 def product(a: Tensor, b: Tensor, wide: torch.dtype, in_parts: bool) -> Tensor:
@@ -121,7 +133,7 @@ class _SpanSums(torch.autograd.Function):
             A = dS_kk + dS_kk.transpose(-1, -2) if with_kk else None
             dk, dv, dw = span.gradients(A, dS_kv)
             dbeta = None if beta is None else (2.0 * dw * span.to_end * beta.to(span.wide)).to(beta.dtype)
-            from_earlier = sums_after((dw * span.w).flip(1), 1).flip(1)
+            from_earlier = sums_after_tokens((dw * span.w).flip(1)).flip(1)
             dg = (d_log_decay.unsqueeze(1) + from_earlier).to(g.dtype)
         return dk, dv, dg, dbeta, None, None
 
@@ -139,7 +151,7 @@ class _Span:
         self.in_parts = k.dtype.itemsize == 2 and k.device.type == "cuda"
         narrow = k.dtype == torch.bfloat16 and max(self.D, self.V) <= MAX_DIM[torch.bfloat16]
         self.by_kernels = narrow and k.numel() > 0 and fused.enabled(k)
-        self.to_end = sums_after(g.to(self.wide), 1).exp()
+        self.to_end = sums_after_tokens(g.to(self.wide)).exp()
         self.w = self.to_end if beta is None else self.to_end * beta.to(self.wide).square()
         self.norm: Tensor | None = None
         self.r = self.w.new_ones(self.B, self.T, self.Hk, 1)

@@ -139,3 +139,11 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = span.launch
     monkeypatch.setattr(span, "launch", launch)
     return calls
+
+
+@pytest.mark.parametrize("T", (0, 1, 7, sums.SUM_BLOCK, 2 * sums.SUM_BLOCK + 3))
+def test_sums_after_each_token(T: int) -> None:
+    x = torch.randn(2, T, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([x[:, t + 1 :].sum(1) for t in range(T)], 1) if T else x
+    found = sums.sums_after_tokens(x)
+    assert found.shape == x.shape and torch.allclose(found, expected, rtol=0, atol=1e-12)
