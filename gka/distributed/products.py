@@ -1,8 +1,8 @@
 """Products with 16-bit tensors and float32 sums, for running sums, whose error must stay below that of the op.
 
 On a GPU each operand is one or two bfloat16 tensors, 16 bits of each number, and the sums are float32. The setting
-of TF32 has no effect on such products. For 32-bit inputs `torch.set_float32_matmul_precision` counts, as it does for
-the op in PyTorch.
+of TF32 has no effect on such products. For 32-bit inputs `torch.set_float32_matmul_precision` counts, as for the
+op in PyTorch.
 """
 
 from __future__ import annotations
