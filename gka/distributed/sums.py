@@ -10,10 +10,8 @@ A state S before the span becomes e^{log_decay} S + S_span after it. With A = dS
     dk_t = w_t r_t (r_t A k_t + W v_t) - dr_t r_t^2 k_t / ||k_t||      dv_t = w_t r_t W^T k_t
     dr_t = w_t (r_t k_t^T A k_t + k_t^T W v_t)
 
-Sums are float32, or float64 for float64 inputs. For 16-bit keys and values on a GPU, each operand of a product is
-one or two bfloat16 tensors, 16 bits of each number, and the sums are float32; the setting of TF32 has no effect.
-For bfloat16 and at most 128 dims on an NVIDIA GPU kernels do it (`gka.ops.triton.kernels.span`), else PyTorch.
-For 32-bit inputs `torch.set_float32_matmul_precision` counts, as for the op in PyTorch.
+Sums are float32, or float64 for float64 inputs. For bfloat16 and at most 128 dims kernels run on an NVIDIA GPU
+(`gka.ops.triton.kernels.span`); `products` tells how 16-bit keys and values are multiplied elsewhere.
 
 Legend: B rows, T tokens of the span, H query heads, Hk key/value heads, R = H / Hk, D key dim, V value dim,
 C tokens of a block.
@@ -22,6 +20,7 @@ C tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +32,11 @@ from ..ops.autocast import autocast_off
 from ..ops.triton import fused
 from ..ops.triton.config import MAX_DIM
 from ..ops.types import state_dtype
+from .products import product
 
 BLOCK_ELEMENTS = 2**24  # 64 MiB in float32
-SUM_BLOCK = 256
+SUMMED_AT_ONCE = 256  # tokens
+SIDE_BY_SIDE = 16  # parts of a block that are summed up at once, if it divides: one head keeps one processor busy
 
 
 class SpanSums(NamedTuple):
@@ -61,51 +62,36 @@ def span_sums(
     return SpanSums(log_decay, S_kk if with_kk else None, S_kv)
 
 
-def sums_after_tokens(x: Tensor) -> Tensor:
-    """x_{t+1} + ... + x_T for every t of x [B, T, H]. Nothing is subtracted, so -inf and long sums are harmless.
+def sums_after(x: Tensor, dim: int) -> Tensor:
+    """x_{t+1} + ... + x_T for every t, over finite x. Nothing is subtracted, so long sums cost no digits.
 
-    In blocks of tokens: over dim 1 PyTorch's cumsum on a GPU has one thread for each row and head.
+    Products with triangles of ones in float64, for torch.cumsum is not deterministic on GPUs.
     """
-    B, T, H = x.shape
-    blocks = F.pad(x.transpose(1, 2), (0, -T % SUM_BLOCK)).reshape(B, H, -1, SUM_BLOCK)
-    later = sums_after(blocks.sum(3))
-    found = sums_after(blocks) + later.unsqueeze(3)
-    return found.flatten(2)[:, :, :T].transpose(1, 2).contiguous()
+    return _sums_beside(x, dim, later=True)
 
 
-def sums_after(x: Tensor) -> Tensor:
-    """x_{t+1} + ... + x_T for every t of the last dim."""
-    return F.pad(x[..., 1:], (0, min(1, x.shape[-1]))).flip(-1).cumsum(-1).flip(-1)
+def sums_before(x: Tensor, dim: int) -> Tensor:
+    """x_1 + ... + x_{t-1} for every t; see `sums_after`."""
+    return _sums_beside(x, dim, later=False)
 
 
-def product(a: Tensor, b: Tensor, wide: torch.dtype, in_parts: bool) -> Tensor:
-    """a b, [n, i, j] times [n, j, k] -> [n, i, k] in the dtype `wide`.
-
-    in_parts: multiply bfloat16 parts, but not the lower part of a with that of b.
-    """
-    if not in_parts:
-        return torch.bmm(a.to(wide), b.to(wide))
-    (a_high, *a_low), (b_high, *b_low) = bfloat16_parts(a), bfloat16_parts(b)
-    total = _float32_bmm(a_high, b_high)
-    for low in a_low:
-        total += _float32_bmm(low, b_high)
-    for low in b_low:
-        total += _float32_bmm(a_high, low)
-    return total
+def _sums_beside(x: Tensor, dim: int, later: bool) -> Tensor:
+    T = x.shape[dim]
+    rows = F.pad(x.movedim(dim, -1).double(), (0, -T % SUMMED_AT_ONCE)).unflatten(-1, (-1, SUMMED_AT_ONCE))
+    inside = rows @ _triangle(SUMMED_AT_ONCE, later, x.device)
+    whole = rows.sum(-1) @ _triangle(rows.shape[-2], later, x.device)
+    return (inside + whole.unsqueeze(-1)).flatten(-2)[..., :T].movedim(-1, dim).to(x.dtype)
 
 
-def bfloat16_parts(x: Tensor) -> list[Tensor]:
-    """bfloat16 tensors whose sum is x, exactly for 16 bits, to 16 bits of each number for float32."""
-    if x.dtype == torch.bfloat16:
-        return [x]
-    high = x.bfloat16()
-    return [high, (x.float() - high.float()).bfloat16()]
+def _triangle(n: int, later: bool, device: torch.device) -> Tensor:
+    """[n, n], 1 where the row is later (or earlier) than the column, else 0."""
+    ones = torch.ones(n, n, device=device, dtype=torch.float64)
+    return ones.tril(-1) if later else ones.triu(1)
 
 
-def _float32_bmm(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cuda":
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+def finite(g: Tensor) -> Tensor:
+    """Log-decays of at least -1e4, whose exponential is 0 like that of -inf."""
+    return g.clamp(min=-1e4)
 
 
 class _SpanSums(torch.autograd.Function):
@@ -130,11 +116,9 @@ class _SpanSums(torch.autograd.Function):
         (k, v, g, beta), (normalize_k, with_kk) = ctx.saved_tensors, ctx.settings
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
-            A = dS_kk + dS_kk.transpose(-1, -2) if with_kk else None
-            dk, dv, dw = span.gradients(A, dS_kv)
+            dk, dv, dw = span.gradients(dS_kk + dS_kk.mT if with_kk else None, dS_kv)
             dbeta = None if beta is None else (2.0 * dw * span.to_end * beta.to(span.wide)).to(beta.dtype)
-            from_earlier = sums_after_tokens((dw * span.w).flip(1)).flip(1)
-            dg = (d_log_decay.unsqueeze(1) + from_earlier).to(g.dtype)
+            dg = (d_log_decay.unsqueeze(1) + sums_before(dw * span.w, 1)).to(g.dtype)
         return dk, dv, dg, dbeta, None, None
 
 
@@ -151,7 +135,7 @@ class _Span:
         self.in_parts = k.dtype.itemsize == 2 and k.device.type == "cuda"
         narrow = k.dtype == torch.bfloat16 and max(self.D, self.V) <= MAX_DIM[torch.bfloat16]
         self.by_kernels = narrow and k.numel() > 0 and fused.enabled(k)
-        self.to_end = sums_after_tokens(g.to(self.wide)).exp()
+        self.to_end = sums_after(finite(g.to(self.wide)), 1).exp()
         self.w = self.to_end if beta is None else self.to_end * beta.to(self.wide).square()
         self.norm: Tensor | None = None
         self.r = self.w.new_ones(self.B, self.T, self.Hk, 1)
@@ -160,18 +144,18 @@ class _Span:
             self.r = 1.0 / (self.norm + 1e-6)
 
     def sums(self, with_kk: bool) -> tuple[Tensor | None, Tensor]:
-        """S_kk, None without `with_kk`, and S_kv."""
+        """S_kk [B, H, D, D], None without `with_kk`, and S_kv [B, H, D, V]."""
         if self.by_kernels:
             from ..ops.triton.kernels.span import launch_add_tokens
 
             return launch_add_tokens(*self.for_kernels, with_kk)
         S_kk, S_kv = self.zeros(self.D if with_kk else 0), self.zeros(self.V)
         for tokens in self.blocks():
-            K, V, w, r = self.block(tokens)
+            K, V, w, r = self.block(tokens, side_by_side=gcd(tokens.stop - tokens.start, SIDE_BY_SIDE))
             w_kv = w * r
-            S_kv += self.product(weighted_keys(K, w_kv), V)
+            S_kv += self.summed_product(weighted_keys(K, w_kv), V)
             if with_kk:
-                S_kk += self.product(weighted_keys(K, w_kv * r), K)
+                S_kk += self.summed_product(weighted_keys(K, w_kv * r), K)
         return self.by_head(S_kk) if with_kk else None, self.by_head(S_kv)
 
     def gradients(self, A: Tensor | None, dS_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,11 +164,11 @@ class _Span:
             from ..ops.triton.kernels.span import launch_token_gradients
 
             return launch_token_gradients(*self.for_kernels, A, dS_kv, normalize=self.norm is not None)
-        A = None if A is None else self.by_key_head(A)
-        W, W_t = self.by_key_head(dS_kv), self.by_key_head(dS_kv.transpose(-1, -2))
+        W, W_t = self.by_key_head(dS_kv), self.by_key_head(dS_kv.mT)
+        W_and_A = W if A is None else torch.cat([W, self.by_key_head(A)], 2)
         dk, dv, dw = torch.empty_like(self.k), torch.empty_like(self.v), torch.empty_like(self.w)
         for tokens in self.blocks():
-            found = self.block_gradients(tokens, A, W, W_t)
+            found = self.block_gradients(tokens, W_and_A, W_t)
             for whole, rows in zip((dk, dv, dw), found, strict=True):
                 whole[:, tokens] = self.by_token(rows).reshape(whole[:, tokens].shape)
         return dk, dv, dw
@@ -199,35 +183,47 @@ class _Span:
         length = max(1, BLOCK_ELEMENTS // (self.B * self.H * max(self.D, self.V)))
         return (slice(first, min(first + length, self.T)) for first in range(0, self.T, length))
 
-    def rows(self, x: Tensor, tokens: slice) -> Tensor:
-        """[B, T, Hk, .] -> [n, C, .]."""
-        return x[:, tokens].transpose(1, 2).flatten(0, 1)
+    def rows(self, x: Tensor, tokens: slice, side_by_side: int = 1) -> Tensor:
+        """[B, T, Hk, .] -> [n, C, .], or [n side_by_side, C / side_by_side, .]."""
+        return x[:, tokens].unflatten(1, (side_by_side, -1)).permute(0, 3, 1, 2, 4).flatten(0, 2)
 
-    def block(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def block(self, tokens: slice, side_by_side: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K [n, C, D], V [n, C, V], w [n, C, R] and r [n, C, 1]."""
         w = self.w.unflatten(2, (self.Hk, self.R))
-        K, V, w, r = (self.rows(x, tokens) for x in (self.k, self.v, w, self.r))
+        K, V, w, r = (self.rows(x, tokens, side_by_side) for x in (self.k, self.v, w, self.r))
         return K, V, w, r
 
-    def block_gradients(self, tokens: slice, A: Tensor | None, W: Tensor, W_t: Tensor) -> tuple[Tensor, ...]:
-        """dk [n, C, D], dv [n, C, V] and dw [n, C, R]; A, W and W_t are [n, D or V, R * D or V]."""
+    def summed_product(self, weighted: Tensor, right: Tensor) -> Tensor:
+        """The sum over a block's tokens, [n, R * D, .], from parts of it side by side."""
+        return self.product(weighted.mT, right).unflatten(0, (self.B * self.Hk, -1)).sum(1)
+
+    def block_gradients(self, tokens: slice, W_and_A: Tensor, W_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dk [n, C, D], dv [n, C, V] and dw [n, C, R].
+
+        W_and_A: W and A, [n, D, R * V + R * D], or W alone; W_t: W^T [n, V, R * D].
+        """
         K, V, w, r = self.block(tokens)
-        keys, w_kv = K.to(self.wide).unsqueeze(2), (w * r).unsqueeze(3)
-        Wv = self.product(V, W_t).unflatten(2, (self.R, -1))
-        kWv = (keys * Wv).sum(3)
-        kAk = torch.zeros_like(kWv)
-        if A is not None:
-            Ak = self.product(K, A).unflatten(2, (self.R, -1))
-            kAk = 0.5 * (keys * Ak).sum(3)
-            Wv = Wv.addcmul_(Ak, r.unsqueeze(3))
-        dk = (Wv * w_kv).sum(2)
+        keys, w_kv = K.unsqueeze(2), (w * r).unsqueeze(3)
+        kW, Ak = self.product(K, W_and_A).split([self.R * self.V, W_and_A.shape[2] - self.R * self.V], 2)
+        dv = self._over_query_heads(kW.unflatten(2, (self.R, -1)) * w_kv)
+        pulled = self.product(V, W_t).unflatten(2, (self.R, -1))  # W v + r A k
+        half_kAk = torch.zeros_like(w)
+        if Ak.shape[2]:
+            Ak = Ak.unflatten(2, (self.R, -1))
+            half_kAk = 0.5 * (keys * Ak).sum(3)
+            pulled = pulled.addcmul_(Ak, r.unsqueeze(3))
+        k_pulled = (keys * pulled).sum(3)
+        dk = self._over_query_heads(pulled.mul_(w_kv))
         if self.norm is not None:
-            dr = (w * (2.0 * r * kAk + kWv)).sum(2, keepdim=True)
+            dr = (w * k_pulled).sum(2, keepdim=True)
             norm = self.rows(self.norm, tokens)
             slope = torch.where(norm > 0, -r.square() / norm, torch.zeros_like(norm))
-            dk = dk + (dr * slope) * keys.squeeze(2)
-        dv = (self.product(K, W).unflatten(2, (self.R, -1)) * w_kv).sum(2)
-        return dk, dv, r * (r * kAk + kWv)
+            dk = torch.addcmul(dk, K.to(self.wide), dr * slope)
+        return dk, dv, r * (k_pulled - r * half_kAk)
+
+    def _over_query_heads(self, x: Tensor) -> Tensor:
+        """[n, C, R, .] -> [n, C, .]."""
+        return x.squeeze(2) if self.R == 1 else x.sum(2)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return product(a, b, self.wide, self.in_parts)
@@ -249,5 +245,5 @@ class _Span:
 
 
 def weighted_keys(K: Tensor, w: Tensor) -> Tensor:
-    """K [n, C, D] times w [n, C, R], transposed: [n, R * D, C]."""
-    return (K.to(w.dtype).unsqueeze(2) * w.unsqueeze(3)).flatten(2).transpose(1, 2)
+    """K [n, C, D] times w [n, C, R] -> [n, C, R * D]."""
+    return (K.unsqueeze(2) * w.unsqueeze(3)).flatten(2)

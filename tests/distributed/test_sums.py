@@ -9,7 +9,7 @@ import torch
 from helpers import Case, make_inputs, relative_error
 from torch import Tensor
 
-from gka.distributed import sums
+from gka.distributed import products, sums
 
 CASES = (
     Case(lengths=(23, 23), H=6, Hk=2, D=5, V=9, normalize_qk=True),
@@ -93,11 +93,11 @@ def test_products_of_bfloat16_parts(dtype: torch.dtype) -> None:
     """The operands have 16 bits, whatever a setting says of float32 products; 16-bit operands are exact."""
     a = torch.randn(2, 9, 33, generator=torch.Generator().manual_seed(0))
     b = torch.randn(2, 33, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(sum(x.double() for x in sums.bfloat16_parts(b)), b.double())  # type: ignore[arg-type]
+    assert torch.equal(sum(x.double() for x in products.bfloat16_parts(b)), b.double())  # type: ignore[arg-type]
     expected = a.double() @ b.double()
     for found in (
-        sums.product(a, b, torch.float32, True),
-        sums.product(b.mT, a.mT, torch.float32, True).mT,
+        products.product(a, b, torch.float32, True),
+        products.product(b.mT, a.mT, torch.float32, True).mT,
     ):
         assert found.dtype == torch.float32
         assert relative_error(found, expected) < 2.0**-16
@@ -141,9 +141,9 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("T", (0, 1, 7, sums.SUM_BLOCK, 2 * sums.SUM_BLOCK + 3))
+@pytest.mark.parametrize("T", (0, 1, 7, sums.SUMMED_AT_ONCE, 2 * sums.SUMMED_AT_ONCE + 3))
 def test_sums_after_each_token(T: int) -> None:
     x = torch.randn(2, T, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([x[:, t + 1 :].sum(1) for t in range(T)], 1) if T else x
-    found = sums.sums_after_tokens(x)
+    found = sums.sums_after(x, 1)
     assert found.shape == x.shape and torch.allclose(found, expected, rtol=0, atol=1e-12)
