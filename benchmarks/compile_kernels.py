@@ -141,6 +141,18 @@ def conv_launches(packed: bool) -> list[Launch]:
     return distinct(found)
 
 
+def span_launches(D: int) -> list[Launch]:
+    """Kernels of the sums of a span of tokens, and of their gradients."""
+    from gka.ops.triton.kernels.span import launch_add_tokens, launch_token_gradients
+
+    k = torch.zeros(1, 300, 2, D, dtype=torch.bfloat16)
+    w, r, W = torch.zeros(1, 300, 4), torch.zeros(1, 300, 2), torch.zeros(1, 4, D, D)
+    with taken_down() as found:
+        launch_add_tokens(k, k, w, r, with_kk=True)
+        launch_token_gradients(k, k, w, r, W, W, normalize=True)
+    return distinct(found)
+
+
 def norm_launches(dtype: torch.dtype, V: int) -> list[Launch]:
     """Kernels of the forward and backward pass of the gated norm."""
     from gka.ops.triton.norm import gated_rms_norm
@@ -193,13 +205,14 @@ STEP_CASES = {
 }
 CG_STEP_CASES = {"decode, float32 states, D 128 cg": (torch.float32, 128)}
 CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
+SPAN_CASES = {"sums of a span, D 128": 128, "sums of a span, D 64": 64}
 NORM_CASES = {
     "norm, bfloat16 V 128": (torch.bfloat16, 128),
     "norm, float32 V 128": (torch.float32, 128),
     "norm, bfloat16 V 100": (torch.bfloat16, 100),
 }
 GATE_CASES = {"gates": False, "gates, padded": True}
-ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *NORM_CASES, *GATE_CASES]
+ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *SPAN_CASES, *NORM_CASES, *GATE_CASES]
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
@@ -209,6 +222,8 @@ def launches_of(case: str, architecture: int) -> list[Launch]:
         return step_launches(*CG_STEP_CASES[case], solver="cg", solver_steps=(20,))
     if case in CONV_CASES:
         return conv_launches(CONV_CASES[case])
+    if case in SPAN_CASES:
+        return span_launches(SPAN_CASES[case])
     if case in GATE_CASES:
         return gate_launches(GATE_CASES[case])
     if case in NORM_CASES:

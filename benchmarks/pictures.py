@@ -33,6 +33,7 @@ LAYERS = (  # from the top: package, what it has, what it needs besides PyTorch
     ("experiments", "tasks, evidence, other mixers; not in the wheel", ""),
     ("gka.cli", "the commands: train, generate, eval, convert, serve, ...", ""),
     ("gka.training", "Trainer, learning rate, data, distillation", "extra train"),
+    ("gka.distributed", "context parallelism: rows that several GPUs share", "models: extra hf"),
     ("gka.hf", "configuration, models, checkpoints, conversion", "transformers: extra hf"),
     ("gka.nn", "GatedKalmaNet: projections, convolutions, gates, norm", "PyTorch alone"),
     ("gka.ops", "gated_kalmanet(): checks, choice of backend, gradients", "PyTorch alone"),
@@ -171,7 +172,7 @@ def _box(axes: object, x: float, y: float, width: float, height: float, color: s
 
 
 def draw_layers() -> Figure:
-    figure = _figure(9, 6.4)
+    figure = _figure(9, 7.2)
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(0, 10)

@@ -200,6 +200,13 @@ class TrainOptions:
         minimum=1,
     )
     compile: bool = option(False, "compile the model with torch.compile (needs a C++ compiler)", group=MACHINE)
+    context_parallel: int = option(
+        1,
+        "processes that share the tokens of every sequence; torchrun starts a multiple of it. --batch-size counts "
+        "the sequences that they share",
+        group=MACHINE,
+        minimum=1,
+    )
 
     output: str = shared.output("runs/gka")
     resume: bool = option(

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..hf.config import GKAConfig
 from ..hf.folders import end_folder, write_whole
 from ..hf.model import GKAForCausalLM
 from ..hf.recipe import model_fields
+from ..training.context_parallel import ContextParallelTrainer
 from ..training.data import (
     Manifest,
     TokenBlocks,
@@ -67,7 +69,8 @@ def main(options: TrainOptions) -> None:
         eval_every=options.eval_every,
         compile=options.compile,
     )
-    batch = options.batch_size * options.accumulation * arguments.world_size
+    _check_context_parallel(options, config, arguments.world_size)
+    batch = options.batch_size * options.accumulation * (arguments.world_size // options.context_parallel)
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
             open_run(options, output, tokenizer, batch)
@@ -139,6 +142,23 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--compile needs a C++ compiler: neither g++ nor clang++ was found")
 
 
+def _check_context_parallel(options: TrainOptions, config: GKAConfig, processes: int) -> None:
+    shared = options.context_parallel
+    if shared == 1:
+        return
+    if processes % shared:
+        raise UserError(
+            f"--context-parallel {shared} needs a multiple of {shared} processes, there are {processes}: "
+            f"torchrun --nproc_per_node {shared} -m gka train ..."
+        )
+    if options.family != "gka":
+        raise UserError(f"--context-parallel needs --family gka, not {options.family}")
+    if options.compile:
+        raise UserError("--context-parallel does not work with --compile")
+    if config.has_attention and options.seq_len < shared:
+        raise UserError(f"--seq-len {options.seq_len} must be at least --context-parallel, {shared}")
+
+
 def training_arguments(
     options: Any, output: Path, *, learning_rate: float, eval_every: int, compile: bool = False
 ) -> TrainingArguments:
@@ -178,6 +198,10 @@ def training_arguments(
 # Training
 
 
+class _TrainerOfSharedRows(ContextParallelTrainer, GKATrainer):
+    """A GKATrainer whose processes share the tokens of every row."""
+
+
 def _make_trainer(
     options: TrainOptions,
     output: Path,
@@ -205,7 +229,10 @@ def _make_trainer(
         model.set_loss_chunk(options.loss_chunk)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = GKATrainer(
+    trainer_of: Any = GKATrainer
+    if options.context_parallel > 1:
+        trainer_of = partial(_TrainerOfSharedRows, processes_per_row=options.context_parallel)
+    trainer: GKATrainer = trainer_of(
         schedule=schedule,
         tokens_per_byte=manifest.tokens_per_byte,
         model=model,
@@ -285,7 +312,9 @@ def _announce(
         f"{model.num_parameters() / 1e6:.1f} M parameters, "
         f"tokenizer: {'bytes' if options.tokenizer is None else options.tokenizer}",
         f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
-        f"{torch.get_num_threads()} threads" + (f", resumed at step {step}" if step else ""),
+        f"{torch.get_num_threads()} threads"
+        + (f", {options.context_parallel} for each sequence" if options.context_parallel > 1 else "")
+        + (f", resumed at step {step}" if step else ""),
     ]
     if manifest.skipped:
         lines.insert(1, f"          left out: {manifest.skipped}")

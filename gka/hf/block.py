@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
 
 from ..nn.layer import GatedKalmaNet
+from ..nn.part import PartOfBatch
 from ..ops.autocast import autocast_dtype
 from .cache_name import named, takes_cache
 from .config import GKAConfig
@@ -91,6 +92,7 @@ class GKABlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         packing: Packing | None = None,
         attention_arguments: dict[str, Any] | None = None,
+        context_parallel: PartOfBatch | None = None,
     ) -> Tensor:
         """[B, T, hidden_size] -> [B, T, hidden_size].
 
@@ -101,6 +103,7 @@ class GKABlock(GradientCheckpointingLayer):
             past_key_values: the cache of the model.
             packing: the sequences of a packed batch.
             attention_arguments: other arguments of softmax attention, e.g. position_embeddings.
+            context_parallel: the part of a batch that the tokens are, for GKA layers.
         """
         x = cast_once(self.input_layernorm(hidden_states))
         if self.layer_type != "linear_attention":
@@ -112,7 +115,9 @@ class GKABlock(GradientCheckpointingLayer):
             )
         else:
             mix = getattr(self, "gka", None) or self.peer
-            if packing is None:
+            if context_parallel is not None:
+                mixed = mix(x, attention_mask, past_key_values, context_parallel=context_parallel)
+            elif packing is None:
                 mixed = mix(x, attention_mask, past_key_values)
             else:
                 rows_joined = x.reshape(1, -1, x.shape[-1])

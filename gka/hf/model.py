@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.decay import whole_decay, with_rests
 from ..nn.layer import GatedKalmaNet
+from ..nn.part import PartOfBatch
 from .block import GKABlock, RMSNorm, SoftmaxAttention
 from .cache_name import CACHE, NEW, OLD, named, takes_cache
 from .captured_step import decode, forget
@@ -199,6 +200,7 @@ class GKAModel(GKAPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        context_parallel: PartOfBatch | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
@@ -213,6 +215,8 @@ class GKAModel(GKAPreTrainedModel):
             past_key_values: a cache to continue from, `DynamicCache(config=config)`; it is updated in place.
                 `cache` is another name of this argument, the name in transformers from 5.24 on.
             use_cache: whether to return a cache, a new one if none is given. A packed batch returns none.
+            context_parallel: the part of a batch that the tokens are, set by `gka.distributed.parallelize`. It
+                knows the packed sequences; attention_mask is then None or masks by layer type.
             **kwargs: keywords of transformers' models: output_hidden_states, output_attentions, and for packed
                 batches cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx. Also no_pads: True if
                 none of the T tokens is padding, whatever attention_mask says about earlier tokens. cache_position
@@ -232,9 +236,11 @@ class GKAModel(GKAPreTrainedModel):
         check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packing = packing_of_call(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
-        )
+        packing = None
+        if context_parallel is None:
+            packing = packing_of_call(
+                self.config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+            )
         if packing is not None:
             attention_mask = None  # its pads are sequences of their own
         if use_cache and past_key_values is None and packing is None:
@@ -254,6 +260,7 @@ class GKAModel(GKAPreTrainedModel):
             arguments = {
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
                 "position_ids": position_ids,
+                **({} if context_parallel is None else {"context_parallel": context_parallel}),
                 **{name: kwargs[name] for name in FlashAttentionKwargs.__annotations__ if name in kwargs},
             }
         hidden_states = inputs_embeds
@@ -264,6 +271,7 @@ class GKAModel(GKAPreTrainedModel):
                 **named(past_key_values),
                 packing=packing,
                 attention_arguments=arguments,
+                context_parallel=context_parallel,
             )
         if past_key_values is not None and not self.config.has_attention:
             count_tokens(past_key_values, inputs_embeds)

@@ -30,26 +30,22 @@ from torch import Tensor, nn
 
 from ..ops import State, gated_kalmanet, gated_kalmanet_step
 from ..ops.autocast import autocast_off
-from ..ops.checks import MAX_DIM, check_cu_seqlens, check_numbers, check_solver
+from ..ops.checks import check_numbers, check_solver
 from ..ops.solvers import RIDGE_RATIO
 from ..ops.transforms import transforms_active
-from .cache import LayerState, check_cache, checked_layer_state, read_cache, write_cache
+from .cache import LayerState, checked_layer_state, read_cache, write_cache
 from .decay import DecayParameters
 from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
 from .gated_norm import GatedRMSNorm, at_least_float32
 from .gates import layer_gates
-from .padding import RealFirst, check_mask
+from .layer_checks import check_alone, check_call, check_counts, check_sizes
+from .padding import RealFirst
+from .part import PartOfBatch
 from .projections import LowRank, ZeroLinear
 from .short_conv import ShortConv, convolve, last_inputs, packing
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
 
 
 class GatedKalmaNet(DecayParameters):
@@ -90,7 +86,13 @@ class GatedKalmaNet(DecayParameters):
     The names of the parameters are those of the published checkpoints. `A_log` and `dt_bias` have the attribute
     `_no_weight_decay = True`. With 16-bit weights, buffers keep the part of both that rounding leaves out
     (`gka.nn.decay`).
+
+    Attributes:
+        context_parallel: for layers whose tokens are spread over processes, the part of the batch that the next
+            calls get (`gka.distributed`); None, the default, for whole rows.
     """
+
+    context_parallel: PartOfBatch | None = None
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class GatedKalmaNet(DecayParameters):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_counts(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
+        check_counts(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"hidden_size is {hidden_size}; expected a multiple of num_heads, {num_heads}")
         self.hidden_size, self.layer_idx = hidden_size, layer_idx
@@ -129,7 +131,7 @@ class GatedKalmaNet(DecayParameters):
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.conv_size, self.chunk_size, self.ridge_ratio = conv_size, chunk_size, ridge_ratio
         self.initializer_range, self.output_factor = initializer_range, output_factor
-        self._check_sizes(kv_proj_rank, kv_learnable_residual)
+        check_sizes(self, kv_proj_rank, kv_learnable_residual)
         check_numbers(ridge_ratio=ridge_ratio, norm_eps=norm_eps, output_factor=output_factor)
         check_numbers(initializer_range=1.0 if initializer_range is None else initializer_range)
         self.solves = solve
@@ -223,25 +225,6 @@ class GatedKalmaNet(DecayParameters):
             if mixing is not None:
                 fill(mixing, lambda x: x.copy_(repeated_heads(self.num_heads, self.num_kv_heads, x.device)))
 
-    def _check_sizes(self, kv_proj_rank: int | None, kv_learnable_residual: bool) -> None:
-        _check_counts(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-        optional = {"chunk_size": self.chunk_size, "kv_proj_rank": kv_proj_rank}
-        _check_counts(**{name: value for name, value in optional.items() if value is not None})
-        if self.head_dim > MAX_DIM:
-            raise ValueError(f"head_dim is {self.head_dim}; expected at most {MAX_DIM}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; expected a divisor of num_heads, {self.num_heads}"
-            )
-        if kv_proj_rank is not None and self.num_kv_heads == self.num_heads:
-            raise ValueError(
-                f"kv_proj_rank is {kv_proj_rank}; expected None with as many key/value heads as heads"
-            )
-        if kv_learnable_residual and kv_proj_rank is None:
-            raise ValueError("kv_learnable_residual is True; expected False without kv_proj_rank")
-        if self.layer_idx is not None and (type(self.layer_idx) is not int or self.layer_idx < 0):
-            raise ValueError(f"layer_idx is {self.layer_idx!r}; expected None or an integer of at least 0")
-
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change the solver steps from the next call on, and keep the solver and its tolerance (`set_solver`)."""
         self.set_solver(self.solver, solver_steps, self.tolerance)
@@ -280,6 +263,7 @@ class GatedKalmaNet(DecayParameters):
         *,
         state: LayerState | Sequence[Any] | None = None,
         return_state: bool = False,
+        context_parallel: PartOfBatch | None = None,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """Mix every token with the earlier tokens of its row.
 
@@ -294,6 +278,8 @@ class GatedKalmaNet(DecayParameters):
                 from cu_seqlens[n] to cu_seqlens[n + 1] - 1.
             state: the state from an earlier call, to continue its rows; it is not changed. None means no past.
             return_state: whether to return the state after the last token.
+            context_parallel: the part of a batch that hidden_states are, where processes share its tokens
+                (`gka.distributed`); it knows the packed sequences. None means the attribute of the same name.
 
         Returns:
             [B, T, hidden_size] in the dtype of the weights, or in that of autocast. With `return_state` a pair of
@@ -301,24 +287,36 @@ class GatedKalmaNet(DecayParameters):
 
         Raises:
             TypeError, ValueError: an argument does not fit; packed sequences are combined with a mask, a cache or
-                a state; a cache is combined with a state; a cache is given to a layer without layer_idx.
+                a state; a cache is combined with a state; a cache is given to a layer without layer_idx; a part of
+                a batch is combined with cu_seqlens, a cache or a state.
         """
-        self._check(hidden_states, attention_mask, past_key_values, cu_seqlens)
+        part = self.context_parallel if context_parallel is None else context_parallel
+        check_call(self, hidden_states, attention_mask, past_key_values, cu_seqlens)
+        if part is not None:
+            check_alone(
+                cu_seqlens=cu_seqlens, past_key_values=past_key_values, state=state, return_state=return_state
+            )
         past = self._given_state(state, return_state, hidden_states, past_key_values, cu_seqlens)
-        if hidden_states.shape[1] == 0:
+        if hidden_states.shape[1] == 0 and part is None:
             return (hidden_states, past or self._no_past(hidden_states)) if return_state else hidden_states
-        rows = None if attention_mask is None else RealFirst(attention_mask)
+        rows = None if attention_mask is None else RealFirst(attention_mask, 1 if part is None else part.segments)
         if rows is not None:
             hidden_states = rows.compress(hidden_states)
+        lengths = None if rows is None else rows.lengths
         if past_key_values is not None:
             past = read_cache(past_key_values, self._place, hidden_states.shape[0], self.solves)
-        q, k, v, inputs = self._qkv(hidden_states, past, cu_seqlens)
+        q, k, v, inputs = self._qkv(hidden_states, past, cu_seqlens, part, lengths)
         g, alpha, beta = self._gates(hidden_states, rows)
         cached = past_key_values is not None
-        o, last = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, cached or return_state)
+        if part is None:
+            o, last = self._op(q, k, v, g, alpha, beta, past, cu_seqlens, cached or return_state)
+        else:
+            with autocast_off(q.device):
+                o, last = part.gated_kalmanet(
+                    q, k, v, g, alpha, beta, **self._op_options(), chunk_size=self.chunk_size
+                )
         new = None
         if last is not None and (cached or return_state):
-            lengths = None if rows is None else rows.lengths
             conv = [last_inputs(*x, self.conv_size, lengths) for x in inputs]
             if self.v_conv1d is None:
                 conv.append(conv[1][..., :0])
@@ -365,14 +363,22 @@ class GatedKalmaNet(DecayParameters):
         return LayerState(conv, State(S.clone() if self.solves else None, S))
 
     def _qkv(
-        self, x: Tensor, past: LayerState | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        past: LayerState | None,
+        cu_seqlens: Tensor | None,
+        part: PartOfBatch | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]:
         """q [B, T, H, D], k and v [B, T, Hk or H, D], and the inputs of the convolutions for `last_inputs`."""
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         packed = None if cu_seqlens is None else packing(projected[0], cu_seqlens, self.conv_size)
         states = [None if past is None or conv is None else past.conv[n] for n, conv in enumerate(convolutions)]
-        outputs = convolve(convolutions, projected, states, packed)
+        if part is None:
+            outputs = convolve(convolutions, projected, states, packed)
+        else:
+            outputs = part.convolve(convolutions, projected, lengths)
         q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in outputs)
         streams = zip(projected, states, convolutions, strict=True)
         inputs = [] if cu_seqlens is not None else [(y, state) for y, state, conv in streams if conv is not None]
@@ -402,6 +408,12 @@ class GatedKalmaNet(DecayParameters):
             beta = real.unsqueeze(2).to(wide).expand_as(g)
         return g, alpha, beta
 
+    def _op_options(self) -> dict[str, Any]:
+        return dict(
+            ridge_ratio=self.ridge_ratio, solver=self.solver, solver_steps=self.solver_steps,
+            tolerance=self.tolerance, normalize_qk=True,
+        )  # fmt: skip
+
     def _op(
         self,
         q: Tensor,
@@ -415,10 +427,7 @@ class GatedKalmaNet(DecayParameters):
         state_wanted: bool,
     ) -> tuple[Tensor, State | None]:
         """o [B, T, H, D] in the dtype of q and, if requested, the state after the last token."""
-        options: dict[str, Any] = dict(
-            ridge_ratio=self.ridge_ratio, solver=self.solver, solver_steps=self.solver_steps,
-            tolerance=self.tolerance, normalize_qk=True,
-        )  # fmt: skip
+        options = self._op_options()
         with autocast_off(q.device):  # dtypes are explicit from here on
             if past is not None and q.shape[1] == 1:
                 token: list[Any] = [None if x is None else x[:, 0] for x in (q, k, v, g, alpha, beta)]
@@ -439,24 +448,3 @@ class GatedKalmaNet(DecayParameters):
                 chunk_size=self.chunk_size,
                 **options,
             )
-
-    def _check(self, x: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
-        if x.ndim != 3 or x.shape[2] != self.hidden_size:
-            raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {self.hidden_size}]")
-        if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
-        if mask is not None:
-            check_mask(mask)
-        if cu_seqlens is not None and mask is not None:
-            raise ValueError("cu_seqlens and attention_mask are both given; leave padding out of a packed batch")
-        if cu_seqlens is not None and cache is not None:
-            raise ValueError(
-                "cu_seqlens and past_key_values are both given; a cache has one state per row: "
-                "pass the sequences as rows, padded, with an attention_mask"
-            )
-        if cu_seqlens is not None and x.shape[0] != 1:
-            raise ValueError(f"hidden_states has {x.shape[0]} rows; expected 1 with cu_seqlens: concatenate them")
-        if cu_seqlens is not None:  # the op does so, too, but the convolutions come first
-            check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
-        if cache is not None:
-            check_cache(cache, self.layer_idx)

@@ -29,26 +29,30 @@ def check_mask(attention_mask: Tensor, remedy: str = "pass packed sequences by c
 
 
 class RealFirst:
-    """The permutation of every row that puts its real tokens first, in their order.
+    """The permutation of every row, or of each of its equal segments, that puts real tokens first, in their order.
 
     real: [B, T] bool, True for real tokens, after the permutation.
-    lengths: [B] int64, number of real tokens of each row.
+    lengths: [B segments] int64, number of real tokens of each row or segment.
     """
 
-    def __init__(self, attention_mask: Tensor) -> None:
-        """attention_mask: [B, T] of any dtype, 0 for padding."""
-        is_real = attention_mask != 0
+    def __init__(self, attention_mask: Tensor, segments: int = 1) -> None:
+        """attention_mask: [B, T] of any dtype, 0 for padding; T is a multiple of segments."""
+        (B, T), self._segments = attention_mask.shape, segments
+        is_real = (attention_mask != 0).reshape(B * segments, T // segments)
         self._order = torch.argsort(~is_real, dim=1, stable=True)
         self._back = torch.argsort(self._order, dim=1)
         self.lengths = is_real.sum(dim=1)
-        self.real = torch.arange(is_real.shape[1], device=is_real.device) < self.lengths.unsqueeze(1)
+        front = torch.arange(is_real.shape[1], device=is_real.device) < self.lengths.unsqueeze(1)
+        self.real = front.reshape(B, T)
 
     def compress(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> [B, T, dim] with real tokens first and zeros after them."""
-        moved = x.gather(1, self._order.unsqueeze(2).expand_as(x))
-        return moved.masked_fill(~self.real.unsqueeze(2), 0.0)
+        return self._permuted(x, self._order).masked_fill(~self.real.unsqueeze(2), 0.0)
 
     def restore(self, x: Tensor) -> Tensor:
         """[B, T, dim] in the order of `compress` -> [B, T, dim] in the original order, zero at padding."""
-        cleared = x.masked_fill(~self.real.unsqueeze(2), 0.0)
-        return cleared.gather(1, self._back.unsqueeze(2).expand_as(x))
+        return self._permuted(x.masked_fill(~self.real.unsqueeze(2), 0.0), self._back)
+
+    def _permuted(self, x: Tensor, order: Tensor) -> Tensor:
+        rows = x.reshape(*order.shape, x.shape[2])
+        return rows.gather(1, order.unsqueeze(2).expand_as(rows)).reshape(x.shape)

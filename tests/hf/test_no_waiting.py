@@ -86,7 +86,7 @@ def test_generate_with_unread_masks(types: list[str], monkeypatch: pytest.Monkey
     calls = []
     real_first = layer.RealFirst
     monkeypatch.setattr(inputs, "values_may_be_read", lambda _: False)
-    monkeypatch.setattr(layer, "RealFirst", lambda mask: calls.append(mask.shape) or real_first(mask))
+    monkeypatch.setattr(layer, "RealFirst", lambda mask, n: calls.append(mask.shape) or real_first(mask, n))
     assert torch.equal(model.generate(tokens, **settings), read)
     assert calls == [(2, 5)] * types.count(GKA)
     calls.clear()

@@ -182,6 +182,30 @@ def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class SpanConfig:
+    """BD, BV: blocks of D and V; tokens: at a time in `add_tokens`, rows: in `token_gradients`; piece: tokens of a
+    program of `add_tokens`, at least, and pieces: how many there are, at most; pipeline: loads on their way.
+    """
+
+    BD: int
+    BV: int
+    tokens: int = 64
+    rows: int = 128
+    piece: int = 2048
+    pieces: int = 64
+    pipeline: int = 3
+    warps: int = 8
+
+
+def span_config(D: int, V: int) -> SpanConfig:
+    """Sizes of the kernels that sum a span of tokens; through the interpreter short ones."""
+    BD, BV = (max(64, 1 << (n - 1).bit_length()) for n in (D, V))
+    if INTERPRETED:
+        return SpanConfig(BD, BV, tokens=16, rows=16, piece=32, pieces=3)
+    return SpanConfig(BD, BV)
+
+
 def conv_config(C: int, rows: int) -> dict[str, int]:
     """Rows at a time, channels and warps of a program of the short convolution: 4 channels a thread."""
     BC = max(32, min(256, 1 << (C - 1).bit_length()))

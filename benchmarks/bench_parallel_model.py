@@ -1,0 +1,194 @@
+r"""Training steps of a whole model whose rows several ranks share, compared with one rank.
+
+    torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda
+    torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda --mixers gka --tokens 1048576 \
+        --without-one
+    torchrun --nproc_per_node 2 -m benchmarks.bench_parallel_model --tokens 64 --hidden 32 --heads 2 --layers 2
+
+One row of T random tokens. A step is: gradients to None, forward pass under autocast, loss in chunks of 2048
+tokens, backward pass, mean of the gradients over the ranks (DDP), AdamW. Blocks are checkpointed, so that one rank
+can run what several run. The mixers stand in the same blocks, those of configs/440m.yaml:
+
+    gka         GatedKalmaNet
+    attention   softmax attention; each rank gathers all keys and values, with layout="zigzag"
+
+"ranks 1" is rank 0 alone with the whole row, without DDP, while the others wait. Time is that of the slowest rank.
+The peak is the largest allocated memory of a rank, with weights, gradients and the optimiser's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gka
+from benchmarks.bench_model import RECIPE
+from benchmarks.common import write_result
+from gka.distributed import ContextParallel, parallelize
+
+LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag"}
+LOSS_CHUNK = 2048
+
+
+def model_of(mixer: str, options: argparse.Namespace) -> gka.GKAForCausalLM:
+    """The recipe's model with one kind of mixer; the same weights on every rank."""
+    sizes = {"hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim}
+    kind = "full_attention" if mixer == "attention" else "linear_attention"
+    fields = {name: value for name, value in sizes.items() if value is not None}
+    torch.manual_seed(0)
+    config = gka.GKAConfig.from_recipe(
+        RECIPE, vocab_size=options.vocabulary, num_hidden_layers=options.layers,
+        layer_types=[kind] * options.layers, **fields,
+    )  # fmt: skip
+    model = gka.GKAForCausalLM(config).train().to(options.device)
+    model.set_loss_chunk(LOSS_CHUNK)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def step_of(model: nn.Module, tokens: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """One training step; returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def measure(step: Callable[[], Tensor] | None, options: argparse.Namespace, *, alone: bool) -> dict[str, Any]:
+    """Seconds of a step on the slowest rank, the largest peak, and the loss of the first step on rank 0."""
+    device = options.device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times, losses, failures = [], [], 0
+    for _ in range(options.repeats + 1):
+        dist.barrier()
+        begin = time.perf_counter()
+        try:
+            if step is not None:
+                losses.append(step())
+        except torch.OutOfMemoryError:
+            if not alone:  # the other ranks wait in a collective that this one will not enter
+                raise
+            step, failures = None, 1
+        if on_gpu:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        figures = torch.tensor([time.perf_counter() - begin, peak, failures], dtype=torch.float64, device=device)
+        dist.all_reduce(figures, dist.ReduceOp.MAX)
+        times.append(figures[0].item())
+    if figures[2]:
+        return {"seconds": None, "note": "out of memory"}
+    timed = times[1:]  # the first step compiles
+    seconds = {"median": statistics.median(timed), "least": min(timed), "largest": max(timed)}
+    found: dict[str, Any] = {"seconds": seconds, "peak bytes": int(figures[1]) if on_gpu else None}
+    return found | {"loss": losses[0].item() if losses else None}
+
+
+def run(mixer: str, T: int, shared: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one mixer and length, with all ranks or with rank 0 alone."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, options.vocabulary, (1, T), generator=generator).to(options.device)
+    if not shared and dist.get_rank():
+        return measure(None, options, alone=True)
+    model: nn.Module = model_of(mixer, options)
+    if shared:
+        parallelize(model, ContextParallel(dist.group.WORLD, LAYOUTS[mixer]))
+        model = DistributedDataParallel(model)
+    return measure(step_of(model, tokens, options.device), options, alone=not shared)
+
+
+def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    ranks = dist.get_world_size()
+    for T in options.tokens:
+        for mixer in options.mixers:
+            for shared in (True, False) if options.one else (True,):
+                row = {"mixer": mixer, "T": T, "ranks": ranks if shared else 1, "layers": options.layers}
+                row |= {"layout": LAYOUTS[mixer] if shared else None, "dtype": "bfloat16 autocast"}
+                row |= run(mixer, T, shared, options)
+                gc.collect()
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                median = row["seconds"]["median"] if row["seconds"] else None
+                row["tokens per second"] = None if median is None else T / median
+                if dist.get_rank() == 0:
+                    print(line(row), flush=True)
+                yield row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the screen."""
+    what = f"{row['mixer']:10s} T {row['T']:8,d}  ranks {row['ranks']}"
+    if row["seconds"] is None:
+        return f"{what}  {row['note']}"
+    peak = "" if row["peak bytes"] is None else f"  peak {row['peak bytes'] / 1e9:6.1f} GB"
+    speed = f"{row['tokens per second']:10,.0f} tokens/s  step {row['seconds']['median']:8.3f} s"
+    return f"{what}  {speed}{peak}  loss {row['loss']:.4f}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_parallel_model",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
+    parser.add_argument("--mixers", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="T, of the whole row"
+    )
+    parser.add_argument("--without-one", dest="one", action="store_false", help="leave out one rank alone")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden", type=int, help="default: that of the recipe")
+    parser.add_argument("--heads", type=int, help="default: those of the recipe")
+    parser.add_argument("--head-dim", type=int, help="default: that of the recipe")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--repeats", type=int, default=2, help="number of timed steps; the median counts")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default: benchmarks/results/parallel_model_MACHINE_DATE.json"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    options.device = torch.device("cuda", local) if options.device == "cuda" else torch.device("cpu")
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+        dist.init_process_group("nccl", device_id=options.device)
+    else:
+        dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    command = " ".join([f"torchrun --nproc_per_node {ranks} -m benchmarks.bench_parallel_model", *sys.argv[1:]])
+    try:
+        if dist.get_rank() == 0:
+            write_result("parallel_model", bench(options), command, options.output)
+        else:
+            for _ in bench(options):
+                pass
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

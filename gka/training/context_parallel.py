@@ -1,0 +1,97 @@
+"""Training with rows whose tokens several processes share (docs/parallel.md).
+
+With N processes per row, processes 0 to N - 1 get the same batches, the next N get others, and so on. The model
+takes whole batches and returns the loss of whole rows on each process (`gka.distributed.parallelize`). DDP or FSDP
+average the gradients over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import Trainer
+
+from ..distributed import parallelize
+
+
+class ContextParallelTrainer(Trainer):
+    """transformers' Trainer, with processes that share the tokens of every row.
+
+    As first of several base classes it makes another Trainer of this kind.
+
+    Args:
+        processes_per_row: N; the number of processes is a multiple of it.
+        **settings: arguments of the Trainer; the model is a GKAForCausalLM, and args.prediction_loss_only is True.
+
+    Raises:
+        ValueError: the number of processes is not a multiple of N, or predictions are asked for.
+    """
+
+    def __init__(self, *, processes_per_row: int, **settings: Any) -> None:
+        arguments = settings["args"]
+        if arguments.world_size % processes_per_row:
+            raise ValueError(
+                f"processes_per_row is {processes_per_row}; expected a divisor of the number of processes, "
+                f"{arguments.world_size}"
+            )
+        if not arguments.prediction_loss_only:
+            raise ValueError("args.prediction_loss_only is False; expected True: each process has its own logits")
+        self._per_row = processes_per_row
+        super().__init__(**settings)
+        shape = (arguments.world_size // processes_per_row, processes_per_row)
+        # The names are accelerate's: its data loaders give the processes along "cp" the same batches.
+        self._mesh = init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_replicate", "cp"))
+        parallelize(self.model, self._mesh)  # type: ignore[arg-type]
+
+    def get_cp_size(self) -> int:
+        """N. The Trainer counts batches and labels with it."""
+        return self._per_row
+
+    @contextmanager
+    def _one_batch_per_row(self) -> Iterator[None]:
+        """Data loaders that are made meanwhile follow the mesh."""
+        state: Any = self.accelerator.state
+        before, state.device_mesh = state.device_mesh, self._mesh
+        try:
+            yield
+        finally:
+            state.device_mesh = before
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's, with the same batches for the processes of a row."""
+        with self._one_batch_per_row():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the same batches for the processes of a row."""
+        with self._one_batch_per_row():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of the Trainer, which adds up the losses of a row's processes; here each has the whole loss."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss / self._per_row
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; of the processes of a row, which have the same loss, one counts."""
+        self.gather_function = self._gather_of_rows
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_of_rows(self, losses: torch.Tensor) -> torch.Tensor:
+        """[k] of each process -> the losses of all rows, without those that fill up the last batch."""
+        everyone = self.accelerator.gather(losses).unflatten(0, (-1, self._per_row, len(losses)))
+        of_rows: torch.Tensor = everyone[:, 0].flatten()
+        state = self.accelerator.gradient_state
+        return of_rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else of_rows

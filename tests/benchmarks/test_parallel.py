@@ -1,0 +1,59 @@
+"""The benchmark of context parallelism runs on CPU processes; its check finds rounding alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from forked import run_ranks
+from pages import rows_of
+
+from benchmarks.bench_parallel import parallel_table
+
+SMALL = ("--tokens", "24", "--hidden", "16", "--heads", "2", "--dtype", "float32")
+
+
+def test_times_and_bytes(tmp_path: Path) -> None:
+    output = tmp_path / "parallel.json"
+    run_ranks("-m", "benchmarks.bench_parallel", *SMALL, "--repeats", "1", "--output", str(output))
+    result = json.loads(output.read_text())
+    assert result["command"].startswith("torchrun --nproc_per_node 2 -m benchmarks.bench_parallel --tokens 24")
+    rows = result["rows"]
+    assert [(row["part"], row["layout"], row["ranks"]) for row in rows[::2]] == [
+        (part, layout, ranks)
+        for part in ("op", "sums", "layer")
+        for layout, ranks in (("contiguous", 2), ("zigzag", 2), ("one rank", 1))
+    ]
+    assert all(row["seconds"]["median"] > 0 for row in rows)
+    # One piece: the sum of g and two states of 8 x 8 for each of 2 heads, in float32.
+    piece = 2 * (1 + 2 * 64) * 4
+    assert [row.get("bytes") for row in rows[:6]] == [
+        [piece],
+        [piece] * 2,
+        [2 * piece],
+        [2 * piece] * 2,
+        None,
+        None,
+    ]
+    # In the layer also the last 3 inputs of three convolutions of 16 channels.
+    assert [row.get("bytes") for row in rows[6:12]] == [[], [], [], [], None, None]
+    assert [row["bytes"] for row in rows[12:14]] == [[3 * 48 * 4, piece], [3 * 48 * 4, piece, piece, 3 * 48 * 4]]
+    table = rows_of(parallel_table(result))
+    assert len(table) == 2 + len(rows) and table[2][1:4] == ["forward", "contiguous", "2"]
+    assert table[6][2:4] == ["one rank", "1"] and table[6][5] == "1.00" and float(table[2][5]) > 0
+
+
+def test_results_are_compared() -> None:
+    printed = run_ranks("-m", "benchmarks.bench_parallel", *SMALL, "--check").stdout
+    lines = [line.split() for line in printed.splitlines() if line.startswith(("op", "layer"))]
+    assert {line[2] for line in lines if line[:2] == ["op", "zigzag"]} == {
+        "o",
+        "dq",
+        "dk",
+        "dv",
+        "dg",
+        "dalpha",
+        "dbeta",
+    }
+    assert sum(line[:3] == ["layer", "contiguous", "parameter"] for line in lines) > 10
+    assert all(float(line[-1]) < 1e-3 for line in lines)

@@ -1,0 +1,137 @@
+"""Layers and models whose tokens several processes share, compared with one process (gloo, up to 4 processes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from model_helpers import random_inputs, random_tokens, tiny_layer, tiny_model
+from parallel_models import (
+    BROKEN,
+    LAYERS,
+    MODELS,
+    batch_of,
+    broken_errors,
+    fsdp_errors,
+    layer_errors,
+    model_errors,
+)
+from ranks import Ranks
+from reads import Reads
+
+from gka.distributed import ContextParallel, Part, parallelize
+from gka.ops import checks
+
+BOUND = 1e-10
+PLAIN_LOSS = 1e-6  # of transformers, in float32
+
+
+def assert_small(errors: dict[str, float], bound: float) -> None:
+    assert len(errors) > 5
+    wrong = {name: error for name, error in errors.items() if not error <= bound}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_is_that_of_one_process(ranks: Ranks, case: str) -> None:
+    """Output, and gradients of all parameters and of the input."""
+    assert_small(ranks.run(LAYERS[case]["n"], layer_errors, LAYERS[case])[0], BOUND)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_is_that_of_one_process(ranks: Ranks, case: str) -> None:
+    """Logits, loss, and gradients of all parameters and of embeddings that are given."""
+    bound = PLAIN_LOSS if case == "plain loss" else BOUND
+    assert_small(ranks.run(MODELS[case]["n"], model_errors, MODELS[case])[0], bound)
+
+
+def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks) -> None:
+    assert_small(ranks.run(2, fsdp_errors)[0], PLAIN_LOSS)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_border_is_seen(ranks: Ranks, name: str) -> None:
+    found = ranks.run(4, broken_errors, name)[0]
+    assert max(found.values()) > 1e-2
+    assert (found["out"] > 1e-2) == (name == "no halo"), "without its gradients the output is right"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A group of this process alone."""
+    place = tmp_path_factory.mktemp("alone") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (dict(cu_seqlens=torch.tensor([0, 2, 6])), "cu_seqlens"),
+        (dict(return_state=True), "return_state"),
+    ],
+)
+def test_a_layer_refuses_what_a_part_excludes(alone: Any, given: dict[str, Any], name: str) -> None:
+    layer, x = tiny_layer(), random_inputs(1, 6, 36)
+    with pytest.raises(ValueError, match=f"{name} is given under context parallelism"):
+        layer(x, context_parallel=Part(ContextParallel(alone).shard(6)), **given)
+
+
+@pytest.mark.parametrize("given", [dict(use_cache=True), dict(logits_to_keep=1)])
+def test_a_model_refuses_what_decoding_asks(alone: Any, given: dict[str, Any]) -> None:
+    model = tiny_model("hybrid")
+    parallelize(model, ContextParallel(alone))
+    with pytest.raises(ValueError, match=f"{next(iter(given))} is given to a model under context parallelism"):
+        model(random_tokens(1, 6), **given)
+    with pytest.raises(ValueError, match="past_key_values is given to a model under context parallelism"):
+        model.generate(random_tokens(1, 6), max_new_tokens=2)
+
+
+def test_parallelize_refuses_other_models_and_a_second_call(alone: Any) -> None:
+    with pytest.raises(TypeError, match="model is a GatedKalmaNet; expected a GKAModel"):
+        parallelize(tiny_layer(), ContextParallel(alone))  # type: ignore[arg-type]
+    model = tiny_model()
+    parallelize(model, ContextParallel(alone))
+    with pytest.raises(ValueError, match="model shares its tokens already"):
+        parallelize(model, ContextParallel(alone))
+
+
+def test_attention_without_a_part_says_so(alone: Any) -> None:
+    model = tiny_model("hybrid")
+    parallelize(model, ContextParallel(alone))
+    with pytest.raises(ValueError, match="called without context_parallel"):
+        model.model(random_tokens(1, 6))
+
+
+def test_a_padded_row_with_a_mask_of_other_values_is_refused(alone: Any) -> None:
+    model = tiny_model()
+    parallelize(model, ContextParallel(alone))
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(random_tokens(1, 6), attention_mask=torch.ones(1, 1, 6, 6))
+
+
+def test_the_implementation_of_attention_is_not_saved(alone: Any, tmp_path: Path) -> None:
+    model = tiny_model("hybrid")
+    parallelize(model, ContextParallel(alone))
+    model.save_pretrained(tmp_path)
+    assert "gka_context_parallel" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("told", ["rows", "padded", "packed"])
+def test_training_waits_for_nothing(alone: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass of a hybrid; the CPU is taken for a device that makes one wait."""
+    monkeypatch.delenv("GKA_CHECK_VALUES", raising=False)
+    model = tiny_model("hybrid, all three")
+    parallelize(model, ContextParallel(alone))
+    batch = batch_of(
+        1 if told == "packed" else 3, 24, {"padded": "attention_mask", "packed": "cu_seq_lens_q"}.get(told), False
+    )
+    model(**batch).loss.backward()  # tables are made once
+    monkeypatch.setattr(checks, "NEVER_WAITING", ())
+    with Reads() as reads:
+        model(**batch).loss.backward()
+    assert not reads.seen
