@@ -2,13 +2,22 @@
 
 from typing import Any
 
+from .agreement import RanksDisagree
 from .context_parallel import ContextParallel
 from .halo import preceding_inputs
 from .op import gated_kalmanet
 from .part import Part
 from .shard import Shard
 
-__all__ = ["ContextParallel", "Part", "Shard", "gated_kalmanet", "parallelize", "preceding_inputs"]
+__all__ = [
+    "ContextParallel",
+    "Part",
+    "RanksDisagree",
+    "Shard",
+    "gated_kalmanet",
+    "parallelize",
+    "preceding_inputs",
+]
 
 
 def __getattr__(name: str) -> Any:

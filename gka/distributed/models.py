@@ -24,6 +24,7 @@ from ..hf.inputs import packing_of_call, padding_mask, positions
 from ..hf.mixers import OURS
 from ..hf.model import GKAForCausalLM, GKAModel
 from ..hf.packing import Packing
+from .agreement import described
 from .attention import NAME, attend
 from .collectives import all_reduce
 from .context_parallel import ContextParallel
@@ -55,6 +56,7 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
     Raises:
         TypeError: the model is another one.
         ValueError: the model has a registered mixer, is parallel already, or the mesh has no dim "cp".
+        RanksDisagree: another rank has another configuration. Calls of the model raise it for other arguments.
     """
     if not isinstance(model, GKAModel | GKAForCausalLM):
         raise TypeError(f"model is a {type(model).__name__}; expected a GKAModel or a GKAForCausalLM")
@@ -63,11 +65,16 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
     if any(isinstance(hook, _CutBatch) for hook in model._forward_pre_hooks.values()):
         raise ValueError("model shares its tokens already; expected one call of parallelize")
     context = mesh if isinstance(mesh, ContextParallel) else ContextParallel(_one_dim(mesh))
+    context.agree({"call": "parallelize", "dtype": str(model.dtype), **_hyperparameters(model.config)})
     if model.config.has_attention:
         model.set_attn_implementation(NAME)
     model.register_forward_pre_hook(_CutBatch(context), with_kwargs=True)
     model.register_forward_hook(_SumLoss(context), with_kwargs=True)
     return context
+
+
+def _hyperparameters(config: GKAConfig) -> dict[str, object]:
+    return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
 
 
 def _one_dim(mesh: DeviceMesh) -> DeviceMesh:
@@ -90,6 +97,7 @@ class _CutBatch:
     ) -> tuple[tuple[()], dict[str, Any]]:
         names = [*inspect.signature(type(model).forward).parameters][1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.context.agree({"call": type(model).__name__, **described(call)})
         _check(call)
         return (), cut_batch(model.config, self.context, call)
 
