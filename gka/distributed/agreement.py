@@ -3,9 +3,10 @@
     1. Each rank sends 16 bytes to all others: a fingerprint of names and values, and their length.
     2. Only if fingerprints differ, each sends the names and values, and every rank raises the same error.
 
-Ranks that disagree would otherwise wait for each other for ever, or compute wrong numbers. The exchange has its own
-group, of gloo on the CPU. So nothing waits for a GPU; a host waits until the other hosts have come as far. An exchange
-of two processes on two shared cores takes 0.2 to 0.6 ms; a training step has four. Under torch.compile there is none.
+Ranks that disagree would otherwise wait for each other for ever, or compute wrong numbers. The exchange has a
+group of its own, of gloo on the CPU. So nothing waits for a GPU; a host waits until the other hosts have come as
+far. One exchange of two processes on two shared cores takes 0.2 to 0.6 ms, and a training step has four. Under
+torch.compile there is none.
 """
 
 from __future__ import annotations
