@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -99,3 +100,13 @@ def of_others(group: Any) -> dict[str, str]:
 
 def tiny_parallel(context: ContextParallel) -> None:
     parallelize(tiny_model("gka"), context)
+
+
+def of_a_missing_rank(group: Any) -> str:
+    """The error of rank 0 when rank 1 does not call."""
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    if dist.get_rank() > 1:
+        return ""
+    context = ContextParallel(pair)
+    context.shard(8)
+    return _error(lambda: context.shard(8)) if dist.get_rank() == 0 else ""

@@ -1,4 +1,4 @@
-"""`python -m elastic_run [--kill MODULE:NAME CALL] TORCHRUN_OPTIONS -m gka ...`: torchrun, whose workers are forks.
+"""`python -m elastic_run [--kill MODULE:NAME CALL] TORCHRUN_OPTIONS -m gka ...`: torchrun with forks as workers.
 
 The agent is that of torchrun: it starts the processes, watches them and ends all if one ends. Only their start is
 another one, without the seconds that imports take. With --kill, the process of rank 1 is killed as by `kill_at`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from disagreements import MODELS, SHARDS, of_models, of_others, of_shards
+from disagreements import MODELS, SHARDS, of_a_missing_rank, of_models, of_others, of_shards
 from ranks import Ranks
 
 BEGINNING = "RanksDisagree: ranks that share a row disagree about "
@@ -39,3 +39,8 @@ def test_an_equal_plan_and_other_tensors(ranks: Ranks) -> None:
     assert all(rank.keys() == told.keys() for rank in found)
     for name, part in told.items():
         same_error([rank[name] for rank in found], part)
+
+
+def test_a_rank_that_does_not_come(ranks: Ranks) -> None:
+    told = ranks.run(4, of_a_missing_rank)[0]
+    assert told.startswith("RuntimeError: rank 0 waits in vain for the ranks that share its rows, [0, 1]: one of")
