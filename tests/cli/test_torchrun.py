@@ -69,7 +69,7 @@ def test_a_killed_process_ends_the_run_which_resumes(whole: Path, texts: Path, t
     done = torchrun(*processes, kill=KILLED, arguments=arguments)
     assert done.returncode == 1 and not (output / "model").exists()
     assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9 .*SIGKILL", done.stderr), done.stderr
-    resumed = torchrun(*processes, arguments=command("train", output=output, resume=True))
+    resumed = torchrun(*processes, arguments=[*arguments, "--resume"])
     assert resumed.returncode == 0 and "resumed at step 2" in resumed.stderr, resumed.stderr
     for key in ("loss", "grad_norm", "eval_loss"):
         assert logged(output, key) == logged(whole, key), key
