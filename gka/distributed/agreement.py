@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..ops.checks import values_may_be_read
 
@@ -62,7 +63,7 @@ def _gather(group: dist.ProcessGroup, x: Tensor) -> list[Tensor]:
     size = dist.get_world_size(group)
     if group not in _on_hosts:
         timeout = group._get_backend(group._device_types[0]).options._timeout
-        store = dist.PrefixStore("gka.distributed.agreement", group.get_group_store())
+        store = dist.PrefixStore(f"gka.distributed.agreement/{group.group_name}", _get_default_store())
         _on_hosts[group] = dist.ProcessGroupGloo(store, dist.get_rank(group), size, timeout=timeout)
     found = [torch.empty_like(x) for _ in range(size)]
     host: Any = _on_hosts[group]
