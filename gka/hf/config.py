@@ -20,6 +20,7 @@ from .mixers import OURS, known_mixers, registered_mixer
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
 from .recipe import read_recipe
+from .tensor_parallel import plan
 
 _FORMER = {"steps": "solver_steps"}  # former names in saved configurations
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -294,6 +295,11 @@ class GKAConfig(PreTrainedConfig):
             if getattr(self, name) != getattr(type(self), name):
                 self._refuse(name, f"{getattr(type(self), name)} with mixer={self.mixer!r}")
         registered_mixer(self.mixer).check(self)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # a class attribute in transformers
+        """The plan of tensor parallelism by transformers, as its models have it (`gka.hf.tensor_parallel`)."""
+        return plan(self.layer_types or (), self.mixer in OURS, self.use_qk_norm)
 
     @property
     def number_of_conv_states(self) -> int:
