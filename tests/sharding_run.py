@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from gka import GKAForCausalLM
@@ -140,7 +142,7 @@ def compiled() -> dict[str, float]:
 
 
 def refused() -> dict[str, str]:
-    """The errors of what cannot be shared so."""
+    """The errors of what cannot be shared so, and the warning of what is not."""
     adapted, meshes = tiny_model(), {n: make_mesh({"tp": n}) for n in (2, 4)}
     adapted.model.layers[1].gka.q_proj.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
     twice = tensor_parallel(tiny_model(), meshes[2])
@@ -166,6 +168,13 @@ def refused() -> dict[str, str]:
             call()
         except (TypeError, ValueError) as error:
             found[name] = str(error)
+    llama = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=2
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tensor_parallel(LlamaForCausalLM(llama), meshes[2])
+    found["attention of another model"] = str([str(warning.message) for warning in told])
     return found
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..hf.block import GKABlock
 from ..nn.decay import UNDECAYED, DecayParameters
 from ..nn.local_parts import LocalParts
 from .tensor_parallel import tensor_parallel
@@ -41,7 +41,7 @@ def shard_model(
     Processes that differ in "tp" take the same tokens, others take different ones. Make the optimiser afterwards.
 
     Args:
-        model: a model of this library with plain parameters, or one that `tensor_parallel` has split; changed.
+        model: a model of this library, or another of transformers with GKA layers; it is changed.
         mesh: its dims are named "dp_shard" (parameters are split), optionally before it "dp_replicate" (groups
             that each have all parameters) and after it "tp" (heads are split, by `tensor_parallel`).
         param_dtype: dtype in which blocks compute; None means that of the parameters. The optimiser keeps theirs.
@@ -74,8 +74,8 @@ def shard_model(
         "reshard_after_forward": reshard_after_forward,
         "ignored_params": {parameter for _, _, parameter in apart},
     }
-    for block in model.modules():
-        if isinstance(block, GKABlock):
+    for block in list(model.modules()):
+        if isinstance(block, GradientCheckpointingLayer):  # transformers' base class of blocks, ours too
             fully_shard(block, **options)
     fully_shard(model, **options)
     if apart:

@@ -12,6 +12,7 @@ All other parameters, norms above all, are whole on every process, and so are th
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,12 +94,15 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Raises:
         ValueError: the mesh has several dims; heads, key/value heads or the feed-forward block are no multiple of
             its size; a layer has kv_proj_rank, an adapter, or is sharded already.
+
+    Warns of linear maps that stay whole: those of other mixers, and softmax attention of other models.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dims; expected one, such as mesh['tp']")
     _check_sizes(model, mesh.size())
     tied = _tied(model)
     plan = parallel_plan(model)
+    _tell_of_whole(model, plan)
     if isinstance(model, GatedKalmaNet):
         return parallelize_module(model, mesh, plan[""])
     parallelize_module(model, mesh, plan)
@@ -133,6 +137,17 @@ def parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         elif name not in plan and any(True for _ in module.parameters(recurse=False)):
             plan[name] = Whole()
     return plan
+
+
+def _tell_of_whole(model: nn.Module, plan: dict[str, ParallelStyle]) -> None:
+    """Warn of linear maps that stay whole, in layers of other packages."""
+    styles = {name for name, style in plan.items() if isinstance(style, Whole)}
+    if whole := [name for name in styles if isinstance(model.get_submodule(name), nn.Linear)]:
+        warnings.warn(
+            f"{len(whole)} linear maps stay whole on every process, such as {min(whole)}: tensor_parallel has no "
+            "plan for their layers",
+            stacklevel=3,
+        )
 
 
 def _same_input() -> PrepareModuleInput:

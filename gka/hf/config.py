@@ -183,6 +183,8 @@ class GKAConfig(PreTrainedConfig):
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
             self.rope_parameters = dict(self.rope_parameters)
         self.check()
+        # transformers has it on the class, for models whose layers are all alike
+        self.base_model_tp_plan = plan(self.layer_types, self.mixer in OURS, self.use_qk_norm)  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -295,11 +297,6 @@ class GKAConfig(PreTrainedConfig):
             if getattr(self, name) != getattr(type(self), name):
                 self._refuse(name, f"{getattr(type(self), name)} with mixer={self.mixer!r}")
         registered_mixer(self.mixer).check(self)
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # a class attribute in transformers
-        """The plan of tensor parallelism by transformers, as its models have it (`gka.hf.tensor_parallel`)."""
-        return plan(self.layer_types or (), self.mixer in OURS, self.use_qk_norm)
 
     @property
     def number_of_conv_states(self) -> int:
