@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import relative_error
-from model_helpers import FULL, random_inputs, random_tokens, tiny_layer, tiny_model
+from model_helpers import FULL, random_inputs, random_tokens, tiny_config, tiny_layer, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -232,9 +232,9 @@ def in_bfloat16(dims: Dims) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
-    """A checkpoint of one mesh, loaded on others: weights and moments, seen by the training step that follows."""
+    """A checkpoint of one mesh, loaded on others into empty models: the training step that follows."""
     rows = random_tokens(4, 9)
-    model, mine, mean = sharded(tiny_model("hybrid, attention first").train(), SAVED)
+    model, mine, mean = sharded(tiny_model("gka").train(), SAVED)
     optimizer = make_optimizer(model)
     train_step(model, optimizer, mine(rows))
     weights, moments = get_state_dict(model, optimizer)
@@ -248,7 +248,12 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
     after["loss"] = mean(after["loss"])
     found = {}
     for name, dims in LOADED.items():
-        model, mine, mean = sharded(tiny_model("hybrid, attention first", seed=1).train(), dims)
+        with torch.device("meta"):
+            empty = GKAForCausalLM(tiny_config("gka")).double()
+        model, mine, mean = sharded(empty, dims)
+        model.to_empty(device="cpu")
+        model.init_weights()
+        fresh = whole(model.model.layers[1].gka.A_log)
         optimizer = make_optimizer(model)
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
@@ -256,6 +261,7 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         step = train_step(model, optimizer, mine(rows))
         found[name] = errors({**step, "loss": mean(step["loss"])}, after)
+        found[name]["fresh A_log"] = float(not ((fresh >= math.log(0.01)) & (fresh <= math.log(16))).all())
     dist.barrier()
     exported = GKAForCausalLM.from_pretrained(folder / "exported", dtype=torch.float64)
     found["exported"] = errors(dict(exported.named_parameters()), before)

@@ -104,8 +104,8 @@ def _replicate(apart: Decays, mesh: DeviceMesh, data: DeviceMesh) -> None:
         split = parameter.placements if isinstance(parameter, DTensor) else ()
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         placements: list[Placement] = [Replicate()] * data.ndim + list(split)
-        whole = DTensor.from_local(
-            local.detach().to(mesh.device_type), mesh, placements, run_check=not local.is_meta
-        )
+        if not local.is_meta:
+            local = local.to(mesh.device_type)
+        whole = DTensor.from_local(local.detach(), mesh, placements, run_check=not local.is_meta)
         setattr(layer, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
         LocalParts.of(layer).averaged[name] = data

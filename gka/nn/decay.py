@@ -54,9 +54,10 @@ class DecayParameters(nn.Module):
 
     @torch.no_grad()
     def set_decay(self, name: str, value: Tensor) -> None:
-        """Set A_log or dt_bias to a value [H] of any dtype."""
+        """Set A_log or dt_bias to a value [H] of any dtype; if they are sharded, to that of the first process."""
         parameter = self._parameters[name]
         assert parameter is not None
+        value = _beside(value, parameter, send=True)
         parameter.copy_(value)
         setattr(self, name + REST, _left_out(value, parameter.data))
 
@@ -194,11 +195,14 @@ def _all_of(x: Tensor) -> Tensor:
     return whole
 
 
-def _beside(rest: Tensor, parameter: Tensor) -> Tensor:
-    """The rest on the parameter's device; a DTensor, whole on every process, where the parameter is one."""
+def _beside(rest: Tensor, parameter: Tensor, send: bool = False) -> Tensor:
+    """The rest on the parameter's device; a DTensor, whole on every process, where the parameter is one.
+
+    send: whether that of the first process goes to all others.
+    """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None or hasattr(rest, "device_mesh"):
         return rest.to(parameter.device)
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(rest.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return DTensor.from_local(rest.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=send)

@@ -95,7 +95,7 @@ def test_decays_are_not_rounded(everywhere: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", LOADED)
 def test_a_checkpoint_moves_to_another_mesh(everywhere: list[dict[str, Any]], name: str) -> None:
-    """Saved by FSDP 2 x TP 2, weights and moments: the next step is the same."""
+    """Saved by FSDP 2 x TP 2, weights and moments, loaded into empty models: the next step is the same."""
     for seen in everywhere:
         assert_all_below(seen["checkpoints"][name], EXACT)
 
