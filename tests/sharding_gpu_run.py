@@ -1,6 +1,6 @@
 """A model on several GPUs, compared with the same model on one; kernels run with the heads of the process.
 
-torchrun --nproc_per_node 2 -m sharding_gpu_run FOLDER    what tests/distributed/test_sharding_gpu.py needs; CPUs do as well
+torchrun --nproc_per_node 2 -m sharding_gpu_run FOLDER    for tests/distributed/test_sharding_gpu.py; on CPUs, too
 """
 
 from __future__ import annotations

@@ -1,6 +1,14 @@
-"""Several processes for one model: tensor parallelism and FSDP2."""
+"""Several processes for one model: tensor parallelism and FSDP2 (docs/parallel.md)."""
 
-from .shard_model import shard_model
-from .tensor_parallel import parallel_plan, tensor_parallel
+from importlib import import_module
+from typing import Any
+
+_FOUND_IN = {"parallel_plan": "plan", "shard_model": "fsdp", "tensor_parallel": "plan"}  # they need transformers
 
 __all__ = ["parallel_plan", "shard_model", "tensor_parallel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FOUND_IN:
+        return getattr(import_module(f"{__name__}.{_FOUND_IN[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

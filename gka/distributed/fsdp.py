@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn.decay import UNDECAYED, DecayParameters
 from ..nn.local_parts import LocalParts
-from .tensor_parallel import tensor_parallel
+from .plan import tensor_parallel
 
 TENSOR, DATA = "tp", ("dp_replicate", "dp_shard")
 
