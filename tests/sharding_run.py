@@ -173,8 +173,9 @@ def refused() -> dict[str, str]:
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        tensor_parallel(tiny_layer(), meshes[2])
         tensor_parallel(LlamaForCausalLM(llama), meshes[2])
-    found["attention of another model"] = str([str(warning.message) for warning in told])
+    found["attention of another model"] = str([str(x.message) for x in told if "linear maps" in str(x.message)])
     return found
 
 

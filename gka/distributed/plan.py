@@ -103,8 +103,6 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     tied = _tied(model)
     plan = parallel_plan(model)
     _tell_of_whole(model, plan)
-    if isinstance(model, GatedKalmaNet):
-        return parallelize_module(model, mesh, plan[""])
     parallelize_module(model, mesh, plan)
     for name, first in tied.items():
         path, _, leaf = name.rpartition(".")
@@ -115,12 +113,14 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """The style of each module of a model that has one, by its name: a plan for `parallelize_module`."""
     plan: dict[str, ParallelStyle] = {}
+    layers: tuple[str, ...] = ()
     for name, module in model.named_modules():
         at = f"{name}." if name else ""
-        if any(name == top or name.startswith(f"{top}.") for top in plan if isinstance(plan[top], HeadParallel)):
-            continue
+        if name.startswith(layers):
+            continue  # a part of a layer, which is split as a whole
         if isinstance(module, GatedKalmaNet):
             plan[name] = HeadParallel()
+            layers = (*layers, at)
         elif isinstance(module, SoftmaxAttention):
             plan[name] = _same_input()
             plan.update({f"{at}{one}_proj": ColwiseParallel() for one in "qkv"})

@@ -73,7 +73,7 @@ REASONS = {
     "other layer": "module is a Linear; expected a GatedKalmaNet",
     "no dim of data": "expected 'dp_shard'",
     "sharded twice": "sharded by FSDP already",
-    "attention of another model": "4 linear maps stay whole on every process",
+    "attention of another model": "['4 linear maps stay whole on every process",
 }
 
 
