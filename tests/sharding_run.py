@@ -86,7 +86,11 @@ def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach()
 
 
-def make_optimizer(model: Any) -> torch.optim.Optimizer:
+def sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2)
+
+
+def adam(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)  # no gradient is far below eps
 
 
@@ -111,22 +115,22 @@ def like_one_process(name: str) -> dict[str, float]:
     """A training step with checkpointed blocks, compared with that of the whole model."""
     kind, changes, dims = CASES[name]
     rows, model = random_tokens(4, 9), tiny_model(kind, **changes).train()
-    expected = train_step(model, make_optimizer(model), rows)
+    expected = train_step(model, sgd(model), rows)
     again = tiny_model(kind, **changes).train()
     again.gradient_checkpointing_enable()
     model, mine, mean = sharded(again, dims)
-    found = train_step(model, make_optimizer(model), mine(rows))
+    found = train_step(model, sgd(model), mine(rows))
     return errors({**found, "loss": mean(found["loss"])}, expected)
 
 
 def without_the_sum() -> dict[str, float]:
     """The same for a plan that does not sum the gradient of the norm of the output."""
     rows, model = random_tokens(4, 9), tiny_model().train()
-    expected = train_step(model, make_optimizer(model), rows)
+    expected = train_step(model, sgd(model), rows)
     model = tensor_parallel(tiny_model().train(), make_mesh({"tp": 2}))
     for block in model.model.layers:
         del LocalParts.of(block.gka).summed["o_norm.weight"]
-    return errors(train_step(model, make_optimizer(model), rows), expected)
+    return errors(train_step(model, sgd(model), rows), expected)
 
 
 def compiled() -> dict[str, float]:
@@ -138,7 +142,7 @@ def compiled() -> dict[str, float]:
         fullgraph=True, backend="aot_eager"
     )  # gradients of inputs that wait are lost here
     block.gka.compile(fullgraph=True, backend="eager")
-    return errors(*(train_step(model, make_optimizer(model), rows) for model in (split, alone)))
+    return errors(*(train_step(model, sgd(model), rows) for model in (split, alone)))
 
 
 def refused() -> dict[str, str]:
@@ -228,7 +232,7 @@ def in_bfloat16(dims: Dims) -> dict[str, Any]:
         found[f"A_log, {which}"] = relative_error(gradients[which], gradients["one"])
     found["from narrow"] = relative_error(logits["shared"], logits["narrow"])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the norm of all gradients together
-    make_optimizer(model).step()  # of all parameters together
+    torch.optim.SGD(model.parameters(), foreach=True).step()  # of all parameters together
     return found
 
 
@@ -236,7 +240,7 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
     """A checkpoint of one mesh, loaded on others into empty models: the training step that follows."""
     rows = random_tokens(4, 9)
     model, mine, mean = sharded(tiny_model("gka").train(), SAVED)
-    optimizer = make_optimizer(model)
+    optimizer = adam(model)
     train_step(model, optimizer, mine(rows))
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / "checkpoint")
@@ -255,7 +259,7 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
         model.to_empty(device="cpu")
         model.init_weights()
         fresh = whole(model.model.layers[1].gka.A_log)
-        optimizer = make_optimizer(model)
+        optimizer = adam(model)
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
         dcp.load(state, checkpoint_id=folder / "checkpoint")
