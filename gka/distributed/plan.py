@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from ..hf.block import SoftmaxAttention
 from ..nn.head_parallel import HeadParallel, place_parameter
 from ..nn.layer import GatedKalmaNet
-from ..nn.local_parts import LocalParts
+from ..nn.local_parts import LocalParts, arrived
 
 
 class Whole(ParallelStyle):
@@ -53,24 +53,26 @@ class Whole(ParallelStyle):
         return module
 
 
-class Vocabulary(RowwiseParallel):
-    """An embedding, each process with the vectors of its tokens; the output is a plain tensor on all.
+class Arrived(ParallelStyle):
+    """Another style, after which the output is a plain tensor.
 
-    PyTorch's style alone returns a tensor that waits for its values when it is used. A compiled function that
-    takes it gives it no gradient, or a wrong one (torch 2.13).
+    PyTorch's styles return a tensor that waits for its values when it is used. A compiled function that takes it
+    gives it no gradient, or a wrong one (torch 2.13).
     """
 
-    def __init__(self) -> None:
-        super().__init__(input_layouts=Replicate())
+    def __init__(self, style: ParallelStyle) -> None:
+        super().__init__()
+        self.style = style
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        super()._apply(module, device_mesh)
-        module.register_forward_hook(_arrived)
+        self.style.src_data_rank = self.src_data_rank
+        self.style._apply(module, device_mesh)
+        module.register_forward_hook(_arrive)
         return module
 
 
-def _arrived(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.clone()  # views do not wait
+def _arrive(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return arrived(output)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -131,9 +133,9 @@ def parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             plan.update({f"{at}{one}_proj": ColwiseParallel() for one in ("gate", "up")})
             plan[f"{at}down_proj"] = RowwiseParallel()
         elif isinstance(module, nn.Embedding):
-            plan[name] = Vocabulary()
+            plan[name] = Arrived(RowwiseParallel(input_layouts=Replicate()))
         elif name == "lm_head":
-            plan[name] = ColwiseParallel(output_layouts=Replicate())
+            plan[name] = Arrived(ColwiseParallel(output_layouts=Replicate()))
         elif name not in plan and any(True for _ in module.parameters(recurse=False)):
             plan[name] = Whole()
     return plan

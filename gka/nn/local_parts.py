@@ -53,6 +53,22 @@ class _Summed(torch.autograd.Function):
         return _Reduced.apply(grad, ctx.mesh, 1.0), None
 
 
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return collectives.wait_tensor(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def arrived(x: Tensor) -> Tensor:
+    """x, of which values may be under way, as a plain tensor; not a copy."""
+    result: Tensor = _Arrived.apply(x)
+    return result
+
+
 def reduced(x: Tensor, mesh: DeviceMesh, factor: float = 1.0) -> Tensor:
     """x, the same on all processes of a mesh; its gradient is the sum over them, times a factor."""
     result: Tensor = _Reduced.apply(x, mesh, factor)
