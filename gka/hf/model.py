@@ -317,6 +317,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: GKAConfig) -> None:
         super().__init__(config)
