@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface
 
@@ -85,6 +86,7 @@ class _CutBatch:
     def __init__(self, context: ContextParallel) -> None:
         self.context = context
 
+    @_disable_dynamo
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
@@ -100,6 +102,7 @@ class _SumLoss:
     def __init__(self, context: ContextParallel) -> None:
         self.context = context
 
+    @_disable_dynamo
     def __call__(self, model: Any, args: tuple[()], kwargs: dict[str, Any], output: Any) -> Any:
         if kwargs.get("labels") is None:
             return output
