@@ -18,6 +18,7 @@ from parallel_models import (
     broken_errors,
     fsdp_errors,
     layer_errors,
+    lora_errors,
     model_errors,
 )
 from ranks import Ranks
@@ -52,6 +53,11 @@ def test_a_model_is_that_of_one_process(ranks: Ranks, case: str) -> None:
 
 def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks) -> None:
     assert_small(ranks.run(2, fsdp_errors)[0], PLAIN_LOSS)
+
+
+def test_copies_with_adapters_take_whole_batches_too(ranks: Ranks) -> None:
+    pytest.importorskip("peft")
+    assert_small(ranks.run(2, lora_errors)[0], PLAIN_LOSS)
 
 
 @pytest.mark.parametrize("name", BROKEN)
