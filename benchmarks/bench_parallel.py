@@ -40,6 +40,7 @@ from torch import Tensor
 import gka
 from benchmarks.calls import make_inputs
 from benchmarks.common import write_result
+from experiments.evidence.table import markdown_table
 from experiments.evidence.timing import seconds
 from gka import ops
 from gka.distributed import ContextParallel, Part, collectives, gated_kalmanet
@@ -179,6 +180,37 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     row["hidden"] = options.hidden
                 say(f"{part:6s}{what:18s}{name:12s}{time['median'] * 1e3:10.3f} ms  {row.get('bytes', '')}")
                 yield row
+
+
+def parallel_table(result: dict[str, Any]) -> str:
+    """Markdown of the rows of a result file: all ranks of each layout, and one rank."""
+    rows, lines = result["rows"], []
+    alone = {(row["part"], row["what"]): row["seconds"]["median"] for row in rows if row["layout"] == "one rank"}
+    for row in rows:
+        median = row["seconds"]["median"]
+        reference = alone.get((row["part"], row["what"]))
+        received = f"{sum(row['bytes']) / 1e6:.3g}" if "bytes" in row else ""
+        lines.append(
+            [
+                f"{row['part']}, T {row['T']}, H {row['H']}, D {row['D']}, {row['dtype']}",
+                row["what"],
+                row["layout"],
+                str(row["ranks"]),
+                f"{median * 1e3:.2f}",
+                "" if reference is None else f"{reference / median:.2f}",
+                received,
+            ]
+        )
+    header = [
+        "part",
+        "what",
+        "layout",
+        "ranks",
+        "median ms",
+        "times faster than one rank",
+        "MB received by a rank",
+    ]
+    return markdown_table(header, lines)
 
 
 def check(options: argparse.Namespace) -> bool:

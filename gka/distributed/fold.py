@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops.types import State
 from .collectives import all_gather
 from .shard import Shard
-from .sums import SpanSums, sums_after
+from .sums import SpanSums, finite, sums_after
 
 
 def exchanged(sums: Sequence[SpanSums], shard: Shard) -> SpanSums:
@@ -46,7 +46,7 @@ def state_before(pieces: SpanSums, first: int, stop: int) -> State:
 
     Without such pieces it is zero, and still depends on `pieces`: all ranks must run the exchange's backward pass.
     """
-    weight = sums_after(pieces.log_decay[first:stop], 0).exp()[..., None, None]
+    weight = sums_after(finite(pieces.log_decay[first:stop]), 0).exp()[..., None, None]
     S_kk = None if pieces.S_kk is None else (weight * pieces.S_kk[first:stop]).sum(0)
     return State(S_kk, (weight * pieces.S_kv[first:stop]).sum(0))
 

@@ -85,8 +85,8 @@ def gated_kalmanet(
     with autocast_off(q.device):
         sent = []
         for segment in segments:
-            keys, values, decays = (x[:, segment.sent] for x in (k, v, g))
-            strengths = None if beta is None else beta[:, segment.sent]
+            keys, values, decays = (_cut(x, segment.sent) for x in (k, v, g))
+            strengths = None if beta is None else _cut(beta, segment.sent)
             sums = span_sums(keys, values, decays, strengths, normalize_k=normalize_qk, with_kk=with_kk)
             if initial is not None and segment.sent_begins_here:
                 sums = carried(sums, _of(initial, segment.global_sequences[-1:], shard))
@@ -151,6 +151,11 @@ def segments_of(shard: Shard) -> list[Segment]:
         )
         first = last
     return found
+
+
+def _cut(x: Tensor, tokens: slice) -> Tensor:
+    """x[:, tokens]; x itself for all tokens, whose gradient then needs no copy."""
+    return x if (tokens.start, tokens.stop) == (0, x.shape[1]) else x[:, tokens]
 
 
 def _of(state: State, sequences: Sequence[int], shard: Shard) -> State:

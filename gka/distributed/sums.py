@@ -10,9 +10,7 @@ A state S before the span becomes e^{log_decay} S + S_span after it. With A = dS
     dk_t = w_t r_t (r_t A k_t + W v_t) - dr_t r_t^2 k_t / ||k_t||      dv_t = w_t r_t W^T k_t
     dr_t = w_t (r_t k_t^T A k_t + k_t^T W v_t)
 
-Sums are float32, or float64 for float64 inputs. For 16-bit keys and values on a GPU, each operand of a product is
-one or two bfloat16 tensors, 16 bits of each number, and the sums are float32; the setting of TF32 has no effect.
-For 32-bit inputs `torch.set_float32_matmul_precision` counts, as for the op in PyTorch.
+Sums are float32, or float64 for float64 inputs; `products` tells how 16-bit keys and values are multiplied.
 
 Legend: B rows, T tokens of the span, H query heads, Hk key/value heads, R = H / Hk, D key dim, V value dim,
 C tokens of a block.
@@ -25,13 +23,16 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.autocast import autocast_off
 from ..ops.types import state_dtype
+from .products import product
 
 BLOCK_ELEMENTS = 2**24  # 64 MiB in float32
+SUMMED_AT_ONCE = 256  # tokens
 SIDE_BY_SIDE = 16  # parts of a block that are summed up at once, if it divides: one head keeps one processor busy
 
 
@@ -59,51 +60,35 @@ def span_sums(
 
 
 def sums_after(x: Tensor, dim: int) -> Tensor:
-    """x_{t+1} + ... + x_T for every t. Nothing is subtracted, so -inf and long sums are harmless."""
-    later = x.narrow(dim, 1, x.shape[dim] - 1) if x.shape[dim] else x
-    shifted = torch.cat([later, torch.zeros_like(x.narrow(dim, 0, min(1, x.shape[dim])))], dim)
-    return shifted.flip(dim).cumsum(dim).flip(dim)
+    """x_{t+1} + ... + x_T for every t, over finite x. Nothing is subtracted, so long sums cost no digits.
 
-
-def product(a: Tensor, b: Tensor, wide: torch.dtype, in_parts: bool) -> Tensor:
-    """a b, [n, i, j] times [n, j, k] -> [n, i, k] in the dtype `wide`.
-
-    in_parts: multiply bfloat16 parts, but not the lower part of a with that of b.
+    Products with triangles of ones in float64, for torch.cumsum is not deterministic on GPUs.
     """
-    if not in_parts:
-        return torch.bmm(a.to(wide), b.to(wide))
-    (a_high, *a_low), (b_high, *b_low) = bfloat16_parts(a), bfloat16_parts(b)
-    pairs = [(a_high, b_high), *((low, b_high) for low in a_low), *((a_high, low) for low in b_low)]
-    # One product of parts side by side, not a sum of products, where they are shorter than the result.
-    if a.shape[2] <= b.shape[2]:
-        left, right = zip(*pairs, strict=True)
-        pairs = [(torch.cat(left, 2), torch.cat(right, 1))]
-    total = _float32_bmm(*pairs[0])
-    for pair in pairs[1:]:
-        total += _float32_bmm(*pair)
-    return total
+    return _sums_beside(x, dim, later=True)
 
 
-def bfloat16_parts(x: Tensor) -> list[Tensor]:
-    """bfloat16 tensors whose sum is x, exactly for 16 bits, to 16 bits of each number for float32.
-
-    The first part is the upper half of the bits of x. A compiler would take x for x rounded and widened again.
-    """
-    if x.dtype == torch.bfloat16:
-        return [x]
-    x = x.float()
-    transposed = x.stride(-1) != 1
-    if transposed:
-        x = x.mT
-    high = x.contiguous().view(torch.bfloat16)[..., 1::2].contiguous()
-    parts = [high, torch.sub(x, high, out=torch.empty_like(high))]
-    return [part.mT for part in parts] if transposed else parts
+def sums_before(x: Tensor, dim: int) -> Tensor:
+    """x_1 + ... + x_{t-1} for every t; see `sums_after`."""
+    return _sums_beside(x, dim, later=False)
 
 
-def _float32_bmm(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cuda":
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+def _sums_beside(x: Tensor, dim: int, later: bool) -> Tensor:
+    T = x.shape[dim]
+    rows = F.pad(x.movedim(dim, -1).double(), (0, -T % SUMMED_AT_ONCE)).unflatten(-1, (-1, SUMMED_AT_ONCE))
+    inside = rows @ _triangle(SUMMED_AT_ONCE, later, x.device)
+    whole = rows.sum(-1) @ _triangle(rows.shape[-2], later, x.device)
+    return (inside + whole.unsqueeze(-1)).flatten(-2)[..., :T].movedim(-1, dim).to(x.dtype)
+
+
+def _triangle(n: int, later: bool, device: torch.device) -> Tensor:
+    """[n, n], 1 where the row is later (or earlier) than the column, else 0."""
+    ones = torch.ones(n, n, device=device, dtype=torch.float64)
+    return ones.tril(-1) if later else ones.triu(1)
+
+
+def finite(g: Tensor) -> Tensor:
+    """Log-decays of at least -1e4, whose exponential is 0 like that of -inf."""
+    return g.clamp(min=-1e4)
 
 
 class _SpanSums(torch.autograd.Function):
@@ -143,8 +128,7 @@ class _SpanSums(torch.autograd.Function):
                 for whole, rows in zip((dk, dv, dw), found, strict=True):
                     whole[:, tokens] = span.by_token(rows).reshape(whole[:, tokens].shape)
             dbeta = None if beta is None else (2.0 * dw * span.to_end * beta.to(span.wide)).to(beta.dtype)
-            from_earlier = sums_after((dw * span.w).flip(1), 1).flip(1)
-            dg = (d_log_decay.unsqueeze(1) + from_earlier).to(g.dtype)
+            dg = (d_log_decay.unsqueeze(1) + sums_before(dw * span.w, 1)).to(g.dtype)
         return dk, dv, dg, dbeta, None, None
 
 
@@ -159,7 +143,7 @@ class _Span:
         (self.B, self.T, self.Hk, self.D), self.V, self.H = k.shape, v.shape[3], g.shape[2]
         self.R = self.H // self.Hk
         self.in_parts = k.dtype.itemsize == 2 and k.device.type == "cuda"
-        self.to_end = sums_after(g.to(self.wide), 1).exp()
+        self.to_end = sums_after(finite(g.to(self.wide)), 1).exp()
         self.w = self.to_end if beta is None else self.to_end * beta.to(self.wide).square()
         self.norm: Tensor | None = None
         self.r = self.w.new_ones(self.B, self.T, self.Hk, 1)

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 from forked import run_ranks
+from pages import rows_of
+
+from benchmarks.bench_parallel import parallel_table
 
 SMALL = ("--tokens", "24", "--hidden", "16", "--heads", "2", "--dtype", "float32")
 
@@ -35,6 +38,9 @@ def test_times_and_bytes(tmp_path: Path) -> None:
     # In the layer also the last 3 inputs of three convolutions of 16 channels.
     assert [row.get("bytes") for row in rows[6:12]] == [[], [], [], [], None, None]
     assert [row["bytes"] for row in rows[12:14]] == [[3 * 48 * 4, piece], [3 * 48 * 4, piece, piece, 3 * 48 * 4]]
+    table = rows_of(parallel_table(result))
+    assert len(table) == 2 + len(rows) and table[2][1:4] == ["forward", "contiguous", "2"]
+    assert table[6][2:4] == ["one rank", "1"] and table[6][5] == "1.00" and float(table[2][5]) > 0
 
 
 def test_results_are_compared() -> None:

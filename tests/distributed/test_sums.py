@@ -9,7 +9,7 @@ import torch
 from helpers import Case, make_inputs, relative_error
 from torch import Tensor
 
-from gka.distributed import sums
+from gka.distributed import products, sums
 
 CASES = (
     Case(lengths=(23, 23), H=6, Hk=2, D=5, V=9, normalize_qk=True),
@@ -92,11 +92,11 @@ def test_products_of_bfloat16_parts(dtype: torch.dtype) -> None:
     """The operands have 16 bits, whatever a setting says of float32 products; 16-bit operands are exact."""
     a = torch.randn(2, 9, 33, generator=torch.Generator().manual_seed(0))
     b = torch.randn(2, 33, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(sum(x.double() for x in sums.bfloat16_parts(b)), b.double())  # type: ignore[arg-type]
+    assert torch.equal(sum(x.double() for x in products.bfloat16_parts(b)), b.double())  # type: ignore[arg-type]
     expected = a.double() @ b.double()
     for found in (
-        sums.product(a, b, torch.float32, True),
-        sums.product(b.mT, a.mT, torch.float32, True).mT,
+        products.product(a, b, torch.float32, True),
+        products.product(b.mT, a.mT, torch.float32, True).mT,
     ):
         assert found.dtype == torch.float32
         assert relative_error(found, expected) < 2.0**-16
