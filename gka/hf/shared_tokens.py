@@ -1,7 +1,7 @@
 """Models whose processes share the tokens of every batch: whole batches in, this process's part to the model.
 
-`gka.distributed.parallelize` sets what a model calls. `forward` does it, not a hook: adapters (PEFT) call `forward`
-of the model, and hooks do not see that.
+`gka.distributed.parallelize` sets what a model calls. `forward` does it, not a hook: adapters (PEFT) call the
+`forward` of the model, and hooks do not see that.
 """
 
 from __future__ import annotations
