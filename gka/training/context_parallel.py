@@ -15,7 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import Trainer
 
-from ..distributed import parallelize
+from ..distributed import ContextParallel, parallelize
 
 
 class ContextParallelTrainer(Trainer):
@@ -25,6 +25,7 @@ class ContextParallelTrainer(Trainer):
 
     Args:
         processes_per_row: N; the number of processes is a multiple of it.
+        layout: which tokens a process has, "contiguous" or "zigzag" (`gka.distributed.ContextParallel`).
         **settings: arguments of the Trainer; the model is a GKAForCausalLM, and args.prediction_loss_only is True.
 
     Raises:
@@ -32,7 +33,7 @@ class ContextParallelTrainer(Trainer):
             args.average_tokens_across_devices is False.
     """
 
-    def __init__(self, *, processes_per_row: int, **settings: Any) -> None:
+    def __init__(self, *, processes_per_row: int, layout: Any = "contiguous", **settings: Any) -> None:
         arguments = settings["args"]
         if arguments.world_size % processes_per_row:
             raise ValueError(
@@ -48,7 +49,7 @@ class ContextParallelTrainer(Trainer):
         shape = (arguments.world_size // processes_per_row, processes_per_row)
         # The names are accelerate's: its data loaders give the processes along "cp" the same batches.
         self._mesh = init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_replicate", "cp"))
-        parallelize(self.model, self._mesh)  # type: ignore[arg-type]
+        parallelize(self.model, ContextParallel(self._mesh["cp"], layout))  # type: ignore[arg-type]
 
     def get_cp_size(self) -> int:
         """N. The Trainer counts rows of a step with it."""
