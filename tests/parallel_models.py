@@ -6,6 +6,7 @@ return nothing.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -241,3 +242,25 @@ def fsdp_errors(group: Any) -> Errors:
     found = {"loss": loss.detach()}
     found |= {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
     return {name: relative_error(found[name], expected[name]) for name in expected}
+
+
+def lora_errors(group: Any) -> Errors:
+    """The loss of a model with adapters, and their gradients."""
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = tiny_model("gka"), batch_of(2, 23, None, False)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    loss = adapted(**batch).loss
+    loss.backward()
+    expected = {"loss": loss.detach(), **gradients(adapted)}
+    parallelize(model, ContextParallel(group))
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    out = adapted(**batch)
+    assert out.logits.shape[1] < 23, "a part of the tokens"
+    out.loss.backward()
+    found = {"loss": out.loss.detach(), **summed(gradients(adapted), group)}
+    n = dist.get_world_size(group)
+    return {name: relative_error(x if name == "loss" else x / n, expected[name]) for name, x in found.items()}
