@@ -17,6 +17,7 @@ from parallel_models import (
     batch_of,
     broken_errors,
     fsdp_errors,
+    hidden_state_errors,
     layer_errors,
     lora_errors,
     model_errors,
@@ -53,6 +54,11 @@ def test_a_model_is_that_of_one_process(ranks: Ranks, case: str) -> None:
 
 def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks) -> None:
     assert_small(ranks.run(2, fsdp_errors)[0], PLAIN_LOSS)
+
+
+def test_hidden_states_are_those_of_one_process(ranks: Ranks) -> None:
+    errors = ranks.run(3, hidden_state_errors)[0]
+    assert len(errors) == 4 and max(errors.values()) < BOUND
 
 
 def test_copies_with_adapters_take_whole_batches_too(ranks: Ranks) -> None:
