@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gka
 from benchmarks.bench_model import RECIPE
 from benchmarks.common import write_result
+from experiments.evidence.table import markdown_table
 from gka.distributed import ContextParallel, parallelize
 
 LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag"}
@@ -143,6 +144,23 @@ def line(row: dict[str, Any]) -> str:
     peak = "" if row["peak bytes"] is None else f"  peak {row['peak bytes'] / 1e9:6.1f} GB"
     speed = f"{row['tokens per second']:10,.0f} tokens/s  step {row['seconds']['median']:8.3f} s"
     return f"{what}  {speed}{peak}  loss {row['loss']:.4f}"
+
+
+def parallel_model_table(result: dict[str, Any]) -> str:
+    """Tokens per second of all ranks and of one, and their ratio, by length and mixer."""
+    rows = result["rows"]
+    alone = {(row["mixer"], row["T"]): row["tokens per second"] for row in rows if row["ranks"] == 1}
+    table = []
+    for row in rows:
+        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"])]
+        if row["seconds"] is None:
+            table.append([*cells, row["note"], "", ""])
+            continue
+        one, speed = alone.get((row["mixer"], row["T"])), row["tokens per second"]
+        peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.1f}"
+        table.append([*cells, f"{speed:,.0f}", f"{speed / one:.2f}" if one else "", peak])
+    header = ["tokens of a row", "mixer", "ranks", "tokens/s", "compared with one rank", "peak GB of a rank"]
+    return f"Training steps, blocks checkpointed ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
 
 
 def parse() -> argparse.Namespace:

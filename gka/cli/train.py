@@ -244,7 +244,13 @@ def _make_trainer(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer_of: Any = GKATrainer
     if options.context_parallel > 1:
-        trainer_of = partial(_TrainerOfSharedRows, processes_per_row=options.context_parallel)
+        pieces = 2 * options.context_parallel  # of a row, in the layout that shares the cost of attention
+        zigzag = config.has_attention and options.seq_len % pieces == eval_len % pieces == 0
+        trainer_of = partial(
+            _TrainerOfSharedRows,
+            processes_per_row=options.context_parallel,
+            layout="zigzag" if zigzag else "contiguous",
+        )
     trainer: GKATrainer = trainer_of(
         schedule=schedule,
         tokens_per_byte=manifest.tokens_per_byte,

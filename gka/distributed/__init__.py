@@ -1,5 +1,6 @@
-"""Context parallelism: several ranks share the tokens of every row (docs/parallel.md)."""
+"""Several processes for one model: context parallelism, tensor parallelism and FSDP2 (docs/parallel.md)."""
 
+from importlib import import_module
 from typing import Any
 
 from .agreement import RanksDisagree
@@ -9,20 +10,24 @@ from .op import gated_kalmanet
 from .part import Part
 from .shard import Shard
 
+# These need transformers.
+_FOUND_IN = {"parallel_plan": "plan", "parallelize": "models", "shard_model": "fsdp", "tensor_parallel": "plan"}
+
 __all__ = [
     "ContextParallel",
     "Part",
     "RanksDisagree",
     "Shard",
     "gated_kalmanet",
+    "parallel_plan",
     "parallelize",
     "preceding_inputs",
+    "shard_model",
+    "tensor_parallel",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "parallelize":  # needs transformers
-        from .models import parallelize
-
-        return parallelize
+    if name in _FOUND_IN:
+        return getattr(import_module(f"{__name__}.{_FOUND_IN[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

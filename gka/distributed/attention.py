@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -43,6 +44,7 @@ class Stretch(NamedTuple):
     key: int
 
 
+@_disable_dynamo  # what is around it is compiled once for all plans
 def attend(
     module: nn.Module,
     query: Tensor,

@@ -1,6 +1,6 @@
 """Language models under context parallelism: whole batches in, each rank computes its part.
 
-Every rank calls the model with the same batch. A hook before the call cuts it, one after the call sums the loss:
+Every rank calls the model with the same batch. The model cuts it, and sums the loss of its part over the ranks:
 
     labels     shifted first, cut then: the label of a rank's last token is the first token of the next rank
     loss       sum over all ranks of the losses of their tokens / tokens with a label, on every rank
@@ -11,11 +11,11 @@ Legend: B batch, T tokens of the global rows, t tokens of this rank, N packed se
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface
 
@@ -62,14 +62,13 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
         raise TypeError(f"model is a {type(model).__name__}; expected a GKAModel or a GKAForCausalLM")
     if "linear_attention" in model.config.layer_types and model.config.mixer not in OURS:
         raise ValueError(f"model has the mixer {model.config.mixer!r}; expected one of {OURS}")
-    if any(isinstance(hook, _CutBatch) for hook in model._forward_pre_hooks.values()):
+    if model.shared_tokens is not None:
         raise ValueError("model shares its tokens already; expected one call of parallelize")
     context = mesh if isinstance(mesh, ContextParallel) else ContextParallel(_one_dim(mesh))
     context.agree({"call": "parallelize", "dtype": str(model.dtype), **_hyperparameters(model.config)})
     if model.config.has_attention:
         model.set_attn_implementation(NAME)
-    model.register_forward_pre_hook(_CutBatch(context), with_kwargs=True)
-    model.register_forward_hook(_SumLoss(context), with_kwargs=True)
+    model.shared_tokens = SharedBatch(context)
     return context
 
 
@@ -86,30 +85,23 @@ def _one_dim(mesh: DeviceMesh) -> DeviceMesh:
     return mesh
 
 
-class _CutBatch:
-    """The hook before a call: arguments of the whole batch in, those of this rank out."""
+class SharedBatch:
+    """What a model calls with its arguments and with its output (`gka.hf.shared_tokens`)."""
 
     def __init__(self, context: ContextParallel) -> None:
         self.context = context
 
-    def __call__(
-        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]]:
-        names = [*inspect.signature(type(model).forward).parameters][1:]
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.context.agree({"call": type(model).__name__, **described(call)})
+    @_disable_dynamo
+    def cut(self, config: GKAConfig, call: dict[str, Any]) -> dict[str, Any]:
+        """This rank's arguments, from those of the whole batch."""
+        self.context.agree({"call": "model", **described(call)})
         _check(call)
-        return (), cut_batch(model.config, self.context, call)
+        return cut_batch(config, self.context, call)
 
-
-class _SumLoss:
-    """The hook after a call: the loss of all ranks in place of that of this rank's tokens."""
-
-    def __init__(self, context: ContextParallel) -> None:
-        self.context = context
-
-    def __call__(self, model: Any, args: tuple[()], kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get("labels") is None:
+    @_disable_dynamo
+    def whole(self, call: dict[str, Any], output: Any) -> Any:
+        """The output with the loss of all ranks in place of that of this rank's tokens."""
+        if call.get("labels") is None:
             return output
         if isinstance(output, tuple):
             return (all_reduce(output[0], self.context.group), *output[1:])

@@ -2,6 +2,8 @@
 
     layer(hidden_states, context_parallel=Part(context.shard(T)))
 
+torch.compile leaves the methods as they are, and compiles what is around them once for all plans.
+
 Legend: B batch, T tokens of the global row, t tokens of this rank.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch._compile import _disable_dynamo  # `torch.compiler.disable`, without its import of the compiler
 
 from ..nn.short_conv import ShortConv
 from ..ops import State
@@ -37,12 +40,14 @@ class Part:
         """Segments of equal length in each row; 1 for a packed batch, which has no padding."""
         return 1 if self.shard.packed else len(self.shard.segments)
 
+    @_disable_dynamo
     def convolve(
         self, convolutions: Sequence[ShortConv | None], xs: Sequence[Tensor], lengths: Tensor | None
     ) -> list[Tensor]:
         """The short convolutions, with the inputs before this part; as in `gka.nn.part`."""
         return convolve_part(convolutions, xs, self.shard, lengths)
 
+    @_disable_dynamo
     def gated_kalmanet(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Tensor | None, **options: Any
     ) -> tuple[Tensor, State | None]:

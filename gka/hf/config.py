@@ -20,6 +20,7 @@ from .mixers import OURS, known_mixers, registered_mixer
 from .published import MODEL_TYPE as PUBLISHED
 from .published import read_config
 from .recipe import read_recipe
+from .tensor_parallel import plan
 
 _FORMER = {"steps": "solver_steps"}  # former names in saved configurations
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
@@ -182,6 +183,8 @@ class GKAConfig(PreTrainedConfig):
         if isinstance(self.rope_parameters, dict):  # transformers fills it in: not in the caller's dict
             self.rope_parameters = dict(self.rope_parameters)
         self.check()
+        # transformers has it on the class, for models whose layers are all alike
+        self.base_model_tp_plan = plan(self.layer_types, self.mixer in OURS, self.use_qk_norm)  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @classmethod

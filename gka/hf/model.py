@@ -44,6 +44,7 @@ from .length import add_counter, check_mask_length, check_prompt, count_tokens
 from .loss import check_loss_function, chunked_loss
 from .mixers import OURS, registered_mixer
 from .packing import Packing
+from .shared_tokens import SharedTokens, shares_tokens
 
 _GATES = (".a_proj", ".b_proj", ".alpha_proj")  # the ends of their names: projections to one number per head
 
@@ -61,6 +62,7 @@ class GKAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _is_stateful = True
+    shared_tokens: SharedTokens | None = None  # set by gka.distributed.parallelize
     _can_record_outputs = {"hidden_states": GKABlock, "attentions": SoftmaxAttention}  # noqa: RUF012
 
     @classmethod
@@ -189,6 +191,7 @@ class GKAModel(GKAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @shares_tokens
     @takes_cache
     @merge_with_config_defaults
     @capture_outputs
@@ -317,6 +320,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: GKAConfig) -> None:
         super().__init__(config)
@@ -341,6 +345,7 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             raise ValueError(f"tokens is {tokens!r}; expected a positive integer or None")
         self.loss_chunk = tokens
 
+    @shares_tokens
     @takes_cache
     @can_return_tuple
     def forward(

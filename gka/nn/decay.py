@@ -54,9 +54,10 @@ class DecayParameters(nn.Module):
 
     @torch.no_grad()
     def set_decay(self, name: str, value: Tensor) -> None:
-        """Set A_log or dt_bias to a value [H] of any dtype."""
+        """Set A_log or dt_bias to a value [H] of any dtype; if they are sharded, to that of the first process."""
         parameter = self._parameters[name]
         assert parameter is not None
+        value = _beside(value, parameter, send=True)
         parameter.copy_(value)
         setattr(self, name + REST, _left_out(value, parameter.data))
 
@@ -66,13 +67,22 @@ class DecayParameters(nn.Module):
         for name, parameter, rest in self._decay():
             if parameter.dtype != dtype:
                 value = _sum(parameter.data, rest)
-                parameter.data = value.to(dtype)
-                setattr(self, name + REST, _left_out(value, parameter.data))
+                self._put(name, value.to(dtype))
+                setattr(self, name + REST, _left_out(value, value.to(dtype)))
 
     def _decay(self) -> list[tuple[str, nn.Parameter, Tensor | None]]:
         """Name, parameter and rest of each of the two that is there; FSDP1 takes parameters away."""
         found = [(name, self._parameters.get(name), self._buffers.get(name + REST)) for name in UNDECAYED]
         return [(name, parameter, rest) for name, parameter, rest in found if parameter is not None]
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Give a parameter another value, also one of another dtype."""
+        parameter = self._parameters[name]
+        assert parameter is not None
+        if hasattr(value, "device_mesh"):  # of a DTensor, `data` sets the dtype and leaves the values
+            setattr(self, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        else:
+            parameter.data = value
 
     # `.to()` and its like, for all parameters and buffers
 
@@ -86,8 +96,8 @@ class DecayParameters(nn.Module):
             if new.dtype != old.dtype:
                 value = _sum(old, rest).to(new.device)
                 if rest is not None:
-                    new.data = value.to(new.dtype)
-                setattr(self, name + REST, _left_out(value, new.data))
+                    self._put(name, value.to(new.dtype))
+                setattr(self, name + REST, _left_out(value, value.to(new.dtype)))
             elif rest is not None and moved is not None and moved.dtype != rest.dtype:
                 setattr(self, name + REST, rest.to(moved.device))
         return self
@@ -154,15 +164,15 @@ def with_rests(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def whole_decay(model: nn.Module) -> Iterator[None]:
     """Within it, A_log and dt_bias of all layers have their rests added, in float32, and there are no rests."""
     layers = [module for module in model.modules() if isinstance(module, DecayParameters)]
-    held = [(layer, *each, each[1].data) for layer in layers for each in layer._decay() if each[2] is not None]
+    held = [(layer, *each) for layer in layers for each in layer._decay() if each[2] is not None]
     try:
-        for layer, name, parameter, rest, value in held:
-            parameter.data = _sum(value, rest)
+        for layer, name, parameter, rest in held:
+            layer._parameters[name] = nn.Parameter(_sum(parameter.detach(), rest), requires_grad=False)
             layer._buffers[name + REST] = None
         yield
     finally:
-        for layer, name, parameter, rest, value in held:
-            parameter.data = value
+        for layer, name, parameter, rest in held:
+            layer._parameters[name] = parameter
             layer._buffers[name + REST] = rest
 
 
@@ -185,11 +195,14 @@ def _all_of(x: Tensor) -> Tensor:
     return whole
 
 
-def _beside(rest: Tensor, parameter: Tensor) -> Tensor:
-    """The rest on the parameter's device; a DTensor, whole on every process, where the parameter is one."""
+def _beside(rest: Tensor, parameter: Tensor, send: bool = False) -> Tensor:
+    """The rest on the parameter's device; a DTensor, whole on every process, where the parameter is one.
+
+    send: whether that of the first process goes to all others.
+    """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None or hasattr(rest, "device_mesh"):
         return rest.to(parameter.device)
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(rest.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return DTensor.from_local(rest.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=send)

@@ -218,9 +218,9 @@ class GatedKalmaNet(DecayParameters):
                     fill(module.bias, nn.init.zeros_)
         fill(self.o_norm.weight, nn.init.ones_)
         if self.a_proj is not None:
-            device = self.A_log.device
-            fill(self.A_log, lambda _: self.set_decay("A_log", fresh_A_log(self.num_heads, device)))
-            fill(self.dt_bias, lambda _: self.set_decay("dt_bias", fresh_dt_bias(self.num_heads, device)))
+            heads, device = len(self.A_log), self.A_log.device  # of all processes that share the layer
+            fill(self.A_log, lambda _: self.set_decay("A_log", fresh_A_log(heads, device)))
+            fill(self.dt_bias, lambda _: self.set_decay("dt_bias", fresh_dt_bias(heads, device)))
         for mixing in (self.k_rep, self.v_rep):
             if mixing is not None:
                 fill(mixing, lambda x: x.copy_(repeated_heads(self.num_heads, self.num_kv_heads, x.device)))

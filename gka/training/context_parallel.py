@@ -15,7 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import Trainer
 
-from ..distributed import parallelize
+from ..distributed import ContextParallel, parallelize
 
 
 class ContextParallelTrainer(Trainer):
@@ -25,13 +25,15 @@ class ContextParallelTrainer(Trainer):
 
     Args:
         processes_per_row: N; the number of processes is a multiple of it.
+        layout: which tokens a process has, "contiguous" or "zigzag" (`gka.distributed.ContextParallel`).
         **settings: arguments of the Trainer; the model is a GKAForCausalLM, and args.prediction_loss_only is True.
 
     Raises:
-        ValueError: the number of processes is not a multiple of N, or predictions are asked for.
+        ValueError: the number of processes is not a multiple of N, or args.prediction_loss_only or
+            args.average_tokens_across_devices is False.
     """
 
-    def __init__(self, *, processes_per_row: int, **settings: Any) -> None:
+    def __init__(self, *, processes_per_row: int, layout: Any = "contiguous", **settings: Any) -> None:
         arguments = settings["args"]
         if arguments.world_size % processes_per_row:
             raise ValueError(
@@ -40,16 +42,27 @@ class ContextParallelTrainer(Trainer):
             )
         if not arguments.prediction_loss_only:
             raise ValueError("args.prediction_loss_only is False; expected True: each process has its own logits")
+        if not arguments.average_tokens_across_devices:
+            raise ValueError("args.average_tokens_across_devices is False; expected True")
         self._per_row = processes_per_row
         super().__init__(**settings)
         shape = (arguments.world_size // processes_per_row, processes_per_row)
         # The names are accelerate's: its data loaders give the processes along "cp" the same batches.
         self._mesh = init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_replicate", "cp"))
-        parallelize(self.model, self._mesh)  # type: ignore[arg-type]
+        parallelize(self.model, ContextParallel(self._mesh["cp"], layout))  # type: ignore[arg-type]
 
     def get_cp_size(self) -> int:
-        """N. The Trainer counts batches and labels with it."""
+        """N. The Trainer counts rows of a step with it."""
         return self._per_row
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Tokens with a label in the batches of all processes, each row once; releases of the Trainer differ."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        labels = [x["shift_labels"] if "shift_labels" in x else x["labels"][..., 1:] for x in batch_samples]
+        number = torch.stack([(x != -100).sum() for x in labels]).sum().to(device)
+        total: torch.Tensor = self.accelerator.gather(number).sum()
+        return total // self._per_row
 
     @contextmanager
     def _one_batch_per_row(self) -> Iterator[None]:
@@ -80,7 +93,7 @@ class ContextParallelTrainer(Trainer):
     ) -> Any:
         """The loss of the Trainer, which adds up the losses of a row's processes; here each has the whole loss."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None:
             loss = loss / self._per_row
         return (loss, outputs) if return_outputs else loss
 

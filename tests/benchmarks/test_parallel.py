@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from forked import run_ranks
 from pages import rows_of
 
 from benchmarks.bench_parallel import parallel_table
+from benchmarks.bench_parallel_model import parallel_model_table
 
 SMALL = ("--tokens", "24", "--hidden", "16", "--heads", "2", "--dtype", "float32")
 
@@ -57,3 +59,23 @@ def test_results_are_compared() -> None:
     }
     assert sum(line[:3] == ["layer", "contiguous", "parameter"] for line in lines) > 10
     assert all(float(line[-1]) < 1e-3 for line in lines)
+
+
+def test_steps_of_models(tmp_path: Path) -> None:
+    """Ranks that share a row and one rank alone have the same loss."""
+    output = tmp_path / "model.json"
+    sizes = ("--hidden", "16", "--heads", "2", "--head-dim", "8", "--layers", "2", "--vocabulary", "50")
+    small = ("--tokens", "24", "--repeats", "1", "--output", str(output))
+    run_ranks("-m", "benchmarks.bench_parallel_model", *sizes, *small)
+    result = json.loads(output.read_text())
+    rows = result["rows"]
+    assert [(row["mixer"], row["ranks"]) for row in rows] == [
+        ("gka", 2), ("gka", 1), ("attention", 2), ("attention", 1),
+    ]  # fmt: skip
+    assert all(row["tokens per second"] == 24 / row["seconds"]["median"] for row in rows)
+    for shared, alone in zip(rows[::2], rows[1::2], strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    table = rows_of(parallel_model_table(result))
+    assert [row[:3] for row in table[2:]] == [
+        ["24", "gka", "2"], ["24", "gka", "1"], ["24", "attention", "2"], ["24", "attention", "1"],
+    ]  # fmt: skip

@@ -12,15 +12,19 @@ from tiny_run import SETTINGS, command, logged, train, write_texts
 from gka.cli import main as cli
 
 
-@pytest.mark.parametrize(("processes", "batch"), [(2, 4), (4, 2)])
-def test_losses_are_those_of_one_process(tmp_path: Path, processes: int, batch: int) -> None:
-    """Four processes are two pairs, which have batches of their own. The model is a hybrid.
+@pytest.mark.parametrize(("processes", "batch", "accumulation", "length"), [(2, 4, 1, 32), (4, 1, 2, 30)])
+def test_losses_are_those_of_one_process(
+    tmp_path: Path, processes: int, batch: int, accumulation: int, length: int
+) -> None:
+    """Four processes are two pairs, which have batches of their own. The model is a hybrid; the length decides the
+    layout.
 
     Validation fills up the last batch of several pairs with other sequences, as that of several processes.
     """
-    changes = {"attention_layers": "1", "max_steps": 4, "eval_every": 2, "eval_bytes": 350}
+    changes = {"attention_layers": "1", "seq_len": length, "max_steps": 4, "eval_every": 2, "eval_bytes": 350}
     texts = write_texts(tmp_path / "texts")
-    settings = {**SETTINGS, **changes, "batch_size": batch, "context_parallel": 2, "gradient_checkpointing": True}
+    settings = {**SETTINGS, **changes, "batch_size": batch, "accumulation": accumulation}
+    settings |= {"context_parallel": 2, "gradient_checkpointing": True}
     done = run_ranks(
         "-m", "gka", *command("train", output=tmp_path / "run", data=[texts], **settings), processes=processes
     )

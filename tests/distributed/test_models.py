@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import relative_error
 from model_helpers import random_inputs, random_tokens, tiny_layer, tiny_model
 from parallel_models import (
     BROKEN,
@@ -16,11 +17,14 @@ from parallel_models import (
     batch_of,
     broken_errors,
     fsdp_errors,
+    hidden_state_errors,
     layer_errors,
+    lora_errors,
     model_errors,
 )
 from ranks import Ranks
 from reads import Reads
+from torch._dynamo.testing import CompileCounter
 
 from gka.distributed import ContextParallel, Part, parallelize
 from gka.ops import checks
@@ -50,6 +54,16 @@ def test_a_model_is_that_of_one_process(ranks: Ranks, case: str) -> None:
 
 def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks) -> None:
     assert_small(ranks.run(2, fsdp_errors)[0], PLAIN_LOSS)
+
+
+def test_hidden_states_are_those_of_one_process(ranks: Ranks) -> None:
+    errors = ranks.run(3, hidden_state_errors)[0]
+    assert len(errors) == 4 and max(errors.values()) < BOUND
+
+
+def test_copies_with_adapters_take_whole_batches_too(ranks: Ranks) -> None:
+    pytest.importorskip("peft")
+    assert_small(ranks.run(2, lora_errors)[0], PLAIN_LOSS)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -135,3 +149,21 @@ def test_training_waits_for_nothing(alone: Any, told: str, monkeypatch: pytest.M
     with Reads() as reads:
         model(**batch).loss.backward()
     assert not reads.seen
+
+
+def test_another_packing_compiles_nothing_anew(alone: Any) -> None:
+    """Around the exchanges; loss and gradients are those of the model that is not compiled."""
+    model, tokens = tiny_model("hybrid"), random_tokens(1, 16)
+    parallelize(model, ContextParallel(alone))
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    seen = []
+    for edges in ([0, 3, 16], [0, 5, 11, 16]):
+        batch = {"input_ids": tokens, "labels": tokens, "cu_seq_lens_q": torch.tensor(edges)}
+        losses = [each(**batch).loss for each in (model, compiled)]
+        expected, found = (torch.autograd.grad(loss, [*model.parameters()]) for loss in losses)
+        assert relative_error(losses[1], losses[0]) < BOUND
+        assert max(map(relative_error, found, expected)) < BOUND
+        seen.append(counter.frame_count)
+    assert 0 < seen[0] == seen[1]
+    torch.compiler.reset()
