@@ -5,8 +5,8 @@
 
 Ranks that disagree would otherwise wait for each other for ever, or compute wrong numbers. The exchange has a
 group of its own, of gloo on the CPU. So nothing waits for a GPU; a host waits until the other hosts have come as
-far. One exchange of two processes on two shared cores takes 0.2 to 0.6 ms, and a training step has four. Under
-torch.compile there is none.
+far. One exchange of two processes on two shared cores takes 0.2 to 0.6 ms, and a training step has four. A
+graph of torch.compile has none.
 """
 
 from __future__ import annotations

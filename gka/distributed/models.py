@@ -11,6 +11,7 @@ Legend: B batch, T tokens of the global rows, t tokens of this rank, N packed se
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch.nn.functional as F
@@ -67,6 +68,7 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
     context = mesh if isinstance(mesh, ContextParallel) else ContextParallel(_one_dim(mesh))
     context.agree({"call": "parallelize", "dtype": str(model.dtype), **_hyperparameters(model.config)})
     if model.config.has_attention:
+        _own_config(model)
         model.set_attn_implementation(NAME)
     model.shared_tokens = SharedBatch(context)
     return context
@@ -74,6 +76,15 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
 
 def _hyperparameters(config: GKAConfig) -> dict[str, object]:
     return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+
+
+def _own_config(model: GKAModel | GKAForCausalLM) -> None:
+    """Give the model a configuration that no other model has: its attention implementation is in there."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own  # type: ignore[assignment]
 
 
 def _one_dim(mesh: DeviceMesh) -> DeviceMesh:

@@ -10,7 +10,6 @@ Legend: B batch, T tokens of the global row, t tokens of this rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +22,7 @@ from .op import gated_kalmanet
 from .shard import Shard
 
 
-@dataclass(frozen=True)
-class Part:
+class Part:  # no dataclass: FSDP2 with a dtype of its own makes every dataclass among the arguments anew
     """This rank's part of one batch.
 
     shard: its tokens and sequences.
@@ -32,8 +30,8 @@ class Part:
         layers get the part of it that is this rank's as their attention_mask.
     """
 
-    shard: Shard
-    real: Tensor | None = None
+    def __init__(self, shard: Shard, real: Tensor | None = None) -> None:
+        self.shard, self.real = shard, real
 
     @property
     def segments(self) -> int:
