@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/how.md (state, spectrum, convergence of the solve) and of docs/architecture.md.
+"""Draw the pictures of docs/how.md (state, spectrum, convergence), docs/architecture.md and docs/parallel.md.
 
     python -m benchmarks.pictures                  # a few seconds on one core; writes docs/images/*.png
 
@@ -9,6 +9,7 @@ convergence: on the same systems, the error after each step in float32, with the
     and in increasing order; and the error of the solve against the number of products in bfloat16, with one stage
     and with two stages, compared with the bound.
 layers: the packages; each is drawn above the packages that it imports.
+ranks: what travels between ranks that share a row, for a GKA layer and for softmax attention.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor
 
 from experiments.evidence.numerics import systems, token_inputs
@@ -39,6 +40,7 @@ LAYERS = (  # from the top: package, what it has, what it needs besides PyTorch
     ("gka.ops", "gated_kalmanet(): checks, choice of backend, gradients", "PyTorch alone"),
 )
 BACKENDS = (("reference", "float64 loop: the truth"), ("torch", "any device"), ("triton", "NVIDIA GPUs"))
+RANKS, TOKENS_OF_A_RANK, RANK_WIDTH = 4, 10, 1.6  # as drawn
 TOKENS = (4, 64, 68, 96, 128)
 DECAYS = (0.0, -0.05)
 
@@ -194,6 +196,86 @@ def draw_layers() -> Figure:
     return figure
 
 
+def received_megabytes(T: int, n: int = 8, H: int = 16, Hk: int = 16, D: int = 128) -> tuple[float, float]:
+    """What a rank receives, forward and backward together, in a GKA layer (contiguous layout) and in attention.
+
+    T tokens of a row, n ranks, H heads of dim D, Hk key/value heads; the formulas of docs/parallel.md.
+    """
+    sums, inputs = 4 * (n - 1) * H * (2 * D**2 + 1), 2 * (n - 1) * 3 * (H + 2 * Hk) * D
+    keys_and_values = 2 * 2 * T * Hk * D * (n - 1) / n
+    return 2e-6 * (sums + inputs), 2e-6 * keys_and_values
+
+
+def _squares(axes: object, x: float, y: float, width: float, height: float, number: int, color: str) -> None:
+    """A row of equal boxes."""
+    for n in range(number):
+        place = (x + n * width / number, y)
+        axes.add_patch(Rectangle(place, width / number, height, fc=color, ec="white", lw=1))  # type: ignore[attr-defined]
+
+
+def _arrow(axes: object, start: tuple[float, float], stop: tuple[float, float], color: str) -> None:
+    axes.annotate("", stop, start, arrowprops={"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0})  # type: ignore[attr-defined]
+
+
+def _ranks(axes: object, name: str, sent: str, sizes: Sequence[str]) -> list[float]:
+    """Ranks with their tokens, under a line that stands for the exchange; the left edges of the ranks."""
+    axes.set_axis_off()  # type: ignore[attr-defined]
+    axes.set_xlim(0, 11)  # type: ignore[attr-defined]
+    axes.set_ylim(-0.55, 3.3)  # type: ignore[attr-defined]
+    lefts = [2.75 + r * (RANK_WIDTH + 0.5) for r in range(RANKS)]
+    axes.text(0, 2.65, name, weight="bold", color=_INK, fontsize=12, va="center")  # type: ignore[attr-defined]
+    for line, text in enumerate(sizes):
+        axes.text(0, 2.1 - 0.33 * line, text, color=_INK, fontsize=9, va="center")  # type: ignore[attr-defined]
+    axes.text(lefts[0], 2.95, sent, color=_BLUE, fontsize=10, va="center")  # type: ignore[attr-defined]
+    axes.plot([lefts[0], lefts[-1] + RANK_WIDTH], [2.65, 2.65], color=_BLUE, lw=2.5)  # type: ignore[attr-defined]
+    for r, x in enumerate(lefts):
+        _box(axes, x, 0, RANK_WIDTH, 0.85, "#e6eff6")
+        axes.text(x + 0.1, 0.62, f"rank {r}", color=_INK, fontsize=10, va="center")  # type: ignore[attr-defined]
+        _squares(axes, x + 0.1, 0.13, RANK_WIDTH - 0.2, 0.24, TOKENS_OF_A_RANK, _GREY)
+        _arrow(axes, (x + 0.55, 0.87), (x + 0.55, 1.3), _BLUE)
+        _arrow(axes, (x + 0.55, 2.15), (x + 0.55, 2.6), _BLUE)
+        _arrow(axes, (x + RANK_WIDTH - 0.12, 2.6), (x + RANK_WIDTH - 0.12, 0.88), _BLUE)
+    return lefts
+
+
+def draw_ranks() -> Figure:
+    figure = _figure(10.5, 6.6)
+    gka, attention = figure.subplots(2, 1)
+    short, long = 8_192, 1_048_576
+    sizes = [[f"{T:,} tokens: {received_megabytes(T)[of]:,.0f} MB" for T in (short, long)] for of in (0, 1)]
+    heading = ["One of 8 ranks receives per layer", "and step, with 16 heads of 128:"]
+    lefts = _ranks(gka, "GKA layer", "all-gather: the two sums of each rank, to all ranks", heading + sizes[0])
+    last = 3 * (RANK_WIDTH - 0.2) / TOKENS_OF_A_RANK
+    for r, x in enumerate(lefts):
+        for place, sums in ((x + 0.05, "kk"), (x + 0.6, "kv")):
+            gka.add_patch(Rectangle((place, 1.35), 0.5, 0.75, fc=_BLUE, ec="white"))
+            gka.text(place + 0.25, 1.72, f"$S_{{{sums}}}$", color="white", fontsize=11, ha="center", va="center")
+        if r < RANKS - 1:
+            _squares(gka, x + RANK_WIDTH - 0.1 - last, 0.13, last, 0.24, 3, _RED)
+            _arrow(gka, (x + RANK_WIDTH - 0.1, 0.25), (lefts[r + 1], 0.25), _RED)
+    gka.text(
+        lefts[0],
+        -0.3,
+        "the last 3 inputs of the convolutions, for the next rank",
+        color=_RED,
+        fontsize=10,
+        va="center",
+    )
+    lefts = _ranks(
+        attention,
+        "Softmax attention",
+        "all-gather: key k and value v of each token, to all ranks",
+        heading + sizes[1],
+    )
+    for x in lefts:
+        for y, name in ((1.75, "k"), (1.35, "v")):
+            _squares(attention, x + 0.05, y, 1.25, 0.36, TOKENS_OF_A_RANK, _BLUE)
+            for n in range(TOKENS_OF_A_RANK):
+                place = (x + 0.05 + (n + 0.5) * 1.25 / TOKENS_OF_A_RANK, y + 0.17)
+                attention.text(*place, name, color="white", fontsize=8, ha="center", va="center")
+    return figure
+
+
 def main(folder: Path = FOLDER) -> None:
     q, k, _, g = token_inputs(512, 64)
     S_hat, rhs = systems(q, k, g, every=64)
@@ -202,6 +284,7 @@ def main(folder: Path = FOLDER) -> None:
         "spectrum": lambda: draw_spectrum(S_hat),
         "convergence": lambda: draw_convergence(S_hat, rhs),
         "layers": draw_layers,
+        "ranks": draw_ranks,
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures.items():

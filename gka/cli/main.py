@@ -6,9 +6,12 @@ Exit codes: 0 success, 2 an error that the user can correct, 130 interrupted by 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -44,8 +47,12 @@ def _load(target: str) -> Any:
 
 
 def _fail(prog: str, message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # every process of torchrun has the same error
-        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"{prog}: error: {' '.join(message.split())}"
+    if os.environ.get("RANK", "0") == "0":  # most often every process of torchrun has the same error
+        print(line, file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints it, with the number of the process
+        content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(report).write_text(json.dumps(content), encoding="utf-8")
     return 2
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedModel,
@@ -69,6 +69,7 @@ def main(options: TrainOptions) -> None:
         eval_every=options.eval_every,
         compile=options.compile,
     )
+    _check_equal_options(options)
     _check_context_parallel(options, config, arguments.world_size)
     batch = options.batch_size * options.accumulation * (arguments.world_size // options.context_parallel)
     with arguments.main_process_first(local=False):
@@ -140,6 +141,18 @@ def _check(options: TrainOptions) -> None:
         shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
     ):
         raise UserError("--compile needs a C++ compiler: neither g++ nor clang++ was found")
+
+
+def _check_equal_options(options: TrainOptions) -> None:
+    """Processes on several machines may have been started with other options."""
+    first, *others = gather_object([dataclasses.asdict(options)])
+    for process, found in enumerate(others, start=1):
+        for name, value in first.items():
+            if found[name] != value:
+                raise UserError(
+                    f"{flag(name)} is {value} in process 0 and {found[name]} in process {process}; "
+                    "give all processes the same options"
+                )
 
 
 def _check_context_parallel(options: TrainOptions, config: GKAConfig, processes: int) -> None:

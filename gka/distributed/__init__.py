@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from .agreement import RanksDisagree
 from .context_parallel import ContextParallel
 from .halo import preceding_inputs
 from .op import gated_kalmanet
@@ -15,6 +16,7 @@ _FOUND_IN = {"parallel_plan": "plan", "parallelize": "models", "shard_model": "f
 __all__ = [
     "ContextParallel",
     "Part",
+    "RanksDisagree",
     "Shard",
     "gated_kalmanet",
     "parallel_plan",

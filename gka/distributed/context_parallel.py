@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .shard import Shard, pieces_of, sequence_edges, sequences_of
+from .agreement import Values, agree
+from .shard import Shard, as_numbers, pieces_of, sequence_edges, sequences_of
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -63,7 +64,7 @@ class ContextParallel:
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def shard(self, T: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Shard:
-        """Plan one batch. Every rank calls this with the same numbers; nothing is sent.
+        """Plan one batch. Every rank calls this with the same numbers; the hosts compare them (`agreement`).
 
         Args:
             T: tokens of the global row.
@@ -74,9 +75,12 @@ class ContextParallel:
             TypeError: T or a value of cu_seqlens is not an integer.
             ValueError: T is negative, cu_seqlens does not rise from 0 to T, or T does not divide into 2 n equal
                 pieces with layout="zigzag".
+            RanksDisagree: another rank has another T, cu_seqlens or layout.
         """
         if isinstance(T, bool) or not isinstance(T, int):
             raise TypeError(f"T is {T!r}; expected an integer")
+        numbers = None if cu_seqlens is None else as_numbers(cu_seqlens)
+        self.agree({"call": "shard", "T": T, "cu_seqlens": numbers, "layout": self.layout})
         if T < 0:
             raise ValueError(f"T is {T}; expected at least 0")
         if self.layout == "zigzag" and T % (2 * self.size):
@@ -84,16 +88,24 @@ class ContextParallel:
                 f"T is {T}; expected a multiple of {2 * self.size}, two pieces for each of {self.size} ranks, "
                 "with layout='zigzag'"
             )
-        edges = (0, T) if cu_seqlens is None else sequence_edges(cu_seqlens, T)
+        edges = (0, T) if numbers is None else sequence_edges(numbers, T)
         pieces = pieces_of(T, self.size if self.layout == "contiguous" else 2 * self.size)
-        numbers = self.pieces(self.rank)
+        mine = self.pieces(self.rank)
         return Shard(
             self,
             T,
-            tuple(pieces[number] for number in numbers),
-            sequences_of(pieces, numbers, edges),
+            tuple(pieces[number] for number in mine),
+            sequences_of(pieces, mine, edges),
             packed=cu_seqlens is not None,
         )
+
+    def agree(self, values: Values) -> None:
+        """Compare values by name with the other ranks. Every rank calls this, and nothing waits for a GPU.
+
+        Raises:
+            RanksDisagree: they differ; the message names the ranks and their values.
+        """
+        agree(self.group, values)
 
     def pieces(self, rank: int) -> tuple[int, ...]:
         """The numbers of the pieces of the global row that a rank holds, in its order."""

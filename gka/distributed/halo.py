@@ -36,6 +36,16 @@ def preceding_inputs(
     Returns:
         [B s, C, W - 1] for each x, in its dtype; zero where a sequence has fewer inputs before the segment.
     """
+    shard.agree_once(
+        "preceding_inputs",
+        {
+            "rows": [x.shape[0] for x in xs],
+            "channels": [x.shape[2] for x in xs],
+            "dtypes": [str(x.dtype) for x in xs],
+            "width": width,
+            "lengths": lengths is not None,
+        },
+    )
     s, kept = len(shard.segments), width - 1
     rows = [_as_rows(x, s) for x in xs]
     tails = [last_inputs(x, None, width, lengths) for x in rows]

@@ -25,6 +25,7 @@ from ..hf.inputs import packing_of_call, padding_mask, positions
 from ..hf.mixers import OURS
 from ..hf.model import GKAForCausalLM, GKAModel
 from ..hf.packing import Packing
+from .agreement import described
 from .attention import NAME, attend
 from .collectives import all_reduce
 from .context_parallel import ContextParallel
@@ -56,6 +57,7 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
     Raises:
         TypeError: the model is another one.
         ValueError: the model has a registered mixer, is parallel already, or the mesh has no dim "cp".
+        RanksDisagree: another rank has another configuration. Calls of the model raise it for other arguments.
     """
     if not isinstance(model, GKAModel | GKAForCausalLM):
         raise TypeError(f"model is a {type(model).__name__}; expected a GKAModel or a GKAForCausalLM")
@@ -64,11 +66,16 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
     if model.shared_tokens is not None:
         raise ValueError("model shares its tokens already; expected one call of parallelize")
     context = mesh if isinstance(mesh, ContextParallel) else ContextParallel(_one_dim(mesh))
+    context.agree({"call": "parallelize", "dtype": str(model.dtype), **_hyperparameters(model.config)})
     if model.config.has_attention:
         _own_config(model)
         model.set_attn_implementation(NAME)
     model.shared_tokens = SharedBatch(context)
     return context
+
+
+def _hyperparameters(config: GKAConfig) -> dict[str, object]:
+    return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
 
 
 def _own_config(model: GKAModel | GKAForCausalLM) -> None:
@@ -98,6 +105,7 @@ class SharedBatch:
     @_disable_dynamo
     def cut(self, config: GKAConfig, call: dict[str, Any]) -> dict[str, Any]:
         """This rank's arguments, from those of the whole batch."""
+        self.context.agree({"call": "model", **described(call)})
         _check(call)
         return cut_batch(config, self.context, call)
 

@@ -79,8 +79,21 @@ def gated_kalmanet(
     Raises:
         TypeError, ValueError: as `gka.ops.gated_kalmanet`; or t is not the shard's, a packed row has B > 1, or a
             transform of torch.func is active.
+        RanksDisagree: at the first call with a shard, another rank has other rows, heads, dims or dtypes.
     """
     initial, with_kk = _checked(q, k, v, g, alpha, beta, shard, initial_state, options)
+    shard.agree_once(
+        "gated_kalmanet",
+        {
+            "q": _told(q),
+            "k": _told(k),
+            "v": _told(v),
+            "g": _told(g),
+            "solver_steps other than ()": with_kk,
+            "initial_state": initial is not None,
+            "output_final_state": output_final_state,
+        },
+    )
     segments = segments_of(shard)
     with autocast_off(q.device):
         sent = []
@@ -108,6 +121,11 @@ def gated_kalmanet(
         if final is None:
             return o, None
         return o, _final_state(final, segments, q.shape[0], shard)
+
+
+def _told(x: Tensor) -> str:
+    """What ranks have in common of a tensor [B, t, ...]."""
+    return f"{x.dtype} [{x.shape[0]}, t, {', '.join(map(str, x.shape[2:]))}]"
 
 
 class Segment(NamedTuple):

@@ -14,7 +14,7 @@ Legend: T tokens of the global row, t tokens of this rank, N sequences of the gl
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Protocol
@@ -34,6 +34,9 @@ class Ranks(Protocol):
     group: dist.ProcessGroup
     size: int
     rank: int
+
+    def agree(self, values: Mapping[str, object]) -> None:
+        """Compare values by name with the other ranks; an error on every rank if they differ."""
 
     def pieces(self, rank: int) -> tuple[int, ...]:
         """The numbers of the pieces that a rank holds, in its order."""
@@ -84,6 +87,7 @@ class Shard:
     _on_devices: dict[tuple[str, torch.device], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _agreed: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def local_tokens(self) -> int:
@@ -129,6 +133,13 @@ class Shard:
         """[local sequences + 1] int64, `sequences.cu_seqlens` on a device, kept like `positions`."""
         return self._kept("cu_seqlens", torch.device(device))
 
+    def agree_once(self, call: str, values: Mapping[str, object]) -> None:
+        """Compare the shapes of a kind of call with the other ranks, at its first call with this plan."""
+        if torch.compiler.is_compiling() or call in self._agreed:
+            return
+        self._agreed.add(call)
+        self.context.agree({"call": call, **values})
+
     def _kept(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._on_devices:
             made = self._make_positions() if name == "positions" else torch.tensor(self.sequences.cu_seqlens)
@@ -152,11 +163,16 @@ def pieces_of(T: int, number: int) -> list[Piece]:
     return [(n * T // number, (n + 1) * T // number) for n in range(number)]
 
 
-def sequence_edges(cu_seqlens: Tensor | Sequence[int], T: int) -> tuple[int, ...]:
-    """cu_seqlens as numbers of the host; ValueError unless they rise from 0 to T."""
+def as_numbers(cu_seqlens: Tensor | Sequence[int]) -> list[int]:
+    """cu_seqlens as numbers of the host; TypeError unless they are integers."""
     edges = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     if not isinstance(edges, list) or any(isinstance(edge, bool) or not isinstance(edge, int) for edge in edges):
         raise TypeError(f"cu_seqlens is {cu_seqlens!r}; expected a list or a tensor of integers, [N + 1]")
+    return edges
+
+
+def sequence_edges(edges: list[int], T: int) -> tuple[int, ...]:
+    """cu_seqlens as a tuple; ValueError unless they rise from 0 to T."""
     if not edges or edges[0] != 0 or edges[-1] != T or edges != sorted(edges):
         raise ValueError(f"cu_seqlens is {edges}; expected to rise from 0 to T = {T}")
     return tuple(edges)

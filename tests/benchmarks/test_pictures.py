@@ -1,4 +1,4 @@
-"""The pictures of docs/how.md and docs/architecture.md: the numbers drawn, and that they are drawn."""
+"""The pictures of the guides: the numbers drawn, and that they are drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import assert_drawn
+from pages import assert_drawn, rows_of
 
 from benchmarks import pictures
 from experiments.evidence.numerics import systems, token_inputs
@@ -36,6 +36,16 @@ def test_the_layers_are_those_that_imports_are_checked_by() -> None:
     contract = re.search(r"^layers = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert contract is not None
     assert [name for name, *_ in pictures.LAYERS] == json.loads(contract[1])
+
+
+def test_what_ranks_receive_is_that_of_the_page() -> None:
+    """The table is for the same sizes; its last column has attention, its third the other layout."""
+    rows = [row for row in rows_of((ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")) if len(row) == 4]
+    found = {row[0]: (row[1], row[3]) for row in rows if row[0].replace(",", "").isdigit()}
+    assert len(found) == 3
+    for tokens, told in found.items():
+        gka, attention = pictures.received_megabytes(int(tokens.replace(",", "")))
+        assert told == (f"{gka:.1f}", f"{attention:,.0f}")
 
 
 def test_a_state_that_fades_forgets_the_first_subject() -> None:

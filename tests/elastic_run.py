@@ -1,0 +1,71 @@
+"""`python -m elastic_run [--kill MODULE:NAME CALL] TORCHRUN_OPTIONS -m gka ...`: torchrun with forks as workers.
+
+The agent is that of torchrun: it starts the processes, watches them and ends all if one ends. Only their start is
+another one, without the seconds that imports take. With --kill, the process of rank 1 is killed as by `kill_at`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from kill_at import kill_at
+from torch.distributed.run import main as torchrun
+
+import gka.cli.train  # noqa: F401  # so that the forks need not
+from gka.cli.main import main
+
+POPEN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler.Popen"
+
+
+class Fork(subprocess.Popen):  # type: ignore[type-arg]
+    """A process that runs `python -m gka ...` in a fork of this one."""
+
+    def __init__(self, target: str, call: int, *, args: Any, env: dict[str, str], **options: Any) -> None:
+        self.kill_at, self.environment = (target, call), env
+        super().__init__(args, env=env, **options)
+
+    def _execute_child(self, args: Any, *_: Any) -> None:
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            code = 1
+            try:
+                code = self._work(list(args[args.index("gka") + 1 :]))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def _work(self, arguments: list[str]) -> int:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent has a handler of its own
+        os.environ.clear()
+        os.environ.update(self.environment)
+        torch.set_num_threads(1)
+        if self.kill_at[0] and os.environ["RANK"] == "1":
+            kill_at(*self.kill_at)
+        return main(arguments)
+
+
+def run(arguments: list[str]) -> None:
+    """The agent."""
+    target, call = "", 0
+    if arguments[0] == "--kill":
+        _, target, number, *arguments = arguments
+        call = int(number)
+    with mock.patch(POPEN, partial(Fork, target, call)):
+        torchrun(arguments)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
