@@ -1,4 +1,4 @@
-"""Sharding of a model over a mesh: FSDP2 by blocks, with tensor and context parallelism if the mesh has dims for it.
+"""Sharding of a model over a mesh: FSDP2 by blocks, beside tensor and context parallelism on the same mesh.
 
 parameters    a part on each process; a block's are gathered while it runs, in `param_dtype`
 gradients     mean over the processes of FSDP, summed in `reduce_dtype`
