@@ -10,7 +10,6 @@ Legend: B batch, T tokens of the global row, t tokens of this rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,17 +22,17 @@ from .op import gated_kalmanet
 from .shard import Shard
 
 
-@dataclass(frozen=True)
 class Part:
-    """This rank's part of one batch.
+    """This rank's part of one batch. No dataclass: FSDP would copy one, and all that it has, before every block.
 
-    shard: its tokens and sequences.
-    real: [B, T] of bool, False for padding of the global rows, for softmax attention; None for no padding. The
-        layers get the part of it that is this rank's as their attention_mask.
+    Args:
+        shard: its tokens and sequences.
+        real: [B, T] of bool, False for padding of the global rows, for softmax attention; None for no padding. The
+            layers get the part of it that is this rank's as their attention_mask.
     """
 
-    shard: Shard
-    real: Tensor | None = None
+    def __init__(self, shard: Shard, real: Tensor | None = None) -> None:
+        self.shard, self.real = shard, real
 
     @property
     def segments(self) -> int:
