@@ -70,29 +70,31 @@ def test_losses_are_those_of_one_process(tmp_path: Path, name: str) -> None:
 
 def test_a_run_moves_to_other_processes(tmp_path: Path) -> None:
     """From one to two that share weights, to two that share heads, and back: the same losses and weights."""
-    changes = {**CHANGES, "max_steps": 8, "tie_embeddings": True}
-    assert train(tmp_path / "one", write_texts(tmp_path / "texts"), **changes) == 0
-    before = tmp_path / "one"
-    for step, options in ((4, {**FSDP, "batch_size": 2}), (6, TP), (7, {})):
-        run = tmp_path / f"from {step}"
-        shutil.copytree(before, run, ignore=shutil.ignore_patterns("model", "checkpoint-8"))
-        assert get_last_checkpoint(run) == str(run / f"checkpoint-{step}")
-        given = {"tensor_parallel": 1, "batch_size": 4, "save_every": 2 if step == 4 else 1, **options}
-        arguments = command(
-            "train", "--resume", *([] if "fsdp" in options else ["--no-fsdp"]), output=run, **given
-        )
-        if options:
+    changes, texts = {**CHANGES, "max_steps": 4, "tie_embeddings": True}, write_texts(tmp_path / "texts")
+    moved, one = tmp_path / "moved", tmp_path / "one"
+    assert train(one, texts, **changes) == 0
+    shutil.copytree(one, moved)
+    stages: list[tuple[int, int, list[str], dict[str, Any]]] = [
+        (4, 6, ["--fsdp"], {"batch_size": 2}),
+        (6, 8, ["--no-fsdp"], {"batch_size": 4, **TP}),
+        (8, 9, [], {"tensor_parallel": 1}),
+    ]
+    for begun, steps, flags, options in stages:
+        assert get_last_checkpoint(moved) == str(moved / f"checkpoint-{begun}")
+        more = command("train", "--resume", max_steps=steps)
+        assert cli.main([*more, "--output", str(one)]) == 0
+        arguments = [*more, *flags, *command("train", output=moved, **options)[1:]]
+        if flags:
             run_ranks("-m", "gka", *arguments)
         else:
             assert cli.main(arguments) == 0
-        assert_near(run, tmp_path / "one", ["loss", "grad_norm"], 1e-4)
-        before = run
-    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (before, tmp_path / "one"))
+        assert_near(moved, one, ["loss", "grad_norm"], 1e-4)
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (moved, one))
     assert mine.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert relative_error(mine[name], weight) < 1e-4, name
     with pytest.raises(AssertionError, match="has 4 sequences, now 8"):
-        run_ranks("-m", "gka", *command("train", "--resume", output=before))
+        run_ranks("-m", "gka", *command("train", "--resume", output=moved))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
