@@ -36,19 +36,20 @@ from gka.nn.head_parallel import HeadParallel
 from gka.nn.local_parts import LocalParts
 
 Dims = dict[str, int]
+ONE: dict[str, Any] = dict(layer_types=[GKA])
 SHORT: dict[str, Any] = dict(layer_types=[GKA, FULL])
 # kind of model, changes of its configuration, dims of the mesh
 CASES: dict[str, tuple[str, dict[str, Any], Dims]] = {
     "FSDP 4": ("gka", {}, {"dp_shard": 4}),
-    "FSDP 2, twice": ("gla", {}, {"dp_replicate": 2, "dp_shard": 2}),
+    "FSDP 2, twice": ("gla", ONE, {"dp_replicate": 2, "dp_shard": 2}),
     "TP 2": ("gka", {}, {"tp": 2}),
     "TP 2, hybrid": ("hybrid, all three", dict(mlp_bias=True), {"tp": 2}),
     "TP 4": ("gka without groups", {}, {"tp": 4}),
-    "FSDP 2 x TP 2": ("gka without v convolution", {}, {"dp_shard": 2, "tp": 2}),
+    "FSDP 2 x TP 2": ("gka without v convolution", ONE, {"dp_shard": 2, "tp": 2}),
     "FSDP 2 x TP 2, hybrid": ("hybrid", dict(tie_word_embeddings=True, **SHORT), {"dp_shard": 2, "tp": 2}),
     "FSDP 2 x CP 2": ("gka", {}, {"dp_shard": 2, "cp": 2}),
     "FSDP 2 x CP 2, hybrid": ("hybrid", SHORT, {"dp_shard": 2, "cp": 2}),
-    "CP 2 x TP 2": ("gla", {}, {"dp_shard": 1, "cp": 2, "tp": 2}),
+    "CP 2 x TP 2": ("gla", ONE, {"dp_shard": 1, "cp": 2, "tp": 2}),
     "CP 2 x TP 2, hybrid": ("hybrid, all three", SHORT, {"dp_shard": 1, "cp": 2, "tp": 2}),
 }
 SAVED: Dims = {"dp_shard": 2, "tp": 2}
@@ -251,7 +252,7 @@ def in_bfloat16(dims: Dims) -> dict[str, Any]:
 def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
     """A checkpoint of one mesh, loaded on others into empty models: the training step that follows."""
     rows = random_tokens(4, 9)
-    model, mine, mean = sharded(tiny_model("gka", layer_types=[GKA]).train(), SAVED)
+    model, mine, mean = sharded(tiny_model("gka", **ONE).train(), SAVED)
     optimizer = adam(model)
     train_step(model, optimizer, mine(rows))
     weights, moments = get_state_dict(model, optimizer)
@@ -266,7 +267,7 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
     found = {}
     for name, dims in LOADED.items():
         with torch.device("meta"):
-            empty = GKAForCausalLM(tiny_config("gka", layer_types=[GKA])).double()
+            empty = GKAForCausalLM(tiny_config("gka", **ONE)).double()
         model, mine, mean = sharded(empty, dims)
         model.to_empty(device="cpu")
         model.init_weights()
