@@ -16,7 +16,8 @@ from helpers import relative_error
 from model_helpers import random_inputs, random_tokens, tiny_layer, tiny_model
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from gka.distributed import ContextParallel, Part, halo, parallelize
 
@@ -220,25 +221,26 @@ def _model(
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 
-def fsdp_errors(group: Any) -> Errors:
-    """The gradients of a hybrid that FSDP2 shards over the ranks that share its tokens, and its loss."""
-    batch = batch_of(2, 23, None, False)
-    model = tiny_model("hybrid")
-    expected = {}
-    if dist.get_rank() == 0:
+def fsdp_errors(group: Any, dtype: torch.dtype | None) -> Errors:
+    """Loss and gradients of a hybrid that FSDP2 shards over the ranks that share its tokens.
+
+    With a dtype for the blocks, compared with ranks that all compute the whole batch in that dtype.
+    """
+    batch, mesh = batch_of(2, 23, None, False), DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+
+    def outcome(shared: bool, sharded: bool) -> dict[str, Tensor]:
+        model = tiny_model("hybrid")
+        if shared:
+            parallelize(model, mesh)
+        for module in [*model.model.layers, model] if sharded else []:
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
         loss = model(**batch).loss
         loss.backward()
-        expected = {"loss": loss.detach(), **gradients(model)}
-        model.zero_grad()
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
-    parallelize(model, mesh)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    loss = model(**batch).loss
-    loss.backward()
-    found = {"loss": loss.detach()}
-    found |= {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+        found = {name: p.grad for name, p in model.named_parameters()}
+        whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+        return {"loss": loss.detach(), **whole}  # type: ignore[dict-item]
+
+    expected, found = outcome(False, dtype is not None), outcome(True, True)
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 

@@ -23,6 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..ops.autocast import autocast_dtype
 from .part import Part
 from .shard import Shard
 
@@ -83,11 +84,15 @@ def attend(
     if attention_mask is not None or others.get("output_attentions"):
         name = "output_attentions" if attention_mask is None else "attention_mask"
         raise ValueError(f"{name} is given; expected none under context parallelism")
+    dtype = autocast_dtype(query.device)  # rotary embeddings leave queries and keys in float32 under autocast
+    if dtype is not None and query.dtype != torch.float64:
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     shard = context_parallel.shard
     keys, values = shard.gather(torch.cat([key, value], dim=1), dim=2).chunk(2, dim=1)
     masked = sliding_window is not None or context_parallel.real is not None
     grouped = query.shape[1] != key.shape[1]
-    if grouped and (masked or query.dtype not in (torch.float16, torch.bfloat16)):  # kernels take no groups there
+    narrow = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if grouped and (masked or not narrow):  # other kernels take no groups
         keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         grouped = False
     outputs = []

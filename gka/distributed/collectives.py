@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # PyTorch 2.13 renamed both, and warns of the earlier names.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -34,6 +33,14 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
+def refuse_second_derivatives() -> None:
+    """RuntimeError in a backward pass that is to be differentiated again; `once_differentiable` may miss it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph is True; expected False: exchanges between ranks have first derivatives alone"
+        )
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -44,8 +51,8 @@ class _AllGather(torch.autograd.Function):
         return gathered.view(size, *x.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivatives()
         dx = d_gathered.new_empty(d_gathered[0].numel())
         _reduce_scatter_into(dx, d_gathered.contiguous().view(-1), group=ctx.group)
         return dx.view(d_gathered.shape[1:]), None
@@ -60,8 +67,8 @@ class _AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivatives()
         dx = d_total.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(dx, group=ctx.group)
         return dx, None

@@ -59,6 +59,8 @@ def convolve_part(
     given = [(conv, x) for conv, x in zip(convolutions, xs, strict=True) if conv is not None]
     convs, inputs = [conv for conv, _ in given], [x for _, x in given]
     width = convs[0].kernel_size[0]
+    if shard.packed and lengths is not None:
+        raise ValueError("an attention_mask is given with packed sequences; leave padding out of a packed batch")
     if width == 1:
         found = convolve(convs, inputs, [None] * len(convs), None)
     else:

@@ -11,6 +11,7 @@ Legend: B batch, T tokens of the global rows, t tokens of this rank, N packed se
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch.nn.functional as F
@@ -64,9 +65,19 @@ def parallelize(model: GKAModel | GKAForCausalLM, mesh: DeviceMesh | ContextPara
         raise ValueError("model shares its tokens already; expected one call of parallelize")
     context = mesh if isinstance(mesh, ContextParallel) else ContextParallel(_one_dim(mesh))
     if model.config.has_attention:
+        _own_config(model)
         model.set_attn_implementation(NAME)
     model.shared_tokens = SharedBatch(context)
     return context
+
+
+def _own_config(model: GKAModel | GKAForCausalLM) -> None:
+    """Give the model a configuration that no other model has: its attention implementation is in there."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own  # type: ignore[assignment]
 
 
 def _one_dim(mesh: DeviceMesh) -> DeviceMesh:

@@ -22,13 +22,12 @@ from .op import gated_kalmanet
 from .shard import Shard
 
 
-class Part:
-    """This rank's part of one batch. No dataclass: FSDP would copy one, and all that it has, before every block.
+class Part:  # no dataclass: FSDP2 with a dtype of its own makes every dataclass among the arguments anew
+    """This rank's part of one batch.
 
-    Args:
-        shard: its tokens and sequences.
-        real: [B, T] of bool, False for padding of the global rows, for softmax attention; None for no padding. The
-            layers get the part of it that is this rank's as their attention_mask.
+    shard: its tokens and sequences.
+    real: [B, T] of bool, False for padding of the global rows, for softmax attention; None for no padding. The
+        layers get the part of it that is this rank's as their attention_mask.
     """
 
     def __init__(self, shard: Shard, real: Tensor | None = None) -> None:

@@ -158,7 +158,7 @@ def _same_input() -> PrepareModuleInput:
 
 
 def _check_sizes(model: nn.Module, processes: int) -> None:
-    """The sizes of all but GKA layers, which check their own."""
+    """All sizes, before anything is split."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("the parameters of the model are sharded already; split it once, and before FSDP")
     for module in model.modules():

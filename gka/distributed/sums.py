@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.autocast import autocast_off
 from ..ops.triton import fused
 from ..ops.triton.config import MAX_DIM
 from ..ops.types import state_dtype
+from .collectives import refuse_second_derivatives
 from .products import product
 
 BLOCK_ELEMENTS = 2**24  # 64 MiB in float32
@@ -77,9 +77,11 @@ def sums_before(x: Tensor, dim: int) -> Tensor:
 
 def _sums_beside(x: Tensor, dim: int, later: bool) -> Tensor:
     T = x.shape[dim]
+    if T <= SUMMED_AT_ONCE:
+        return (x.movedim(dim, -1).double() @ _triangle(T, later, x.device)).movedim(-1, dim).to(x.dtype)
     rows = F.pad(x.movedim(dim, -1).double(), (0, -T % SUMMED_AT_ONCE)).unflatten(-1, (-1, SUMMED_AT_ONCE))
     inside = rows @ _triangle(SUMMED_AT_ONCE, later, x.device)
-    whole = rows.sum(-1) @ _triangle(rows.shape[-2], later, x.device)
+    whole = _sums_beside(rows.sum(-1), -1, later)
     return (inside + whole.unsqueeze(-1)).flatten(-2)[..., :T].movedim(-1, dim).to(x.dtype)
 
 
@@ -109,10 +111,10 @@ class _SpanSums(torch.autograd.Function):
             return g.to(span.wide).sum(1), S_kv.new_empty(0) if S_kk is None else S_kk, S_kv
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, d_log_decay: Tensor, dS_kk: Tensor, dS_kv: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+        refuse_second_derivatives()
         (k, v, g, beta), (normalize_k, with_kk) = ctx.saved_tensors, ctx.settings
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
@@ -180,7 +182,9 @@ class _Span:
 
     def blocks(self) -> Iterator[slice]:
         """Tokens whose weighted keys and values have at most BLOCK_ELEMENTS elements."""
-        length = max(1, BLOCK_ELEMENTS // (self.B * self.H * max(self.D, self.V)))
+        length = max(1, BLOCK_ELEMENTS // max(1, self.B * self.H * max(self.D, self.V)))
+        if not self.B:
+            return iter(())
         return (slice(first, min(first + length, self.T)) for first in range(0, self.T, length))
 
     def rows(self, x: Tensor, tokens: slice, side_by_side: int = 1) -> Tensor:
@@ -206,20 +210,20 @@ class _Span:
         keys, w_kv = K.unsqueeze(2), (w * r).unsqueeze(3)
         kW, Ak = self.product(K, W_and_A).split([self.R * self.V, W_and_A.shape[2] - self.R * self.V], 2)
         dv = self._over_query_heads(kW.unflatten(2, (self.R, -1)) * w_kv)
-        pulled = self.product(V, W_t).unflatten(2, (self.R, -1))  # W v + r A k
+        to_key = self.product(V, W_t).unflatten(2, (self.R, -1))  # W v + r A k
         half_kAk = torch.zeros_like(w)
         if Ak.shape[2]:
             Ak = Ak.unflatten(2, (self.R, -1))
             half_kAk = 0.5 * (keys * Ak).sum(3)
-            pulled = pulled.addcmul_(Ak, r.unsqueeze(3))
-        k_pulled = (keys * pulled).sum(3)
-        dk = self._over_query_heads(pulled.mul_(w_kv))
+            to_key = to_key.addcmul_(Ak, r.unsqueeze(3))
+        k_to_key = (keys * to_key).sum(3)
+        dk = self._over_query_heads(to_key.mul_(w_kv))
         if self.norm is not None:
-            dr = (w * k_pulled).sum(2, keepdim=True)
+            dr = (w * k_to_key).sum(2, keepdim=True)
             norm = self.rows(self.norm, tokens)
             slope = torch.where(norm > 0, -r.square() / norm, torch.zeros_like(norm))
             dk = torch.addcmul(dk, K.to(self.wide), dr * slope)
-        return dk, dv, r * (k_pulled - r * half_kAk)
+        return dk, dv, r * (k_to_key - r * half_kAk)
 
     def _over_query_heads(self, x: Tensor) -> Tensor:
         """[n, C, R, .] -> [n, C, .]."""

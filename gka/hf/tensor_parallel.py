@@ -1,4 +1,4 @@
-"""Tensor parallelism by transformers: the plan that `from_pretrained(..., tp_plan="auto")` and its like follow.
+"""Tensor parallelism by transformers: the plan that `from_pretrained` follows with a `DistributedConfig`.
 
 transformers' styles split single matrices. A GKA layer is split as a whole, by `gka.nn.head_parallel`, so it has a
 style of its own, which is registered here. Softmax attention and feed-forward are as in transformers' Qwen3.

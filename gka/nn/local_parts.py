@@ -142,7 +142,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     mesh = parts.partial
     if mesh is not None and args:
         args = (reduced(args[0], mesh), *args[1:])
-    elif mesh is not None:
+    elif mesh is not None and "hidden_states" in kwargs:
         kwargs["hidden_states"] = reduced(kwargs["hidden_states"], mesh)
     held = parts.enter(module)
     try:

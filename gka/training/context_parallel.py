@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from ..distributed import ContextParallel, parallelize
@@ -30,7 +31,8 @@ class ContextParallelTrainer(Trainer):
 
     Raises:
         ValueError: the number of processes is not a multiple of N, or args.prediction_loss_only or
-            args.average_tokens_across_devices is False.
+            args.average_tokens_across_devices is False, or args.label_smoothing_factor is not 0.
+        TypeError: a dataset is an IterableDataset, which gives each process other rows.
     """
 
     def __init__(self, *, processes_per_row: int, layout: Any = "contiguous", **settings: Any) -> None:
@@ -44,6 +46,18 @@ class ContextParallelTrainer(Trainer):
             raise ValueError("args.prediction_loss_only is False; expected True: each process has its own logits")
         if not arguments.average_tokens_across_devices:
             raise ValueError("args.average_tokens_across_devices is False; expected True")
+        if arguments.label_smoothing_factor:
+            raise ValueError(
+                f"args.label_smoothing_factor is {arguments.label_smoothing_factor}; expected 0: it needs the "
+                "logits of whole rows"
+            )
+        for name in ("train_dataset", "eval_dataset"):
+            given = settings.get(name)
+            for dataset in given.values() if isinstance(given, dict) else [given]:
+                if isinstance(dataset, IterableDataset):
+                    raise TypeError(
+                        f"{name} is an IterableDataset; expected one with indices: its order is shared"
+                    )
         self._per_row = processes_per_row
         self._mesh = self._share(settings["model"], arguments, layout)
         super().__init__(**settings)
@@ -90,6 +104,11 @@ class ContextParallelTrainer(Trainer):
         """As the Trainer's, with the same batches for the processes of a row."""
         with self._one_batch_per_row():
             return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the same batches for the processes of a row."""
+        with self._one_batch_per_row():
+            return super().get_test_dataloader(*args, **kwargs)
 
     def compute_loss(
         self,

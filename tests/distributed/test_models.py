@@ -26,7 +26,7 @@ from ranks import Ranks
 from reads import Reads
 from torch._dynamo.testing import CompileCounter
 
-from gka.distributed import ContextParallel, Part, parallelize
+from gka.distributed import ContextParallel, Part, Shard, parallelize
 from gka.ops import checks
 
 BOUND = 1e-10
@@ -52,8 +52,9 @@ def test_a_model_is_that_of_one_process(ranks: Ranks, case: str) -> None:
     assert_small(ranks.run(MODELS[case]["n"], model_errors, MODELS[case])[0], bound)
 
 
-def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks) -> None:
-    assert_small(ranks.run(2, fsdp_errors)[0], PLAIN_LOSS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_fsdp_averages_to_the_gradients_of_one_process(ranks: Ranks, dtype: torch.dtype | None) -> None:
+    assert_small(ranks.run(2, fsdp_errors, dtype)[0], PLAIN_LOSS if dtype is None else 0.15)
 
 
 def test_hidden_states_are_those_of_one_process(ranks: Ranks) -> None:
@@ -112,6 +113,45 @@ def test_parallelize_refuses_other_models_and_a_second_call(alone: Any) -> None:
     parallelize(model, ContextParallel(alone))
     with pytest.raises(ValueError, match="model shares its tokens already"):
         parallelize(model, ContextParallel(alone))
+
+
+def test_models_of_one_configuration_keep_their_own_attention(alone: Any) -> None:
+    """One of them shares its tokens, the other, such as a teacher, does not."""
+    model, other = tiny_model("hybrid"), tiny_model("hybrid")
+    other = type(model)(model.config).double()
+    parallelize(model, ContextParallel(alone))
+    tokens = random_tokens(1, 6)
+    assert other(tokens).logits.shape == model(tokens).logits.shape
+    assert other.config._attn_implementation != model.config._attn_implementation
+    assert model.model.config is model.config
+
+
+def test_attention_computes_in_the_dtype_of_autocast(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of one process does; rotary embeddings leave queries and keys in float32."""
+    model, seen, gather = tiny_model("hybrid").float(), [], Shard.gather
+    parallelize(model, ContextParallel(alone))
+
+    def watched(shard: Shard, x: torch.Tensor, dim: int) -> torch.Tensor:
+        seen.append(x.dtype)
+        return gather(shard, x, dim)
+
+    monkeypatch.setattr(Shard, "gather", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(random_tokens(1, 6))
+    assert seen == [torch.bfloat16]
+
+
+def test_packed_rows_have_no_mask(alone: Any) -> None:
+    part = Part(ContextParallel(alone).shard(6, [0, 2, 6]))
+    with pytest.raises(ValueError, match="attention_mask is given with packed sequences"):
+        tiny_layer()(random_inputs(1, 6, 36), torch.ones(1, 6), context_parallel=part)
+
+
+def test_gradients_of_gradients_are_refused(alone: Any) -> None:
+    part, x = Part(ContextParallel(alone).shard(6)), random_inputs(1, 6, 36).requires_grad_()
+    out = tiny_layer()(x, context_parallel=part)
+    with pytest.raises(RuntimeError, match="create_graph is True"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
 def test_attention_without_a_part_says_so(alone: Any) -> None:

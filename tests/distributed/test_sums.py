@@ -147,3 +147,16 @@ def test_sums_after_each_token(T: int) -> None:
     expected = torch.stack([x[:, t + 1 :].sum(1) for t in range(T)], 1) if T else x
     found = sums.sums_after(x, 1)
     assert found.shape == x.shape and torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_long_spans_are_summed_in_blocks_of_blocks() -> None:
+    T = sums.SUMMED_AT_ONCE**2 + 5
+    x = torch.randn(1, T, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = x.flip(1).cumsum(1).flip(1) - x
+    assert relative_error(sums.sums_after(x, 1), exact) < 1e-12
+
+
+def test_no_rows() -> None:
+    k, g = torch.zeros(0, 4, 2, 8), torch.zeros(0, 4, 2)
+    found = sums.span_sums(k, k, g, None, normalize_k=True, with_kk=True)
+    assert found.S_kv.shape == (0, 2, 8, 8)

@@ -44,22 +44,22 @@ def _add_tokens(
     store_matrix(out_ptr, S, index, D, width, 0, 0, BD, BW)
 
 
-@triton.jit(do_not_specialize=["T", "pieces"])
+@triton.jit(do_not_specialize=["T", "pieces", "piece_tokens"])
 def add_tokens(
     k_ptr, v_ptr, w_ptr, r_ptr,  # [B, T, Hk, D], [B, T, Hk, V], [B, T, H], [B, T, Hk]
     kk_ptr, kv_ptr,  # out: [pieces, B, H, D, D | V]
-    T, pieces, H, Hk, D: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    T, pieces, piece_tokens, H, Hk, D: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, WITH_KK: tl.constexpr, PIPELINE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of pieces of PIECE tokens: a program for each piece, row, head and sum, those of S_kv first."""
+    """Sums of pieces of piece_tokens tokens: a program for each piece, row, head and sum, those of S_kv first."""
     program = tl.program_id(0)
     programs = tl.num_programs(0) // (2 if WITH_KK else 1)
     index = program % programs
     h, row, piece = index % H, index // H % (programs // H // pieces), index // (programs // pieces)
     hk = h // (H // Hk)
     begin = row.to(tl.int64) * T
-    first = begin + piece * PIECE
-    last = tl.minimum(first + PIECE, begin + T)
+    first = begin + piece.to(tl.int64) * piece_tokens
+    last = tl.minimum(first + piece_tokens, begin + T)
     if program < programs:
         _add_tokens(k_ptr, v_ptr, w_ptr, r_ptr, kv_ptr, index, first, last, h, H, hk, Hk, D, V, 1, C, BD, BV,
                     PIPELINE)  # fmt: skip
@@ -162,8 +162,9 @@ def launch_add_tokens(k: Tensor, v: Tensor, w: Tensor, r: Tensor, with_kk: bool)
     with on_device(k.device):
         launch(add_tokens, pieces * B * H * (2 if with_kk else 1),
             k_ptr=k, v_ptr=v, w_ptr=w, r_ptr=r, kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
-            T=T, pieces=pieces, H=H, Hk=Hk, D=D, V=V, PIECE=piece, C=config.tokens, BD=config.BD, BV=config.BV,
-            WITH_KK=with_kk, PIPELINE=config.pipeline, num_warps=config.warps, num_stages=1,
+            T=T, pieces=pieces, piece_tokens=piece, H=H, Hk=Hk, D=D, V=V, C=config.tokens,
+            BD=config.BD, BV=config.BV, WITH_KK=with_kk, PIPELINE=config.pipeline,
+            num_warps=config.warps, num_stages=1,
         )  # fmt: skip
     return None if kk is None else kk.sum(0), kv.sum(0)
 
