@@ -1,14 +1,12 @@
 """Models that four CPU processes share, compared with the same models in one process.
 
-run_ranks("-m", "sharding_run", FOLDER, processes=4)    what tests/distributed/test_sharding.py needs
+ranks.run(4, call, FUNCTION, *arguments)    for tests/distributed/test_sharding.py
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import relative_error
-from model_helpers import FULL, random_inputs, random_tokens, tiny_config, tiny_layer, tiny_model
+from model_helpers import FULL, GKA, random_inputs, random_tokens, tiny_config, tiny_layer, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,23 +31,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from gka import GKAForCausalLM
-from gka.distributed import shard_model, tensor_parallel
+from gka.distributed import parallelize, shard_model, tensor_parallel
 from gka.nn.head_parallel import HeadParallel
 from gka.nn.local_parts import LocalParts
 
 Dims = dict[str, int]
+ONE: dict[str, Any] = dict(layer_types=[GKA])
+SHORT: dict[str, Any] = dict(layer_types=[GKA, FULL])
 # kind of model, changes of its configuration, dims of the mesh
 CASES: dict[str, tuple[str, dict[str, Any], Dims]] = {
     "FSDP 4": ("gka", {}, {"dp_shard": 4}),
-    "FSDP 2, twice": ("gla", {}, {"dp_replicate": 2, "dp_shard": 2}),
+    "FSDP 2, twice": ("gla", ONE, {"dp_replicate": 2, "dp_shard": 2}),
     "TP 2": ("gka", {}, {"tp": 2}),
     "TP 2, hybrid": ("hybrid, all three", dict(mlp_bias=True), {"tp": 2}),
     "TP 4": ("gka without groups", {}, {"tp": 4}),
-    "FSDP 2 x TP 2": ("gka without v convolution", {}, {"dp_shard": 2, "tp": 2}),
-    "FSDP 2 x TP 2, hybrid": ("hybrid", dict(tie_word_embeddings=True), {"dp_shard": 2, "tp": 2}),
+    "FSDP 2 x TP 2": ("gka without v convolution", ONE, {"dp_shard": 2, "tp": 2}),
+    "FSDP 2 x TP 2, hybrid": ("hybrid", dict(tie_word_embeddings=True, **SHORT), {"dp_shard": 2, "tp": 2}),
+    "FSDP 2 x CP 2": ("gka", {}, {"dp_shard": 2, "cp": 2}),
+    "FSDP 2 x CP 2, hybrid": ("hybrid", SHORT, {"dp_shard": 2, "cp": 2}),
+    "CP 2 x TP 2": ("gla", ONE, {"dp_shard": 1, "cp": 2, "tp": 2}),
+    "CP 2 x TP 2, hybrid": ("hybrid, all three", SHORT, {"dp_shard": 1, "cp": 2, "tp": 2}),
 }
 SAVED: Dims = {"dp_shard": 2, "tp": 2}
 HALVES = (("TP 2", "compiled"), ("TP 2, hybrid", "layer", "without the sum"))
+NARROW: dict[str, Dims] = {"FSDP": {"dp_shard": 4}, "both": SAVED}
 LOADED: dict[str, Dims] = {"FSDP 4": {"dp_shard": 4}, "TP 2": {"tp": 2}, "one process": {}}
 
 
@@ -69,6 +74,10 @@ def sharded(model: Any, dims: Dims) -> tuple[Any, Callable[[Tensor], Tensor], Ca
     if not dims:
         return model, lambda rows: rows, lambda x: x
     mesh, data = make_mesh(dims), tuple(name for name in dims if name != "tp")
+    if "cp" in dims:
+        parallelize(model, mesh)
+        model.set_loss_chunk(5)  # a loss in float64
+        data = data[:1]
     if not data:
         return tensor_parallel(model, mesh), lambda rows: rows, lambda x: x
     group = mesh[data]._flatten() if len(data) > 1 else mesh[data]
@@ -97,8 +106,10 @@ def adam(model: Any) -> torch.optim.Optimizer:
 def train_step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor) -> dict[str, Tensor]:
     """The loss in float64, all gradients, and the weights after one step."""
     optimizer.zero_grad()
-    logits = model(rows).logits
-    loss = cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    if model.shared_tokens is not None:
+        loss = model(rows, labels=rows).loss
+    else:
+        loss = cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
     gradients = {f"gradient of {name}": whole(x.grad) for name, x in model.named_parameters()}
     optimizer.step()
@@ -164,6 +175,7 @@ def refused() -> dict[str, str]:
         "two dims": lambda: tensor_parallel(tiny_model(), both),
         "other layer": lambda: HeadParallel()._apply(torch.nn.Linear(2, 2), meshes[2]),
         "no dim of data": lambda: shard_model(tiny_model(), meshes[2]),
+        "rows that are not shared": lambda: shard_model(tiny_model(), make_mesh({"dp_shard": 2, "cp": 2})),
         "sharded twice": lambda: shard_model(shard_model(tiny_model(), both["dp_shard"]), both["dp_shard"]),
     }
     found = {}
@@ -216,10 +228,11 @@ def in_bfloat16(dims: Dims) -> dict[str, Any]:
     """float32 weights that are gathered in bfloat16: errors beside those of one process with bfloat16 weights."""
     rows, name = random_tokens(4, 9), "model.layers.0.gka.A_log"
     models = {
-        "one": tiny_model("hybrid", torch.float32),
-        "narrow": tiny_model("hybrid", torch.bfloat16),
-        "shared": shard_model(tiny_model("hybrid", torch.float32), make_mesh(dims), param_dtype=torch.bfloat16),
+        "one": tiny_model("hybrid", torch.float32, **SHORT),
+        "narrow": tiny_model("hybrid", torch.bfloat16, **SHORT),
+        "shared": tiny_model("hybrid", torch.float32, **SHORT),
     }
+    shard_model(models["shared"], make_mesh(dims), param_dtype=torch.bfloat16)
     logits, gradients = {}, {}
     for which, model in models.items():
         logits[which] = model(rows).logits
@@ -239,7 +252,7 @@ def in_bfloat16(dims: Dims) -> dict[str, Any]:
 def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
     """A checkpoint of one mesh, loaded on others into empty models: the training step that follows."""
     rows = random_tokens(4, 9)
-    model, mine, mean = sharded(tiny_model("gka").train(), SAVED)
+    model, mine, mean = sharded(tiny_model("gka", **ONE).train(), SAVED)
     optimizer = adam(model)
     train_step(model, optimizer, mine(rows))
     weights, moments = get_state_dict(model, optimizer)
@@ -254,11 +267,11 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
     found = {}
     for name, dims in LOADED.items():
         with torch.device("meta"):
-            empty = GKAForCausalLM(tiny_config("gka")).double()
+            empty = GKAForCausalLM(tiny_config("gka", **ONE)).double()
         model, mine, mean = sharded(empty, dims)
         model.to_empty(device="cpu")
         model.init_weights()
-        fresh = whole(model.model.layers[1].gka.A_log)
+        fresh = whole(model.model.layers[0].gka.A_log)
         optimizer = adam(model)
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
@@ -275,7 +288,7 @@ def checkpoints(folder: Path) -> dict[str, dict[str, float]]:
 
 def by_transformers(folder: Path) -> dict[str, Any]:
     """Loaded by transformers' own plan, a part on each process; gradients, generation and the way back."""
-    changes = dict(num_key_value_heads=4, vocab_size=64)
+    changes: dict[str, Any] = dict(num_key_value_heads=4, vocab_size=64, **SHORT)
     if dist.get_rank() == 0:
         tiny_model("hybrid", **changes).save_pretrained(folder / "float64")
         tiny_model("hybrid", torch.float32, **changes).save_pretrained(folder / "float32")
@@ -306,23 +319,14 @@ def by_transformers(folder: Path) -> dict[str, Any]:
 ALONE = {"compiled": compiled, "layer": layer_states, "without the sum": without_the_sum}
 
 
-def main() -> None:
-    """Everything, in one launch; of what needs two processes, each half does its share."""
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
+def of_halves() -> dict[str, dict[str, float]]:
+    """What needs two processes: each half of the four does its share."""
     make_mesh({"tp": 2})
-    found: dict[str, Any] = {name: like_one_process(name) for name in CASES if name not in sum(HALVES, ())}
-    for name in HALVES[dist.get_rank() // 2]:
-        found[name] = ALONE[name]() if name in ALONE else like_one_process(name)
-    found["refused"] = refused()
-    found["bfloat16"] = {
-        name: in_bfloat16(dims) for name, dims in {"FSDP": {"dp_shard": 4}, "both": SAVED}.items()
+    return {
+        name: ALONE[name]() if name in ALONE else like_one_process(name) for name in HALVES[dist.get_rank() // 2]
     }
-    found["checkpoints"] = checkpoints(folder)
-    found["transformers"] = by_transformers(folder)
-    (folder / f"seen {dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+def call(group: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function, in each process of a pool."""
+    return function(*arguments)

@@ -207,6 +207,18 @@ class TrainOptions:
         group=MACHINE,
         minimum=1,
     )
+    tensor_parallel: int = option(
+        1,
+        "processes that share the heads of every layer, a divisor of the heads; --batch-size counts the sequences "
+        "that they share",
+        group=MACHINE,
+        minimum=1,
+    )
+    fsdp: bool = option(
+        False,
+        "split weights, gradients and optimiser over the processes that torchrun starts (FSDP2)",
+        group=MACHINE,
+    )
 
     output: str = shared.output("runs/gka")
     resume: bool = option(

@@ -30,10 +30,12 @@ from .options import as_yaml, flag, read_yaml
 
 PARTIAL_MODEL = MODEL_FOLDER + ".partial"
 
-# Options that may change when a run is resumed: its end, its reports, its way to compute.
+# Options that may change when a run is resumed: its end, its reports, its way to compute, its processes. A
+# checkpoint knows how many sequences a step has.
 _MAY_CHANGE = frozenset(
     "max_steps max_minutes device gradient_checkpointing loss_chunk compile output resume overwrite log_every "
-    "eval_every save_every eval_bytes prompt sample_tokens".split()
+    "eval_every save_every eval_bytes prompt sample_tokens "
+    "batch_size accumulation context_parallel tensor_parallel fsdp".split()
 )
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from ..hf.config import GKAConfig
 from ..hf.folders import end_folder, write_whole
 from ..hf.model import GKAForCausalLM
 from ..hf.recipe import model_fields
-from ..training.context_parallel import ContextParallelTrainer
 from ..training.data import (
     Manifest,
     TokenBlocks,
@@ -50,6 +48,7 @@ from .generate import generate
 from .loading import MODEL_FOLDER, load_checkpoint
 from .machine import describe_command, describe_machine, describe_versions
 from .options import flag
+from .parallel import check_parallel, parallel_trainer, per_row
 from .plots import plot_loss
 from .quiet import quiet
 from .run_folder import PARTIAL_MODEL, open_run
@@ -70,8 +69,8 @@ def main(options: TrainOptions) -> None:
         compile=options.compile,
     )
     _check_equal_options(options)
-    _check_context_parallel(options, config, arguments.world_size)
-    batch = options.batch_size * options.accumulation * (arguments.world_size // options.context_parallel)
+    check_parallel(options, config, arguments.world_size)
+    batch = options.batch_size * options.accumulation * (arguments.world_size // per_row(options))
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
             open_run(options, output, tokenizer, batch)
@@ -155,23 +154,6 @@ def _check_equal_options(options: TrainOptions) -> None:
                 )
 
 
-def _check_context_parallel(options: TrainOptions, config: GKAConfig, processes: int) -> None:
-    shared = options.context_parallel
-    if shared == 1:
-        return
-    if processes % shared:
-        raise UserError(
-            f"--context-parallel {shared} needs a multiple of {shared} processes, there are {processes}: "
-            f"torchrun --nproc_per_node {shared} -m gka train ..."
-        )
-    if options.family != "gka":
-        raise UserError(f"--context-parallel needs --family gka, not {options.family}")
-    if options.compile:
-        raise UserError("--context-parallel does not work with --compile")
-    if config.has_attention and options.seq_len < shared:
-        raise UserError(f"--seq-len {options.seq_len} must be at least --context-parallel, {shared}")
-
-
 def training_arguments(
     options: Any, output: Path, *, learning_rate: float, eval_every: int, compile: bool = False
 ) -> TrainingArguments:
@@ -211,10 +193,6 @@ def training_arguments(
 # Training
 
 
-class _TrainerOfSharedRows(ContextParallelTrainer, GKATrainer):
-    """A GKATrainer whose processes share the tokens of every row."""
-
-
 def _make_trainer(
     options: TrainOptions,
     output: Path,
@@ -234,7 +212,7 @@ def _make_trainer(
     if max_steps is None and max_seconds is None:
         max_steps = len(train) // batch
     arguments.max_steps = max_steps if max_steps is not None else sys.maxsize // batch
-    schedule, step = schedule_of(output, arguments, max_steps, max_seconds, options.warmup)
+    schedule, step = schedule_of(output, arguments, max_steps, max_seconds, options.warmup, per_row(options))
 
     set_seed(options.seed)
     model = new_model(options, config)
@@ -242,15 +220,7 @@ def _make_trainer(
         model.set_loss_chunk(options.loss_chunk)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer_of: Any = GKATrainer
-    if options.context_parallel > 1:
-        pieces = 2 * options.context_parallel  # of a row, in the layout that shares the cost of attention
-        zigzag = config.has_attention and options.seq_len % pieces == eval_len % pieces == 0
-        trainer_of = partial(
-            _TrainerOfSharedRows,
-            processes_per_row=options.context_parallel,
-            layout="zigzag" if zigzag else "contiguous",
-        )
+    trainer_of = parallel_trainer(options, config, eval_len)
     trainer: GKATrainer = trainer_of(
         schedule=schedule,
         tokens_per_byte=manifest.tokens_per_byte,
@@ -271,10 +241,16 @@ def _make_trainer(
 
 
 def schedule_of(
-    output: Path, arguments: TrainingArguments, max_steps: int | None, max_seconds: float | None, warmup: float
+    output: Path,
+    arguments: TrainingArguments,
+    max_steps: int | None,
+    max_seconds: float | None,
+    warmup: float,
+    processes_per_row: int = 1,
 ) -> tuple[Schedule, int]:
     """The schedule of the training in a folder, and the step of its newest checkpoint."""
-    seconds, step = _spent(get_last_checkpoint(str(output)), arguments.world_size)
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    seconds, step = _spent(get_last_checkpoint(str(output)), sequences // processes_per_row)
     return Schedule(max_steps, max_seconds, warmup, seconds_before=seconds, agree=_agree(arguments)), step
 
 
@@ -284,15 +260,15 @@ def _agree(arguments: TrainingArguments) -> Any:
     return lambda progress: broadcast_object_list([progress])[0]
 
 
-def _spent(checkpoint: str | None, processes: int) -> tuple[float, int]:
-    """Seconds and steps of training before a checkpoint. UserError if the number of processes differs."""
+def _spent(checkpoint: str | None, sequences: int) -> tuple[float, int]:
+    """Seconds and steps of training before a checkpoint. UserError if its steps have other batches."""
     if checkpoint is None:
         return 0.0, 0
     schedule = json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8"))
-    if schedule["processes"] != processes:
+    if schedule.get("sequences", sequences) != sequences:
         raise UserError(
-            f"--resume: {schedule['processes']} process(es) wrote {checkpoint}, now there are {processes}; "
-            "start as many processes as before"
+            f"--resume: a step of {checkpoint} has {schedule['sequences']} sequences, now {sequences}; with "
+            "another number of processes change --batch-size or --accumulation too"
         )
     step = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
     return schedule["seconds"], step
@@ -303,7 +279,7 @@ def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
     checkpoint = get_last_checkpoint(str(output))
     schedule = trainer.schedule
     if checkpoint is not None:
-        step = _spent(checkpoint, trainer.args.world_size)[1]
+        step = _spent(checkpoint, trainer.get_total_train_batch_size(trainer.args))[1]
         by_steps = schedule.max_steps is not None and step >= schedule.max_steps
         if by_steps or (schedule.max_seconds is not None and schedule.seconds >= schedule.max_seconds):
             trainer._load_from_checkpoint(checkpoint)
@@ -332,7 +308,8 @@ def _announce(
         f"tokenizer: {'bytes' if options.tokenizer is None else options.tokenizer}",
         f"run       {options.output}, {trainer.args.device}, {trainer.args.world_size} process(es) of "
         f"{torch.get_num_threads()} threads"
-        + (f", {options.context_parallel} for each sequence" if options.context_parallel > 1 else "")
+        + (f", {per_row(options)} for each sequence" if per_row(options) > 1 else "")
+        + (", FSDP" if options.fsdp else "")
         + (f", resumed at step {step}" if step else ""),
     ]
     if manifest.skipped:

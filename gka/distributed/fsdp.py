@@ -1,4 +1,4 @@
-"""Sharding of a model over a mesh: FSDP2 by blocks, with tensor parallelism where the mesh has a dim for it.
+"""Sharding of a model over a mesh: FSDP2 by blocks, beside tensor and context parallelism on the same mesh.
 
 parameters    a part on each process; a block's are gathered while it runs, in `param_dtype`
 gradients     mean over the processes of FSDP, summed in `reduce_dtype`
@@ -20,9 +20,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn.decay import UNDECAYED, DecayParameters
 from ..nn.local_parts import LocalParts
+from .models import MESH_DIM
 from .plan import tensor_parallel
 
-TENSOR, DATA = "tp", ("dp_replicate", "dp_shard")
+TENSOR, SHARD, REPLICATE = "tp", "dp_shard", "dp_replicate"
+MESHES = ((SHARD,), (REPLICATE, SHARD), (SHARD, MESH_DIM))  # each also with TENSOR behind
 
 
 def shard_model(
@@ -38,12 +40,14 @@ def shard_model(
         mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("dp_shard", "tp"))
         model = shard_model(GKAForCausalLM(config), mesh, param_dtype=torch.bfloat16)
 
-    Processes that differ in "tp" take the same tokens, others take different ones. Make the optimiser afterwards.
+    Processes that differ in "tp" or "cp" take the same rows, others take different ones. Make the optimiser
+    afterwards.
 
     Args:
         model: a model of this library, or another of transformers with GKA layers; it is changed.
         mesh: its dims are named "dp_shard" (parameters are split), optionally before it "dp_replicate" (groups
-            that each have all parameters) and after it "tp" (heads are split, by `tensor_parallel`).
+            that each have all parameters) or after it "cp" (processes share the tokens of a row; parameters are
+            split over them too; call `parallelize` first), and last "tp" (heads are split, by `tensor_parallel`).
         param_dtype: dtype in which blocks compute; None means that of the parameters. The optimiser keeps theirs.
         reduce_dtype: dtype in which gradients are summed over processes; None means that of the parameters, and at
             least float32.
@@ -53,14 +57,18 @@ def shard_model(
         The model, an FSDPModule.
 
     Raises:
-        ValueError: the mesh has other dims; the model is sharded already; an error of `tensor_parallel`.
+        ValueError: the mesh has other dims, or "cp" and the model does not share its tokens; the model is sharded
+            already; an error of `tensor_parallel`.
     """
     names = mesh.mesh_dim_names or ()
-    data = tuple(name for name in names if name in DATA)
-    if names not in ((*data,), (*data, TENSOR)) or data not in (DATA, DATA[1:]):
+    data = tuple(name for name in names if name != TENSOR)
+    if data not in MESHES or names not in (data, (*data, TENSOR)):
         raise ValueError(
-            f"mesh has the dims {names}; expected 'dp_shard', optionally after 'dp_replicate' and before 'tp'"
+            f"mesh has the dims {names}; expected 'dp_shard', optionally after 'dp_replicate' or before 'cp', and "
+            "'tp' last"
         )
+    if MESH_DIM in data and getattr(model, "shared_tokens", None) is None:
+        raise ValueError("mesh has the dim 'cp' and the model does not share its tokens; call parallelize first")
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError("the model is sharded by FSDP already; expected one that is not")
     if TENSOR in names:
@@ -69,7 +77,7 @@ def shard_model(
     if reduce_dtype is None:
         reduce_dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     options: dict[str, Any] = {
-        "mesh": mesh[data] if len(data) > 1 else mesh[data[0]],
+        "mesh": _data_mesh(mesh, data),
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "reshard_after_forward": reshard_after_forward,
         "ignored_params": {parameter for _, _, parameter in apart},
@@ -81,6 +89,13 @@ def shard_model(
     if apart:
         _replicate(apart, _mesh_of(model.parameters()), options["mesh"])
     return model
+
+
+def _data_mesh(mesh: DeviceMesh, data: tuple[str, ...]) -> DeviceMesh:
+    """The mesh of FSDP: the dims of data; "dp_shard" and "cp" are one, for both split the parameters."""
+    if len(data) == 1:
+        return mesh[data[0]]
+    return mesh[data]._flatten() if MESH_DIM in data else mesh[data]
 
 
 Decays = list[tuple[DecayParameters, str, nn.Parameter]]

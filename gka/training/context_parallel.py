@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..distributed import ContextParallel, parallelize
 
@@ -59,11 +59,18 @@ class ContextParallelTrainer(Trainer):
                         f"{name} is an IterableDataset; expected one with indices: its order is shared"
                     )
         self._per_row = processes_per_row
+        self._mesh = self._share(settings["model"], arguments, layout)
         super().__init__(**settings)
-        shape = (arguments.world_size // processes_per_row, processes_per_row)
-        # The names are accelerate's: its data loaders give the processes along "cp" the same batches.
-        self._mesh = init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_replicate", "cp"))
-        parallelize(self.model, ContextParallel(self._mesh["cp"], layout))  # type: ignore[arg-type]
+
+    def _share(self, model: Any, arguments: TrainingArguments, layout: Any) -> DeviceMesh:
+        """Let the model share its tokens; the mesh of the data loaders.
+
+        The names of the dims are accelerate's: its loaders give the processes along "cp" the same batches.
+        """
+        shape = (arguments.world_size // self._per_row, self._per_row)
+        mesh = init_device_mesh(arguments.device.type, shape, mesh_dim_names=("dp_replicate", "cp"))
+        parallelize(model, ContextParallel(mesh["cp"], layout))
+        return mesh
 
     def get_cp_size(self) -> int:
         """N. The Trainer counts rows of a step with it."""

@@ -158,7 +158,8 @@ class GKATrainer(Trainer):
             self.args.output_dir = str(run)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            state = json.dumps({"seconds": self.schedule.seconds, "processes": self.args.world_size})
+            sequences = self.get_total_train_batch_size(self.args)  # of a step
+            state = json.dumps({"seconds": self.schedule.seconds, "sequences": sequences})
             (partial / name / SCHEDULE_FILE).write_text(state, encoding="utf-8")
             end_folder(partial / name, run / name)
             partial.rmdir()

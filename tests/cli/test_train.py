@@ -198,7 +198,7 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(
     assert done.stdout.count("bits per byte") == 1, "one process reports"
     capsys.readouterr()
     assert cli.main(command("train", output=tmp_path / "run", resume=True)) == 2
-    assert "2 process(es) wrote" in capsys.readouterr().err
+    assert "has 4 sequences, now 2; with another number of processes change" in capsys.readouterr().err
 
 
 # Options reach the model and the optimiser

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import run_ranks
+import sharding_run
 from model_helpers import tiny_config
-from sharding_run import CASES, HALVES, LOADED
+from ranks import Ranks
+from sharding_run import CASES, HALVES, LOADED, NARROW, call
 
 EXACT = 1e-10
+IN_HALVES = sum(HALVES, ())
 
 
 @pytest.fixture(scope="module")
-def everywhere(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process has found, in one launch."""
-    folder: Path = tmp_path_factory.mktemp("sharding")
-    run_ranks("-m", "sharding_run", str(folder), processes=4)
-    return [json.loads((folder / f"seen {rank}.json").read_text()) for rank in range(4)]
+def halves(ranks: Ranks) -> list[dict[str, Any]]:
+    """What each process has found of what two processes do."""
+    return ranks.run(4, call, sharding_run.of_halves)
 
 
-def those_with(name: str, everywhere: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """What was found by the processes that ran the case: all, or a half."""
-    found = [seen[name] for seen in everywhere if name in seen]
-    assert len(found) == 2 if any(name in half for half in HALVES) else len(found) == 4
+@pytest.fixture(scope="module")
+def checkpoints(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process has found of checkpoints."""
+    return ranks.run(4, call, sharding_run.checkpoints, tmp_path_factory.mktemp("sharding"))
+
+
+def those_with(name: str, halves: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What was found by the half that ran the case."""
+    found = [seen[name] for seen in halves if name in seen]
+    assert len(found) == 2
     return found
 
 
@@ -36,27 +41,31 @@ def assert_all_below(found: dict[str, float], bound: float) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_one_process(everywhere: list[dict[str, Any]], name: str) -> None:
+def test_a_step_is_that_of_one_process(ranks: Ranks, name: str, request: pytest.FixtureRequest) -> None:
     """Loss, all gradients, and all weights after a step of the optimiser."""
-    for found in those_with(name, everywhere):
+    if name in IN_HALVES:
+        seen = those_with(name, request.getfixturevalue("halves"))
+    else:
+        seen = ranks.run(4, call, sharding_run.like_one_process, name)
+    for found in seen:
         assert_all_below(found, EXACT)
 
 
-def test_without_the_sum_over_heads_it_would_not_be(everywhere: list[dict[str, Any]]) -> None:
+def test_without_the_sum_over_heads_it_would_not_be(halves: list[dict[str, Any]]) -> None:
     """The gradient of the norm that all heads share needs a sum; nothing else changes without it."""
-    for found in those_with("without the sum", everywhere):
+    for found in those_with("without the sum", halves):
         wrong = {name for name, error in found.items() if error > 1e-3 and name.startswith("gradient")}
         assert wrong == {f"gradient of model.layers.{n}.gka.o_norm.weight" for n in range(2)}
 
 
-def test_a_compiled_block_has_the_same_gradients(everywhere: list[dict[str, Any]]) -> None:
-    for found in those_with("compiled", everywhere):
+def test_a_compiled_block_has_the_same_gradients(halves: list[dict[str, Any]]) -> None:
+    for found in those_with("compiled", halves):
         assert_all_below(found, EXACT)
 
 
-def test_states_have_the_heads_of_the_process(everywhere: list[dict[str, Any]]) -> None:
+def test_states_have_the_heads_of_the_process(halves: list[dict[str, Any]]) -> None:
     """And a loss through them alone has all gradients; so have packed and padded rows their outputs."""
-    for found in those_with("layer", everywhere):
+    for found in those_with("layer", halves):
         assert len(found) == 10
         assert_all_below(found, EXACT)
 
@@ -72,45 +81,46 @@ REASONS = {
     "two dims": "mesh has 2 dims; expected one",
     "other layer": "module is a Linear; expected a GatedKalmaNet",
     "no dim of data": "expected 'dp_shard'",
+    "rows that are not shared": "call parallelize first",
     "sharded twice": "sharded by FSDP already",
     "attention of another model": "['4 linear maps stay whole on every process",
 }
 
 
-@pytest.mark.parametrize("name", REASONS)
-def test_what_cannot_be_shared_is_refused(everywhere: list[dict[str, Any]], name: str) -> None:
-    assert REASONS[name] in everywhere[0]["refused"][name]
+def test_what_cannot_be_shared_is_refused(ranks: Ranks) -> None:
+    found = ranks.run(4, call, sharding_run.refused)[0]
+    assert found.keys() == REASONS.keys()
+    for name, reason in REASONS.items():
+        assert reason in found[name], name
 
 
-def test_decays_are_not_rounded(everywhere: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", NARROW)
+def test_decays_are_not_rounded(ranks: Ranks, name: str) -> None:
     """Blocks compute in bfloat16, as a model whose weights were converted with what their rounding leaves out."""
-    for seen in everywhere:
-        found = seen["bfloat16"]
-        assert found["FSDP"]["from narrow"] == 0.0
-        for shared in found.values():
-            assert shared["dtypes"] == ["torch.float32"]
-            for what in ("logits", "A_log"):
-                assert shared[f"{what}, shared"] <= 2 * shared[f"{what}, narrow"]
+    for found in ranks.run(4, call, sharding_run.in_bfloat16, NARROW[name]):
+        assert found["from narrow"] == 0.0 or name != "FSDP"
+        assert found["dtypes"] == ["torch.float32"]
+        for what in ("logits", "A_log"):
+            assert found[f"{what}, shared"] <= 2 * found[f"{what}, narrow"]
 
 
 @pytest.mark.parametrize("name", LOADED)
-def test_a_checkpoint_moves_to_another_mesh(everywhere: list[dict[str, Any]], name: str) -> None:
+def test_a_checkpoint_moves_to_another_mesh(checkpoints: list[dict[str, Any]], name: str) -> None:
     """Saved by FSDP 2 x TP 2, weights and moments, loaded into empty models: the next step is the same."""
-    for seen in everywhere:
-        assert_all_below(seen["checkpoints"][name], EXACT)
+    for seen in checkpoints:
+        assert_all_below(seen[name], EXACT)
 
 
-def test_the_whole_weights_are_exported(everywhere: list[dict[str, Any]]) -> None:
-    for seen in everywhere:
-        found = seen["checkpoints"]["exported"]
+def test_the_whole_weights_are_exported(checkpoints: list[dict[str, Any]]) -> None:
+    for seen in checkpoints:
+        found = seen["exported"]
         decays = {name: found.pop(name) for name in list(found) if name.endswith(("A_log", "dt_bias"))}
         assert_all_below(found, 0.0)
         assert_all_below(decays, 1e-6)  # transformers loads them in float32
 
 
-def test_transformers_splits_a_model(everywhere: list[dict[str, Any]]) -> None:
-    for seen in everywhere:
-        found = seen["transformers"]
+def test_transformers_splits_a_model(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks.run(4, call, sharding_run.by_transformers, tmp_path):
         assert_all_below(found["gradients"], EXACT)
         assert found["tokens"] and found["local heads"] == 1 and found["local decay"]
         assert found["lost"] == []
