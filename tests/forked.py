@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -79,11 +80,14 @@ def run_ranks(*command: str, processes: int = 2, timeout: float = 240) -> Done:
     return Done(list(command), 0, stdout, stderr)
 
 
+_ENVIRONMENT = threading.Lock()  # it is that of the whole process, and tests have threads
+
+
 def _context() -> Any:
     """What forks, from a process that is started by the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+    with _ENVIRONMENT, mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
         os.environ.pop("TRITON_INTERPRET", None)
         forkserver.ensure_running()
     return context
