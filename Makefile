@@ -7,16 +7,19 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests of several processes at a time, which make a target of their own.
+SEVERAL := tests/distributed tests/cli/test_torchrun.py tests/cli/test_train_parallel.py tests/benchmarks/test_parallel.py
 OLDEST := .cache/venv-oldest
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-oldest lint docs pages clean
+.PHONY: help setup demo test test-parallel test-gpu test-oldest lint docs pages clean
 
 help:
 	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
 	@echo "               make demo ARGS='--data my/texts'  takes your own files (gka train --help)"
-	@echo "make test      run the whole test suite, 8 minutes on 2 cores"
+	@echo "make test      run the test suite, 8 minutes on 2 cores"
+	@echo "make test-parallel  run the tests that need several processes at a time, 2 minutes"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make test-oldest  run the tests of the models on the oldest transformers that is supported, 3 minutes"
 	@echo "make lint      ruff, mypy and the layers of imports"
@@ -43,7 +46,10 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tests/fetch_transformers_tests.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(addprefix --ignore=,$(SEVERAL)) $(ARGS)
+
+test-parallel: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "not gpu" $(SEVERAL) $(ARGS)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/*/test_gpu.py tests/hf/test_captured_step.py $(ARGS)
