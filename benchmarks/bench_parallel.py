@@ -24,7 +24,6 @@ Legend: n ranks, T tokens of the row, H heads, D head dim.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from torch import Tensor
 
 import gka
 from benchmarks.calls import make_inputs
-from benchmarks.common import write_result
+from benchmarks.ranks import process_group, write_by_first
 from experiments.evidence.table import markdown_table
 from experiments.evidence.timing import seconds
 from gka import ops
@@ -274,27 +273,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    options.device = torch.device("cuda", local) if options.device == "cuda" else torch.device("cpu")
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
-        dist.init_process_group("nccl", device_id=options.device)
-    else:
-        dist.init_process_group("gloo")
-    try:
-        if options.check:
-            if not check(options):
-                sys.exit("some results differ by more than rounding")
-            return
-        ranks = dist.get_world_size()
-        command = " ".join([f"torchrun --nproc_per_node {ranks} -m benchmarks.bench_parallel", *sys.argv[1:]])
-        if dist.get_rank() == 0:
-            write_result("parallel", bench(options), command, options.output)
-        else:
-            for _ in bench(options):
-                pass
-    finally:
-        dist.destroy_process_group()
+    with process_group(options.device) as options.device:
+        if not options.check:
+            write_by_first("parallel", bench(options), options.output)
+        elif not check(options):
+            sys.exit("some results differ by more than rounding")
 
 
 if __name__ == "__main__":

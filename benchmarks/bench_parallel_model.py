@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gka
 from benchmarks.bench_model import RECIPE
-from benchmarks.common import write_result
+from benchmarks.ranks import process_group, write_by_first
 from experiments.evidence.table import markdown_table
 from gka.distributed import ContextParallel, parallelize
 
@@ -189,23 +187,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    options.device = torch.device("cuda", local) if options.device == "cuda" else torch.device("cpu")
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
-        dist.init_process_group("nccl", device_id=options.device)
-    else:
-        dist.init_process_group("gloo")
-    ranks = dist.get_world_size()
-    command = " ".join([f"torchrun --nproc_per_node {ranks} -m benchmarks.bench_parallel_model", *sys.argv[1:]])
-    try:
-        if dist.get_rank() == 0:
-            write_result("parallel_model", bench(options), command, options.output)
-        else:
-            for _ in bench(options):
-                pass
-    finally:
-        dist.destroy_process_group()
+    with process_group(options.device) as options.device:
+        write_by_first("parallel_model", bench(options), options.output)
 
 
 if __name__ == "__main__":
