@@ -25,12 +25,8 @@ from .. import ops
 from ..ops import State
 from ..ops.autocast import autocast_off
 from ..ops.checks import (
-    check_dims,
-    check_floats,
-    check_heads_and_dims,
     check_same_device,
-    check_same_dtype,
-    check_shapes,
+    check_tokens,
     checked_plan,
     checked_state,
 )
@@ -268,10 +264,8 @@ def _checked(
             "a transform of torch.func or forward mode is active; expected a plain call across ranks, "
             "with gradients by backward()"
         )
-    check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    check_same_dtype(q, k=k, v=v)
-    check_dims(q, 4, "[B, T, H, D]")
-    B, t, H, D = q.shape
+    check_tokens(q, k, v, g, alpha, beta, "[B, T, H, D]")
+    (B, t, H, D), V = q.shape, v.shape[3]
     if t != shard.local_tokens:
         raise ValueError(
             f"q has shape {tuple(q.shape)}; expected {shard.local_tokens} tokens in dim 1, this rank's of "
@@ -279,10 +273,6 @@ def _checked(
         )
     if shard.packed and B != 1:
         raise ValueError(f"q has batch size {B}; expected 1 with a packed row: concatenate the sequences")
-    check_heads_and_dims(k, v, H, D, 2)
-    Hk, V = v.shape[2:]
-    check_shapes({"k": (k, (B, t, Hk, D)), "v": (v, (B, t, Hk, V))})
-    check_shapes({name: (x, (B, t, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
     solver, steps, tolerance = (options.get(name) for name in ("solver", "solver_steps", "tolerance"))
     steps = checked_plan(solver or "chebyshev", steps, tolerance, q.dtype).solver_steps
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)

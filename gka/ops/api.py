@@ -23,13 +23,9 @@ from .backends import backend_for, step_backend_for
 from .checks import (
     check_cu_seqlens,
     check_decay,
-    check_dims,
-    check_floats,
-    check_heads_and_dims,
     check_numbers,
     check_same_device,
-    check_same_dtype,
-    check_shapes,
+    check_tokens,
     checked_plan,
     checked_state,
 )
@@ -111,14 +107,8 @@ def gated_kalmanet(
             checked on the CPU. On a GPU, where the check must wait for the device, they are checked only if
             the environment variable GKA_CHECK_VALUES is 1.
     """
-    check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    check_same_dtype(q, k=k, v=v)
-    check_dims(q, 4, "[B, T, H, D]")
-    B, T, H, D = q.shape
-    check_heads_and_dims(k, v, H, D, 2)
-    Hk, V = v.shape[2:]
-    check_shapes({"k": (k, (B, T, Hk, D)), "v": (v, (B, T, Hk, V))})
-    check_shapes({name: (x, (B, T, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
+    check_tokens(q, k, v, g, alpha, beta, "[B, T, H, D]")
+    (B, T, H, D), V = q.shape, v.shape[3]
     N = B
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T)
@@ -197,14 +187,8 @@ def gated_kalmanet_step(
         TypeError: as `gated_kalmanet`.
         ValueError: as `gated_kalmanet`, or `inplace` is True and gradients are needed or a transform is active.
     """
-    check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    check_same_dtype(q, k=k, v=v)
-    check_dims(q, 3, "[B, H, D]")
-    B, H, D = q.shape
-    check_heads_and_dims(k, v, H, D, 1)
-    Hk, V = v.shape[1:]
-    check_shapes({"k": (k, (B, Hk, D)), "v": (v, (B, Hk, V))})
-    check_shapes({name: (x, (B, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
+    check_tokens(q, k, v, g, alpha, beta, "[B, H, D]")
+    (B, H, D), V = q.shape, v.shape[2]
     plan = checked_plan(solver, solver_steps, tolerance, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)

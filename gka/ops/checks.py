@@ -71,6 +71,21 @@ def check_shapes(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> N
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
 
 
+def check_tokens(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Tensor | None, layout: str
+) -> None:
+    """Dtypes and shapes of the tokens' tensors, which fit q; its layout is "[B, T, H, D]" or "[B, H, D]"."""
+    check_floats(q=q, k=k, v=v, g=g, alpha=alpha, beta=beta)
+    check_same_dtype(q, k=k, v=v)
+    dims = layout.count(",") + 1
+    check_dims(q, dims, layout)
+    *lead, H, D = q.shape
+    check_heads_and_dims(k, v, H, D, dims - 2)
+    Hk, V = v.shape[-2:]
+    check_shapes({"k": (k, (*lead, Hk, D)), "v": (v, (*lead, Hk, V))})
+    check_shapes({name: (x, (*lead, H)) for name, x in (("g", g), ("alpha", alpha), ("beta", beta))})
+
+
 def check_numbers(**numbers: float) -> None:
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
