@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
+from ..nn.projections import CONVOLUTIONS, PROJECTIONS
+
 HEADS, PART = "gka_heads", "gka_heads_part"
-_PARTS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj", "o_proj", "o_norm")
-_CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
 
 
 class _Heads(TensorParallelLayer):
@@ -46,7 +46,8 @@ def plan(layer_types: Iterable[str], ours: bool, use_qk_norm: bool) -> dict[str,
     found["layers.*.mlp.down_proj"] = "rowwise"
     if ours and "linear_attention" in layer_types:
         found["layers.*.gka"] = HEADS
-        found.update({f"layers.*.gka.{name}": PART for name in (*_PARTS, *_CONVOLUTIONS)})
+        parts = (*PROJECTIONS, *CONVOLUTIONS, "o_proj", "o_norm")
+        found.update({f"layers.*.gka.{name}": PART for name in parts})
     if any(kind != "linear_attention" for kind in layer_types):
         found.update({f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"})
         found["layers.*.self_attn.o_proj"] = "rowwise"

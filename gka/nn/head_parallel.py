@@ -19,10 +19,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from .decay import REST, UNDECAYED
 from .layer import GatedKalmaNet
 from .local_parts import LocalParts
+from .projections import CONVOLUTIONS, PROJECTIONS
 from .short_conv import ShortConv
 
-_BY_ROW = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")
-_CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
 _NORM, _OUT = "o_norm.weight", "o_proj.weight"
 
 
@@ -60,7 +59,7 @@ def split_heads(layer: GatedKalmaNet, mesh: DeviceMesh, src_data_rank: int | Non
         place_parameter(layer, name, mesh, placement, src_data_rank)
     n = mesh.size()
     layer.num_heads, layer.num_kv_heads = layer.num_heads // n, layer.num_kv_heads // n
-    for name in (*_BY_ROW, *_CONVOLUTIONS):
+    for name in (*PROJECTIONS, *CONVOLUTIONS):
         part = getattr(layer, name)
         if isinstance(part, ShortConv):
             part.in_channels = part.out_channels = part.groups = part.groups // n
@@ -85,7 +84,7 @@ def place_parameter(
 
 def _placements(layer: GatedKalmaNet) -> dict[str, Placement]:
     """How the processes share each parameter of the layer."""
-    by_row = {f"{part}.{leaf}" for part in (*_BY_ROW, *_CONVOLUTIONS) for leaf in ("weight", "bias")}
+    by_row = {f"{part}.{leaf}" for part in (*PROJECTIONS, *CONVOLUTIONS) for leaf in ("weight", "bias")}
     known: dict[str, Placement] = {name: Shard(0) for name in (*UNDECAYED, *by_row)}
     known |= {_NORM: Replicate(), _OUT: Shard(1)}
     names = [name for name, _ in layer.named_parameters()]

@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+# The parts of a layer whose outputs belong to heads.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")
+CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
+
 
 class ZeroLinear(nn.Linear):
     """A linear map whose weights start at zero."""
