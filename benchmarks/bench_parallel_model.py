@@ -11,6 +11,7 @@ can run what several run. The mixers stand in the same blocks, those of configs/
 
     gka         GatedKalmaNet
     attention   softmax attention; each rank gathers all keys and values, with layout="zigzag"
+    qwen3       transformers' Qwen3 of the same size under PyTorch's `context_parallel`: ring attention; GPUs only
 
 "ranks 1" is rank 0 alone with the whole row, without DDP, while the others wait. Time is that of the slowest rank.
 The peak is the largest allocated memory of a rank, with weights, gradients and the optimiser's state.
@@ -23,25 +24,77 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import gka
 from benchmarks.bench_model import RECIPE
 from benchmarks.ranks import process_group, write_by_first
 from experiments.evidence.table import markdown_table
 from gka.distributed import ContextParallel, parallelize
+from gka.hf.loss import chunked_loss
 
-LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag"}
+LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag", "qwen3": "zigzag"}
 LOSS_CHUNK = 2048
 
 
-def model_of(mixer: str, options: argparse.Namespace) -> gka.GKAForCausalLM:
+class Qwen3WithLoss(nn.Module):
+    """Qwen3 and its loss in chunks. The mean over the ranks of this rank's loss is that of the row."""
+
+    def __init__(self, config: gka.GKAConfig, ranks: int) -> None:
+        super().__init__()
+        names = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "head_dim", "tie_word_embeddings",
+        )  # fmt: skip
+        fields = {name: getattr(config, name) for name in names}
+        heads = config.num_attention_heads
+        self.model = Qwen3ForCausalLM(Qwen3Config(**fields, num_key_value_heads=heads, attn_implementation="sdpa"))
+        self.ranks = ranks
+
+    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, number: int) -> Tensor:
+        """Tokens, next tokens and positions of this rank, [1, t]; number of labels of the whole row."""
+        unmasked = {"full_attention": None}  # causal by the kernel; else a mask is made of positions that jump
+        hidden = self.model.model(
+            input_ids=tokens, position_ids=positions, attention_mask=unmasked, use_cache=False
+        )[0]
+        loss = chunked_loss(
+            self.model.lm_head, hidden, labels, LOSS_CHUNK, num_items_in_batch=number, shift_labels=labels
+        )
+        return loss * self.ranks
+
+
+def qwen3_loss(model: nn.Module, tokens: Tensor, shared: bool) -> tuple[Callable[[], Tensor], Any]:
+    """The loss of this rank's part of the row, and the context in which forward and backward pass run."""
+    T = tokens.shape[1]
+    row = (
+        tokens,
+        nn.functional.pad(tokens[:, 1:], (0, 1), value=-100),
+        torch.arange(T, device=tokens.device).unsqueeze(0),
+    )
+    parts = [x.clone() for x in row]
+    mesh = init_device_mesh(tokens.device.type, (dist.get_world_size(),)) if shared else None
+
+    def ring() -> AbstractContextManager[Any]:
+        if mesh is None:
+            return nullcontext()
+        parts[:] = [x.clone() for x in row]  # they are cut in place
+        return context_parallel(mesh, buffers=parts, buffer_seq_dims=[1] * 3, no_restore_buffers=set(parts))
+
+    return lambda: model(*parts, T - 1), ring
+
+
+def model_of(mixer: str, options: argparse.Namespace, ranks: int) -> nn.Module:
     """The recipe's model with one kind of mixer; the same weights on every rank."""
     sizes = {"hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim}
     kind = "full_attention" if mixer == "attention" else "linear_attention"
@@ -51,21 +104,32 @@ def model_of(mixer: str, options: argparse.Namespace) -> gka.GKAForCausalLM:
         RECIPE, vocab_size=options.vocabulary, num_hidden_layers=options.layers,
         layer_types=[kind] * options.layers, **fields,
     )  # fmt: skip
+    if mixer == "qwen3":
+        qwen3 = Qwen3WithLoss(config, ranks).train().to(options.device)
+        qwen3.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return qwen3
     model = gka.GKAForCausalLM(config).train().to(options.device)
     model.set_loss_chunk(LOSS_CHUNK)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def step_of(model: nn.Module, tokens: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """One training step; returns the loss."""
+def step_of(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    device: torch.device,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: bool = True,
+) -> Callable[[], Tensor]:
+    """One training step; returns the loss. Forward and backward pass run inside `around()`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        with around():
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast and device.type == "cuda"):
+                loss = loss_of()
+            loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -73,7 +137,7 @@ def step_of(model: nn.Module, tokens: Tensor, device: torch.device) -> Callable[
 
 
 def measure(step: Callable[[], Tensor] | None, options: argparse.Namespace, *, alone: bool) -> dict[str, Any]:
-    """Seconds of a step on the slowest rank, the largest peak, and the loss of the first step on rank 0."""
+    """Seconds of a step on the slowest rank, the largest peak, and the mean over ranks of the first loss."""
     device = options.device
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -100,6 +164,9 @@ def measure(step: Callable[[], Tensor] | None, options: argparse.Namespace, *, a
     timed = times[1:]  # the first step compiles
     seconds = {"median": statistics.median(timed), "least": min(timed), "largest": max(timed)}
     found: dict[str, Any] = {"seconds": seconds, "peak bytes": int(figures[1]) if on_gpu else None}
+    if losses and not alone:
+        dist.all_reduce(losses[0])
+        losses[0] /= dist.get_world_size()
     return found | {"loss": losses[0].item() if losses else None}
 
 
@@ -109,11 +176,16 @@ def run(mixer: str, T: int, shared: bool, options: argparse.Namespace) -> dict[s
     tokens = torch.randint(0, options.vocabulary, (1, T), generator=generator).to(options.device)
     if not shared and dist.get_rank():
         return measure(None, options, alone=True)
-    model: nn.Module = model_of(mixer, options)
-    if shared:
-        parallelize(model, ContextParallel(dist.group.WORLD, LAYOUTS[mixer]))
-        model = DistributedDataParallel(model)
-    return measure(step_of(model, tokens, options.device), options, alone=not shared)
+    model = model_of(mixer, options, dist.get_world_size() if shared else 1)
+    if shared and mixer != "qwen3":
+        parallelize(model, ContextParallel(dist.group.WORLD, LAYOUTS[mixer]))  # type: ignore[arg-type]
+    called = DistributedDataParallel(model) if shared else model
+    if mixer == "qwen3":
+        loss_of, around = qwen3_loss(called, tokens, shared)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return measure(step_of(called, loss_of, options.device, around), options, alone=not shared)
+    loss_of = lambda: called(input_ids=tokens, labels=tokens, use_cache=False).loss  # noqa: E731
+    return measure(step_of(called, loss_of, options.device), options, alone=not shared)
 
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -168,7 +240,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
-    parser.add_argument("--mixers", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--mixers", nargs="+", choices=tuple(LAYOUTS), default=["gka", "attention"])
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="T, of the whole row"
     )
@@ -182,7 +254,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: benchmarks/results/parallel_model_MACHINE_DATE.json"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "qwen3" in options.mixers and options.device != "cuda":
+        parser.error("--mixers qwen3 needs --device cuda: PyTorch's context_parallel has no kernel for a CPU")
+    return options
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_fsdp import fsdp_table
 from benchmarks.bench_model import model_table
 from benchmarks.bench_parallel import parallel_table
 from benchmarks.bench_parallel_model import parallel_model_table
@@ -302,6 +303,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "norm": ("The gated norm", norm),
     "parallel": ("Rows that several ranks share", parallel_table),
     "parallel_model": ("Models whose rows several ranks share", parallel_model_table),
+    "fsdp": ("Models that FSDP shards", fsdp_table),
     "steps": ("Steps of the solve", steps),
 }
 DOCS = RESULTS.parent.parent / "docs"
