@@ -80,11 +80,10 @@ def sums_call(inputs: Results, _: Tensor, shard: Any) -> Call:
     def run(backward: bool) -> Results:
         with torch.set_grad_enabled(backward):
             found = span_sums(*mine.values(), normalize_k=True, with_kk=True)
-        outputs = {name: x for name, x in found._asdict().items() if x is not None}
         if not backward:
-            return outputs
-        grads = torch.autograd.grad(list(outputs.values()), list(mine.values()), list(outputs.values()))
-        return outputs | {f"d{name}": grad for name, grad in zip(mine, grads, strict=True)}
+            return {"sums": found.flat}
+        grads = torch.autograd.grad(found.flat, list(mine.values()), found.flat)
+        return {"sums": found.flat} | {f"d{name}": grad for name, grad in zip(mine, grads, strict=True)}
 
     return run
 

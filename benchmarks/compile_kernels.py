@@ -143,13 +143,12 @@ def conv_launches(packed: bool) -> list[Launch]:
 
 def span_launches(D: int) -> list[Launch]:
     """Kernels of the sums of a span of tokens, and of their gradients."""
-    from gka.ops.triton.kernels.span import launch_add_tokens, launch_token_gradients
+    from gka.ops.triton.kernels.span import launch_span_gradients, launch_span_sums
 
-    k = torch.zeros(1, 300, 2, D, dtype=torch.bfloat16)
-    w, r, W = torch.zeros(1, 300, 4), torch.zeros(1, 300, 2), torch.zeros(1, 4, D, D)
+    k, g = torch.zeros(1, 300, 2, D, dtype=torch.bfloat16), torch.zeros(1, 300, 4)
     with taken_down() as found:
-        launch_add_tokens(k, k, w, r, with_kk=True)
-        launch_token_gradients(k, k, w, r, W, W, normalize=True)
+        sums, to_end, w = launch_span_sums(k, k, g, g, normalize=True, with_kk=True)
+        launch_span_gradients(sums, k, k, g, g, to_end, w, normalize=True, with_kk=True)
     return distinct(found)
 
 
