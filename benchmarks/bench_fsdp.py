@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import gka
 from benchmarks.bench_model import peak_of, step_flops
-from benchmarks.bench_parallel_model import LOSS_CHUNK, measure, step_of
+from benchmarks.bench_parallel_model import CHECKPOINT, LOSS_CHUNK, measure, step_of
 from benchmarks.ranks import process_group, write_by_first
 from experiments.evidence.table import markdown_table
 from gka.distributed import shard_model
@@ -56,7 +56,7 @@ def model_of(recipe: str, mixer: str, options: argparse.Namespace) -> gka.GKAFor
         model = gka.GKAForCausalLM(config).train()
     model.set_loss_chunk(LOSS_CHUNK)
     if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(CHECKPOINT)
     return model
 
 

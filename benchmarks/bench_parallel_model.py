@@ -2,12 +2,13 @@ r"""Training steps of a whole model whose rows several ranks share, compared wit
 
     torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda
     torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda --mixers gka --tokens 1048576 \
-        --without-one
+        --alone
     torchrun --nproc_per_node 2 -m benchmarks.bench_parallel_model --tokens 64 --hidden 32 --heads 2 --layers 2
 
 One row of T random tokens. A step is: gradients to None, forward pass under autocast, loss in chunks of 2048
 tokens, backward pass, mean of the gradients over the ranks (DDP), AdamW. Blocks are checkpointed, so that one rank
-can run what several run. The mixers stand in the same blocks, those of configs/440m.yaml:
+can run what several run; with --checkpoint alone they are only for one rank alone. The mixers stand in the same
+blocks, those of configs/440m.yaml:
 
     gka         GatedKalmaNet
     attention   softmax attention; each rank gathers all keys and values, with layout="zigzag"
@@ -94,8 +95,12 @@ def qwen3_loss(model: nn.Module, tokens: Tensor, shared: bool) -> tuple[Callable
     return lambda: model(*parts, T - 1), ring
 
 
+CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}  # a block draws no random numbers
+
+
 def model_of(mixer: str, options: argparse.Namespace, ranks: int) -> nn.Module:
     """The recipe's model with one kind of mixer; the same weights on every rank."""
+    again = options.checkpoint == "always" or ranks == 1
     sizes = {"hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim}
     kind = "full_attention" if mixer == "attention" else "linear_attention"
     fields = {name: value for name, value in sizes.items() if value is not None}
@@ -105,12 +110,16 @@ def model_of(mixer: str, options: argparse.Namespace, ranks: int) -> nn.Module:
         layer_types=[kind] * options.layers, **fields,
     )  # fmt: skip
     if mixer == "qwen3":
-        qwen3 = Qwen3WithLoss(config, ranks).train().to(options.device)
-        qwen3.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with options.device:
+            qwen3 = Qwen3WithLoss(config, ranks).train()
+        if again:
+            qwen3.model.gradient_checkpointing_enable(CHECKPOINT)
         return qwen3
-    model = gka.GKAForCausalLM(config).train().to(options.device)
+    with options.device:
+        model = gka.GKAForCausalLM(config).train()
     model.set_loss_chunk(LOSS_CHUNK)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if again:
+        model.gradient_checkpointing_enable(CHECKPOINT)
     return model
 
 
@@ -192,8 +201,9 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ranks = dist.get_world_size()
     for T in options.tokens:
         for mixer in options.mixers:
-            for shared in (True, False) if options.one else (True,):
+            for shared in (True, False) if T in options.alone and mixer != "qwen3" else (True,):
                 row = {"mixer": mixer, "T": T, "ranks": ranks if shared else 1, "layers": options.layers}
+                row["checkpointing"] = options.checkpoint == "always" or not shared
                 row |= {"layout": LAYOUTS[mixer] if shared else None, "dtype": "bfloat16 autocast"}
                 row |= run(mixer, T, shared, options)
                 gc.collect()
@@ -222,15 +232,19 @@ def parallel_model_table(result: dict[str, Any]) -> str:
     alone = {(row["mixer"], row["T"]): row["tokens per second"] for row in rows if row["ranks"] == 1}
     table = []
     for row in rows:
-        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"])]
+        again = "yes" if row["checkpointing"] else "no"
+        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"]), again]
         if row["seconds"] is None:
             table.append([*cells, row["note"], "", ""])
             continue
         one, speed = alone.get((row["mixer"], row["T"])), row["tokens per second"]
         peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.1f}"
         table.append([*cells, f"{speed:,.0f}", f"{speed / one:.2f}" if one else "", peak])
-    header = ["tokens of a row", "mixer", "ranks", "tokens/s", "compared with one rank", "peak GB of a rank"]
-    return f"Training steps, blocks checkpointed ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
+    header = [
+        "tokens of a row", "mixer", "ranks", "blocks checkpointed", "tokens/s", "compared with one rank",
+        "peak GB of a rank",
+    ]  # fmt: skip
+    return f"Training steps ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
 
 
 def parse() -> argparse.Namespace:
@@ -244,7 +258,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="T, of the whole row"
     )
-    parser.add_argument("--without-one", dest="one", action="store_false", help="leave out one rank alone")
+    parser.add_argument(
+        "--alone", type=int, nargs="*", help="lengths that rank 0 also runs alone, but for qwen3; default: all"
+    )
+    parser.add_argument("--checkpoint", choices=("always", "alone"), default="always", help="which blocks are")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, help="default: that of the recipe")
     parser.add_argument("--heads", type=int, help="default: those of the recipe")
@@ -255,6 +272,8 @@ def parse() -> argparse.Namespace:
         "--output", type=Path, help="JSON file; default: benchmarks/results/parallel_model_MACHINE_DATE.json"
     )
     options = parser.parse_args()
+    if options.alone is None:
+        options.alone = options.tokens
     if "qwen3" in options.mixers and options.device != "cuda":
         parser.error("--mixers qwen3 needs --device cuda: PyTorch's context_parallel has no kernel for a CPU")
     return options
