@@ -8,8 +8,9 @@ import pytest
 import torch
 from decode_helpers import StepCase, copied, step_arguments
 from pool_helpers import INDICES, POOL_CASES, ROWS, assert_step_of_a_pool, bits, pages, state_pool
+from reads import Reads
 
-from gka.ops import State, gated_kalmanet_step, gather_states, scatter_states_
+from gka.ops import State, checks, gated_kalmanet_step, gather_states, scatter_states_
 from gka.ops.pool import scatter_rows_
 from gka.ops.torch import step
 
@@ -109,6 +110,19 @@ def test_a_step_over_a_pool_is_one_graph() -> None:
 
     o = torch.compile(decode, fullgraph=True, backend="aot_eager")(pool, state_indices)
     assert torch.equal(o, decode(eager, state_indices)) and torch.equal(bits(storage), bits(eager_storage))
+
+
+def test_no_value_is_read_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of indices and states: the CPU is taken for a device that makes one wait."""
+    monkeypatch.delenv("GKA_CHECK_VALUES", raising=False)
+    monkeypatch.setattr(checks, "NEVER_WAITING", ())
+    arguments = step_arguments(StepCase(B=5))
+    state_indices = torch.tensor(INDICES)
+    _, pool = state_pool(arguments.pop("state"), state_indices, gap=3)
+    with Reads() as reads:
+        scatter_states_(pool, state_indices, gather_states(pool, state_indices, state_indices > 0))
+        gated_kalmanet_step(**arguments, state=pool, state_indices=state_indices, inplace=True)
+    assert not reads.seen
 
 
 def wrong(name: str) -> dict[str, Any]:
