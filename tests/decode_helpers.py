@@ -92,10 +92,10 @@ def copied(state: State) -> State:
 
 
 def call_step(
-    function: Any, arguments: dict[str, Any], *, inplace: bool, scale: float = 0.3
+    function: Any, arguments: dict[str, Any], *, inplace: bool, scale: float = 0.3, **options: Any
 ) -> tuple[Tensor, State]:
     """A backend's step of `step_arguments`, with a ridge ratio of 0.02."""
-    return function(packed_arguments(arguments, scale), inplace=inplace)
+    return function(packed_arguments(arguments, scale), inplace=inplace, **options)
 
 
 def packed_arguments(arguments: dict[str, Any], scale: float = 0.3) -> Arguments:

@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_state_indices
+from ..ops.pool import gather_rows, scatter_rows_
+from ..ops.transforms import transforms_active
 from ..ops.triton import conv as conv_kernels
+from ..ops.triton import conv_step as step_kernel
 from .projections import is_plain
 
 
@@ -179,3 +183,56 @@ def last_inputs(x: Tensor, state: Tensor | None, width: int, lengths: Tensor | N
     new = x.gather(1, place.clamp(min=0).unsqueeze(2).expand(-1, -1, C)).transpose(1, 2)
     old = state.gather(2, (place + kept).clamp(max=kept - 1).unsqueeze(1).expand(-1, C, -1))
     return torch.where(place.unsqueeze(1) < 0, old, new)
+
+
+def short_conv_step(x: Tensor, weight: Tensor, pool: Tensor, state_indices: Tensor) -> Tensor:
+    """The convolution and SiLU for one token of every sequence; the past of each is a row of a pool.
+
+    It has no gradients.
+
+    Args:
+        x: [B, C], any float dtype.
+        weight: [C, W], the weight of a `ShortConv` without its middle dim, W at least 2.
+        pool: the last W - 1 inputs, the oldest first, [N, C, W - 1] with any strides: for a pool that lies in
+            memory as [N, W - 1, C], pass its `transpose(1, 2)`. Any float dtype; written in place.
+        state_indices: [B] int32 or int64, the row of each sequence. An index below 0 is padding: nothing is
+            written, and y is 0. Two equal indices of at least 0 are undefined, and so is on a GPU an index of N
+            or more.
+
+    Returns:
+        y [B, C] in the dtype of x; sums are at least float32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; a gradient is needed, or a transform is active; on the
+            CPU, an index of N or more.
+    """
+    _check_step(x, weight, pool, state_indices)
+    if step_kernel.usable(x, weight.shape[1]):
+        return step_kernel.conv_step(x, weight, pool, state_indices)
+    wide = torch.promote_types(torch.promote_types(x.dtype, pool.dtype), torch.float32)
+    inputs = torch.cat([gather_rows(pool, state_indices).to(wide), x.to(wide).unsqueeze(2)], dim=2)
+    scatter_rows_(pool, state_indices, inputs[..., 1:])
+    y = F.silu((inputs * weight.to(wide)).sum(dim=2)).to(x.dtype)
+    return torch.where((state_indices >= 0).unsqueeze(1), y, torch.zeros_like(y))
+
+
+def _check_step(x: Tensor, weight: Tensor, pool: Tensor, state_indices: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, C]")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] < 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [{x.shape[1]}, W], W at least 2")
+    expected = (weight.shape[0], weight.shape[1] - 1)
+    if pool.ndim != 3 or tuple(pool.shape[1:]) != expected:
+        raise ValueError(f"pool has shape {tuple(pool.shape)}; expected [N, {expected[0]}, {expected[1]}]")
+    for name, tensor in (("weight", weight), ("pool", pool)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected x's device, {x.device}")
+    check_state_indices(state_indices, pool)
+    if state_indices.shape[0] != x.shape[0]:
+        raise ValueError(f"state_indices has shape {tuple(state_indices.shape)}; expected [{x.shape[0]}]")
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, pool))
+    if differentiated or transforms_active():
+        raise ValueError(
+            "short_conv_step overwrites the pool, but an argument requires a gradient or a transform is active; "
+            "call under torch.no_grad()"
+        )

@@ -25,6 +25,7 @@ from .checks import (
     check_decay,
     check_numbers,
     check_same_device,
+    check_state_indices,
     check_tokens,
     checked_plan,
     checked_state,
@@ -153,6 +154,7 @@ def gated_kalmanet_step(
     beta: Tensor | None = None,
     *,
     state: State | Sequence[Tensor | None],
+    state_indices: Tensor | None = None,
     ridge_ratio: float = RIDGE_RATIO,
     solver: SolverName = "chebyshev",
     solver_steps: Sequence[int] | None = None,
@@ -174,6 +176,11 @@ def gated_kalmanet_step(
             when it is stored. The arithmetic stays float32, and o uses the update before the rounding. bfloat16
             states need decays of about -0.01 or stronger: a weaker decay is lost in the rounding, and the state
             becomes wrong (docs/reliability.md).
+        state_indices: [B] int32 or int64, for states in a pool (`gka.ops.pool`): `state` then has N rows, and
+            row b of the inputs reads and writes row state_indices[b]. An index below 0 is padding: nothing is
+            written, and o[b] is 0. Each row of the pool must be contiguous; there may be gaps between rows. Two
+            equal indices of at least 0 are undefined, and so is on a GPU an index of N or more. It needs
+            inplace=True. None means that row b has the state b.
         ridge_ratio, solver, solver_steps, tolerance, scale, normalize_qk: as in `gated_kalmanet`.
         inplace: whether to write the new states over `state` and return the same tensors. False leaves `state`
             unchanged. In-place calls have no gradients.
@@ -185,14 +192,27 @@ def gated_kalmanet_step(
 
     Raises:
         TypeError: as `gated_kalmanet`.
-        ValueError: as `gated_kalmanet`, or `inplace` is True and gradients are needed or a transform is active.
+        ValueError: as `gated_kalmanet`, or `inplace` is True and gradients are needed or a transform is active;
+            `state_indices` is given and `inplace` is False, or a row of the pool is not contiguous; on the CPU, an
+            index of N or more.
     """
     check_tokens(q, k, v, g, alpha, beta, "[B, H, D]")
     (B, H, D), V = q.shape, v.shape[2]
     plan = checked_plan(solver, solver_steps, tolerance, q.dtype)
     check_numbers(ridge_ratio=ridge_ratio)
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)
-    state = checked_state("state", state, B, H, D, V, plan.solver_steps, q, may_be_bfloat16=True)
+    rows = B if state_indices is None else None
+    state = checked_state("state", state, rows, H, D, V, plan.solver_steps, q, may_be_bfloat16=True)
+    if state_indices is not None:
+        check_state_indices(state_indices, state.S_kv)
+        if state_indices.shape[0] != B:
+            raise ValueError(
+                f"state_indices has shape {tuple(state_indices.shape)}; expected [{B}], a row of q each"
+            )
+        if not inplace:
+            raise ValueError(
+                "state_indices is given and inplace is False; expected inplace=True, to write the pool"
+            )
     check_decay(g)
     arguments = Arguments(
         q,
@@ -220,4 +240,4 @@ def gated_kalmanet_step(
             "inplace=True overwrites the states, but an argument requires a gradient; "
             "call under torch.no_grad() or leave inplace out"
         )
-    return step_backend_for(arguments)(arguments, inplace=inplace)
+    return step_backend_for(arguments)(arguments, inplace=inplace, state_indices=state_indices)

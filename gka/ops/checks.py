@@ -131,7 +131,7 @@ def check_solver(solver: Any, tolerance: Any) -> None:
 def checked_state(
     name: str,
     state: Any,
-    N: int,
+    N: int | None,
     H: int,
     D: int,
     V: int,
@@ -139,12 +139,15 @@ def checked_state(
     q: Tensor,
     may_be_bfloat16: bool = False,
 ) -> State:
-    """Check the pair (S_kk, S_kv) and return it as a State."""
+    """Check the pair (S_kk, S_kv) and return it as a State. N None is for a pool, of any number of rows."""
     if not isinstance(state, tuple | list):
         raise TypeError(f"{name} is a {type(state).__name__}; expected a pair (S_kk, S_kv)")
     if len(state) != 2:
         raise ValueError(f"{name} has {len(state)} parts; expected a pair (S_kk, S_kv)")
     dtype = state_dtype(q.dtype)
+    is_pool = N is None
+    if N is None:
+        N = state[1].shape[0] if isinstance(state[1], Tensor) and state[1].ndim else 1
     parts: list[tuple[str, Any, tuple[int, ...]]] = [("S_kv", state[1], (N, H, D, V))]
     if solver_steps:
         parts.append(("S_kk", state[0], (N, H, D, D)))
@@ -161,7 +164,39 @@ def checked_state(
         if tensor.dtype != dtype and not narrow:
             raise TypeError(f"{name}.{part} has dtype {tensor.dtype}; expected {dtype} for {q.dtype} inputs")
         check_same_device(q, **{f"{name}.{part}": tensor})
+        if is_pool:
+            check_rows_contiguous(f"{name}.{part}", tensor)
     return State(*state)
+
+
+def check_rows_contiguous(name: str, pool: Tensor) -> None:
+    """Raise ValueError unless each row of a pool lies in memory without gaps; between rows there may be some."""
+    expected = 1
+    for size, stride in zip(reversed(pool.shape[1:]), reversed(pool.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            raise ValueError(
+                f"{name} has strides {pool.stride()}; expected each row {tuple(pool.shape[1:])} contiguous"
+            )
+        expected *= size
+
+
+def check_state_indices(state_indices: Any, pool: Tensor) -> None:
+    """Check the rows [B] of a pool [N, ...]; their values only where they can be read without waiting."""
+    if not isinstance(state_indices, Tensor):
+        raise TypeError(f"state_indices is a {type(state_indices).__name__}; expected a torch.Tensor of integers")
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices has dtype {state_indices.dtype}; expected torch.int32 or torch.int64")
+    if state_indices.ndim != 1:
+        raise ValueError(f"state_indices has shape {tuple(state_indices.shape)}; expected [B]")
+    if state_indices.device != pool.device:
+        raise ValueError(f"state_indices is on {state_indices.device}; expected the pool's device, {pool.device}")
+    rows = pool.shape[0]
+    if rows == 0 and state_indices.shape[0]:
+        raise ValueError("the pool has 0 rows; expected at least 1")
+    if state_indices.numel() and values_may_be_read(state_indices):
+        largest = int(unwrapped(state_indices).amax())
+        if largest >= rows:
+            raise ValueError(f"state_indices has a value of {largest}; expected less than the pool's {rows} rows")
 
 
 def values_may_be_read(tensor: Tensor) -> bool:

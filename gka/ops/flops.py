@@ -83,10 +83,10 @@ def register(forward: Any, backward: Any, unpack: Any, tensors: int) -> None:
 
 
 def register_steps(*operators: Any) -> None:
-    """The same for operators of a decode step: eight tensors and the settings of `Arguments.numbers`."""
+    """The same for operators of a decode step: eight tensors, `Arguments.numbers`, and maybe indices."""
 
     def count(*packed: Any, out_val: Any = None) -> int:
-        a = Arguments.of((*packed[:8], None), *packed[8:])
+        a = Arguments.of((*packed[:8], None), *packed[8:14])
         return step_flops(a.q, a.v, a.plan)
 
     _when_counted(list(operators), count)

@@ -260,8 +260,10 @@ def test_registration_of_the_step(solver_steps: list[int]) -> None:
 
     a = step_arguments(StepCase(solver_steps=tuple(solver_steps)))
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
-    for operator in (triton_step._step, triton_step._step_):
-        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True, "chebyshev", None))
+    given = (*tensors, *a["state"], 0.02, solver_steps, 0.3, True, "chebyshev", None)
+    torch.library.opcheck(triton_step._step, given)
+    for state_indices in (None, torch.tensor([1, -1])):
+        torch.library.opcheck(triton_step._step_, (*given, state_indices))
 
 
 def test_step_on_the_cpu_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

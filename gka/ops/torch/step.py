@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_off
+from ..pool import gather_rows, scatter_states_
 from ..solvers import ridge_solution, ridge_solve
 from ..transforms import transforms_active
 from ..types import Arguments, State, repeat_heads
 from .chunk_math import smooth_unit_rows, unit_rows
 
 
-def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
+def gated_kalmanet_step(
+    arguments: Arguments, *, inplace: bool, state_indices: Tensor | None = None
+) -> tuple[Tensor, State]:
     """The PyTorch backend of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes.
 
     The arithmetic is in the states' dtype, or in float32 for bfloat16 states; derivatives, of any kind, are those
     of PyTorch and of `ridge_solve`.
     """
+    if state_indices is not None:
+        return _step_of_pool(arguments, state_indices)
     with autocast_off(arguments.q.device):
         o, (S_kk, S_kv) = _step(arguments, inplace)
     old_kk, old_kv = arguments.S_kk, arguments.S_kv
@@ -35,6 +40,16 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
         if S_kk is not None and old_kk is not None:
             old_kk.copy_(S_kk)
     return o, State(old_kk, old_kv)
+
+
+def _step_of_pool(arguments: Arguments, state_indices: Tensor) -> tuple[Tensor, State]:
+    """The step on copies of the rows, which are written back."""
+    assert arguments.S_kv is not None
+    pool = State(arguments.S_kk, arguments.S_kv)
+    S_kk, S_kv = (None if part is None else gather_rows(part, state_indices) for part in pool)
+    o, new = gated_kalmanet_step(arguments._replace(S_kk=S_kk, S_kv=S_kv), inplace=True)
+    scatter_states_(pool, state_indices, new)
+    return torch.where((state_indices >= 0)[:, None, None], o, torch.zeros_like(o)), pool
 
 
 def _step(a: Arguments, inplace: bool) -> tuple[Tensor, State]:

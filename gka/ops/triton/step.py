@@ -25,7 +25,9 @@ from .config import INTERPRETED, step_config
 from .kept import to_keep
 
 
-def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor, State]:
+def gated_kalmanet_step(
+    arguments: Arguments, *, inplace: bool, state_indices: Tensor | None = None
+) -> tuple[Tensor, State]:
     """The kernel's form of `gka.ops.gated_kalmanet_step`, whose checked arguments it takes."""
     S_kk, S_kv = arguments.S_kk, arguments.S_kv
     assert S_kv is not None
@@ -33,9 +35,9 @@ def gated_kalmanet_step(arguments: Arguments, *, inplace: bool) -> tuple[Tensor,
     if inplace:
         state = State(S_kk, S_kv)
         if by_operator:
-            traced_o: Tensor = _step_(*_pack(arguments))
+            traced_o: Tensor = _step_(*_pack(arguments), state_indices)
             return traced_o, state
-        o = _launch(arguments, state)
+        o = _launch(arguments, state, state_indices)
         for held in state:  # as an operator would, for a graph that still wants what they held
             if held is not None and not held.is_inference():
                 torch.autograd.graph.increment_version(held)
@@ -64,8 +66,11 @@ def _end_table(solver_steps: tuple[int, ...], device: torch.device) -> Tensor:
     return to_keep(lambda: torch.tensor(ends[:-1], dtype=torch.int32, device=device), device)
 
 
-def _launch(arguments: Arguments, new_state: State) -> Tensor:
-    """o; `new_state` is written, and may be the state so far, whose tensors need not be contiguous."""
+def _launch(arguments: Arguments, new_state: State, state_indices: Tensor | None = None) -> Tensor:
+    """o; `new_state` is written, and may be the state so far, whose tensors need not be contiguous.
+
+    With `state_indices` it is the pool so far, of contiguous rows; no part of it is copied.
+    """
     from .kernels.step import step_token  # Triton is needed where the kernel runs, not where it is traced
     from .launch import launch, on_device, or_stand_in
 
@@ -80,24 +85,35 @@ def _launch(arguments: Arguments, new_state: State) -> Tensor:
     B, H, D = arguments.q.shape
     Hk, V = arguments.v.shape[1:]
     o = torch.empty(B, H, V, dtype=arguments.q.dtype, device=device)
-    tensors = [x if x is None else x.contiguous() for x in arguments.differentiable]
-    q, k, v, g, alpha, beta, kk, kv = tensors
-    new_kk, new_kv = (x if x is None else x.contiguous() for x in new_state)
+    q, k, v, g, alpha, beta, kk, kv = arguments.differentiable
+    new_kk: Tensor | None
+    new_kv: Tensor | None
+    new_kk, new_kv = new_state
+    is_pool = state_indices is not None
+    if not is_pool:
+        kk, kv, new_kk, new_kv = map(_contiguous, (kk, kv, new_kk, new_kv))
     assert kv is not None
     with on_device(device):
         launch(step_token, B * H,
-            q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g, alpha_ptr=alpha, beta_ptr=beta,
+            q_ptr=_contiguous(q), k_ptr=_contiguous(k), v_ptr=_contiguous(v), g_ptr=_contiguous(g),
+            alpha_ptr=_contiguous(alpha), beta_ptr=_contiguous(beta),
             kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
             new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
-            steps_ptr=table, scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, tolerance=tolerance or 0.0,
+            steps_ptr=table, index_ptr=_contiguous(state_indices),
+            kk_stride=kk.stride(0) if is_pool and kk is not None else 0, kv_stride=kv.stride(0) if is_pool else 0,
+            scale=arguments.scale, ridge_ratio=arguments.ridge_ratio, tolerance=tolerance or 0.0,
             steps=steps, H=H, Hk=Hk, D=D, V=V, SOLVE=bool(solver_steps), CG=cg, TOLERANCE=tolerance is not None,
             HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, NORMALIZE=arguments.normalize_qk,
-            **step_config(kv.dtype, D, V),
+            POOL=is_pool, **step_config(kv.dtype, D, V),
         )  # fmt: skip
     for target, computed in zip(new_state, (new_kk, new_kv), strict=True):
         if target is not None and computed is not None and target is not computed:
             target.copy_(computed)
     return o
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _stepped(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,13 +158,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor | None, beta: Te
 @torch.library.custom_op(
     "gka::step_",
     mutates_args=("S_kk", "S_kv"),
-    schema=f"({_TENSORS}, Tensor(a!)? S_kk, Tensor(b!) S_kv, {_NUMBERS}) -> Tensor",
+    schema=f"({_TENSORS}, Tensor(a!)? S_kk, Tensor(b!) S_kv, {_NUMBERS}, Tensor? state_indices) -> Tensor",
 )
 def _step_(*packed: Any) -> Tensor:
-    """o; S_kk and S_kv are brought up to date."""
-    arguments = _unpack(*packed)
+    """o; S_kk and S_kv are brought up to date, with state_indices some of their rows."""
+    *others, state_indices = packed
+    arguments = _unpack(*others)
     assert arguments.S_kv is not None
-    return _launch(arguments, State(arguments.S_kk, arguments.S_kv))
+    return _launch(arguments, State(arguments.S_kk, arguments.S_kv), state_indices)
 
 
 @_step_.register_fake

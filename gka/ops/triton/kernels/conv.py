@@ -180,3 +180,34 @@ def convolve_backward(
     for j in tl.static_range(W):
         place = parts_ptr + (number.to(tl.int64) * (C0 + C1 + C2) + before + c) * W + (W - 1 - j)
         tl.store(place, dtaps[j], mask=c < C)
+
+
+@triton.jit
+def convolve_step(
+    x_ptr, weight_ptr, pool_ptr, index_ptr,  # [B, C], [C, W], [N, C, W - 1], [B] int32 or int64
+    y_ptr,  # out: [B, C]
+    C, x_stride, row_stride, channel_stride, tap_stride,  # elements between rows of x; those of the pool
+    W: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One token of every sequence; the last W - 1 inputs of sequence b are row index[b] of the pool, in place.
+
+    With an index below 0, y is zero and no row is read or written.
+    """
+    blocks = tl.cdiv(C, BC)
+    b = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+    row = tl.load(index_ptr + b).to(tl.int64)
+    inside = c < tl.where(row >= 0, C, 0)
+    x = tl.load(x_ptr + b.to(tl.int64) * x_stride + c, mask=inside, other=0.0)
+    place = pool_ptr + row * row_stride + c.to(tl.int64) * channel_stride
+    held = ()  # the oldest first
+    for j in tl.static_range(W - 1):
+        held = held + (tl.load(place + j * tap_stride, mask=inside, other=0.0),)
+    held = held + (cast(x, pool_ptr.dtype.element_ty),)
+    taps = _taps(weight_ptr, c, C, W)
+    u = taps[0] * x.to(tl.float32)
+    for j in tl.static_range(W - 1):
+        u += taps[W - 1 - j] * held[j].to(tl.float32)
+        tl.store(place + j * tap_stride, held[j + 1], mask=inside)
+    y = tl.where(inside, u * tl.sigmoid(u), 0.0)
+    tl.store(y_ptr + b.to(tl.int64) * C + c, cast(y, y_ptr.dtype.element_ty), mask=c < C)

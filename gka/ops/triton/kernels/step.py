@@ -13,8 +13,11 @@ y_j = sum_i S_ij x_i may sum over rows: a thread has R rows i of a few columns j
 sums of G groups of R rows meet, once. Rows are loaded in the order that gives a group to neighbouring threads: row
 t of the tensor in registers is row (t mod G) R + t / G of the state.
 
-Legend: B sequences, H query heads, Hk key/value heads; D key dim, V value dim, BD and BV their blocks;
-G groups of R = BD / G rows.
+The states may be rows of a pool: of sequence b that with the number index[b]. With an index below 0 a program
+writes zeros to o and touches no state.
+
+Legend: B sequences, N rows of a pool, H query heads, Hk key/value heads; D key dim, V value dim, BD and BV their
+blocks; G groups of R = BD / G rows.
 """
 
 import triton
@@ -33,14 +36,22 @@ def _load_vector(ptr, dim: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _places(ptr, program, first, rows: tl.constexpr, columns: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+def _places(ptr, start, first, rows: tl.constexpr, columns: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
             G: tl.constexpr):  # fmt: skip
     """Addresses [BR, BC] of a state's columns from `first`, rows grouped, and which exist."""
     t = tl.arange(0, BR)
     i = (t % G) * (BR // G) + t // G
     j = first + tl.arange(0, BC)
-    place = ptr + program.to(tl.int64) * (rows * columns) + (i[:, None] * columns + j[None, :])
+    place = ptr + start + (i[:, None] * columns + j[None, :])
     return place, (i < rows)[:, None] & (j < columns)[None, :]
+
+
+@triton.jit
+def _start(program, pool_row, row_stride, H, size: tl.constexpr, POOL: tl.constexpr):
+    """Where the state of a program begins, int64: with POOL in a row of the pool, else they lie without gaps."""
+    if POOL:
+        return pool_row.to(tl.int64) * row_stride + (program % H) * size
+    return program.to(tl.int64) * size
 
 
 @triton.jit
@@ -75,6 +86,13 @@ def _store_state(place, S, inside):
     BR: tl.constexpr = S.shape[0] * S.shape[1]
     BC: tl.constexpr = S.shape[2]
     tl.store(place, cast(tl.reshape(S, [BR, BC]), place.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_zeros(ptr, dim: tl.constexpr, BLOCK: tl.constexpr):
+    for block in tl.static_range((dim + BLOCK - 1) // BLOCK):
+        d = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(ptr + d, tl.zeros([BLOCK], ptr.dtype.element_ty), mask=d < dim)
 
 
 @triton.jit
@@ -150,21 +168,30 @@ def _by_conjugate_gradient(S, target, inverse, end_ptr, ridge_ratio, tolerance, 
 @triton.jit
 def step_token(
     q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr,  # [B, H, D], [B, Hk, D], [B, Hk, V], [B, H] three times
-    kk_ptr, kv_ptr,  # states so far, [B, H, D, D] and [B, H, D, V]
+    kk_ptr, kv_ptr,  # states so far, [B, H, D, D] and [B, H, D, V]; with POOL [N, H, D, D] and [N, H, D, V]
     new_kk_ptr, new_kv_ptr, o_ptr,  # out: new states, maybe those so far; [B, H, V]
     steps_ptr,  # nodes: [steps + 1] float32, step sizes of all stages, negative where a later stage starts
     # CG: [steps] int32, the end of the stage of each product
+    index_ptr,  # with POOL: [B] int32 or int64, the row of the pool of each sequence, below 0 for padding
+    kk_stride, kv_stride,  # with POOL: elements from one row of the pool to the next
     scale, ridge_ratio, tolerance, steps, H, Hk,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     G_KK: tl.constexpr, LOG_KK: tl.constexpr, G_KV: tl.constexpr, LOG_KV: tl.constexpr,
     SOLVE: tl.constexpr, CG: tl.constexpr, TOLERANCE: tl.constexpr,
-    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """The step of one sequence and head. Without SOLVE nothing is solved, y = q, and there is no S_kk."""
     program = tl.program_id(0)
+    pool_row = program
+    if POOL:
+        pool_row = tl.load(index_ptr + program // H)
+        if pool_row < 0:
+            _store_zeros(o_ptr + program.to(tl.int64) * V, V, BV)
+            return
     head = (program // H) * Hk + (program % H) // (H // Hk)
     if SOLVE:  # first, what takes longest; the barrier keeps it there
-        place, inside = _places(kk_ptr, program, 0, D, D, BD, BD, G_KK)
+        kk_start = _start(program, pool_row, kk_stride, H, D * D, POOL)
+        place, inside = _places(kk_ptr, kk_start, 0, D, D, BD, BD, G_KK)
         S = tl.load(place, mask=inside, other=0.0)
         tl.debug_barrier()
     q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
@@ -181,7 +208,7 @@ def step_token(
     y = q
     if SOLVE:
         S = _updated(S, kept, rate, weighted, k, G_KK)
-        place, inside = _places(new_kk_ptr, program, 0, D, D, BD, BD, G_KK)
+        place, inside = _places(new_kk_ptr, kk_start, 0, D, D, BD, BD, G_KK)
         _store_state(place, S, inside)
         norm = floored(tl.sqrt(tl.sum(tl.sum(S * S, 0))))
         inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
@@ -195,12 +222,13 @@ def step_token(
         if HAS_ALPHA:
             y = q + tl.load(alpha_ptr + program).to(tl.float32) * (solution - q)
 
+    kv_start = _start(program, pool_row, kv_stride, H, D * V, POOL)
     for block in tl.static_range((V + BV - 1) // BV):
         j = block * BV + tl.arange(0, BV)
         v = tl.load(v_ptr + head.to(tl.int64) * V + j, mask=j < V, other=0.0).to(tl.float32)
-        place, inside = _places(kv_ptr, program, block * BV, D, V, BD, BV, G_KV)
+        place, inside = _places(kv_ptr, kv_start, block * BV, D, V, BD, BV, G_KV)
         S = _updated(tl.load(place, mask=inside, other=0.0), kept, rate, weighted, v, G_KV)
-        place, inside = _places(new_kv_ptr, program, block * BV, D, V, BD, BV, G_KV)
+        place, inside = _places(new_kv_ptr, kv_start, block * BV, D, V, BD, BV, G_KV)
         _store_state(place, S, inside)
         o = scale * _times(y, S, G_KV, LOG_KV)
         tl.store(o_ptr + program.to(tl.int64) * V + j, cast(o, o_ptr.dtype.element_ty), mask=j < V)
