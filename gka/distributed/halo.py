@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.short_conv import ShortConv, convolve, last_inputs, packing
+from ..nn.short_conv import ShortConv, are_alike, convolve, last_inputs, packing, weights
+from ..ops.triton import conv as conv_kernels
 from .collectives import all_gather, gathered_pieces, refuse_second_derivatives, scattered_sum
 from .shard import Shard, pieces_of
 
@@ -41,6 +42,9 @@ def convolve_part(
         raise ValueError("an attention_mask is given with packed sequences; leave padding out of a packed batch")
     if width == 1:
         found = convolve(convs, inputs, [None] * len(convs), None)
+    elif _by_kernels(given, shard, lengths, width):
+        _agree(inputs, width, shard, lengths)
+        found = list(_ConvolvedByKernels.apply(shard, weights(convs), *inputs))
     else:
         joined = behind_preceding(inputs, width, shard, lengths)
         packed = (
@@ -50,6 +54,14 @@ def convolve_part(
         found = [_without_front(y, shard, width - 1).reshape(x.shape) for y, x in zip(ys, inputs, strict=True)]
     outputs = iter(found)
     return [x if conv is None else next(outputs) for conv, x in zip(convolutions, xs, strict=True)]
+
+
+def _by_kernels(
+    given: Sequence[tuple[ShortConv, Tensor]], shard: Shard, lengths: Tensor | None, width: int
+) -> bool:
+    """Whether kernels convolve the segments of this rank; others may decide otherwise, and exchange the same."""
+    rows = _as_rows(given[0][1], len(shard.segments))
+    return not shard.packed and lengths is None and conv_kernels.usable(rows, width) and are_alike(given)
 
 
 def behind_preceding(
@@ -67,16 +79,7 @@ def behind_preceding(
         [B s, W - 1 + t / s, C] for each x, or [1, s (W - 1) + t, C] of a packed row. Zeros are in front where a
         sequence has fewer inputs before the segment.
     """
-    shard.agree_once(
-        "behind_preceding",
-        {
-            "rows": [x.shape[0] for x in xs],
-            "channels": [x.shape[2] for x in xs],
-            "dtypes": [str(x.dtype) for x in xs],
-            "width": width,
-            "lengths": lengths is not None,
-        },
-    )
+    _agree(xs, width, shard, lengths)
     if lengths is None:
         joined: Sequence[Tensor] = _BehindPreceding.apply(shard, width - 1, *xs)
     else:
@@ -88,17 +91,53 @@ def behind_preceding(
     return [_as_rows(x, len(shard.segments)) for x in joined] if lengths is None else list(joined)
 
 
+def _agree(xs: Sequence[Tensor], width: int, shard: Shard, lengths: Tensor | None) -> None:
+    shard.agree_once(
+        "behind_preceding",
+        {
+            "rows": [x.shape[0] for x in xs],
+            "channels": [x.shape[2] for x in xs],
+            "dtypes": [str(x.dtype) for x in xs],
+            "width": width,
+            "lengths": lengths is not None,
+        },
+    )
+
+
+class _ConvolvedByKernels(torch.autograd.Function):
+    """The convolutions of each x [B, t, C], whose kernels read the inputs before a segment where they are."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Shard, weight: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+        s = len(shard.segments)
+        rows = [_as_rows(x, s) for x in xs]
+        front = _exchanged_fronts(xs, shard, weight.shape[1] - 1).flatten(0, 1)
+        ctx.shard = shard
+        ctx.save_for_backward(weight, front, *rows)
+        ys = conv_kernels.launch_forward(rows, weight, front)
+        return tuple(y.view(x.shape) for y, x in zip(ys, xs, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *d_ys: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        shard, (weight, front, *rows) = ctx.shard, ctx.saved_tensors
+        s, kept = len(shard.segments), front.shape[1]
+        d_rows = [_as_rows(d, s) for d in d_ys]
+        dxs, d_weight, d_front = conv_kernels.launch_backward(d_rows, rows, weight, front)
+        d_tails = _returned_tails(d_front.unflatten(0, (-1, s)), shard)
+        for dx, d_tail in zip(dxs, d_tails.split([x.shape[2] for x in rows], 3), strict=True):
+            last = min(kept, dx.shape[1])
+            dx[:, dx.shape[1] - last :] += d_tail.flatten(0, 1)[:, kept - last :]
+        return None, d_weight, *(dx.view(d.shape) for dx, d in zip(dxs, d_ys, strict=True))
+
+
 class _BehindPreceding(torch.autograd.Function):
     """[B, t, C] -> [B, s (W - 1) + t, C] for each x: its segments, each behind the inputs before it."""
 
     @staticmethod
     def forward(ctx: Any, shard: Shard, kept: int, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.shard, ctx.kept, ctx.widths = shard, kept, [x.shape[2] for x in xs]
-        tails = torch.stack([torch.cat([_last(x[:, a:b], kept) for x in xs], 2) for a, b in _places(shard, 0)], 1)
-        gathered = gathered_pieces(tails, shard.context.group)
-        fronts = torch.zeros_like(tails)
-        for copy in _copies(shard, kept):
-            fronts[:, copy.segment, copy.to] = gathered[copy.rank, :, copy.place, copy.tail]
+        fronts = _exchanged_fronts(xs, shard, kept)
         return tuple(
             torch.cat([part for n, (a, b) in enumerate(_places(shard, 0)) for part in (front[:, n], x[:, a:b])], 1)
             for x, front in zip(xs, fronts.split(ctx.widths, 3), strict=True)
@@ -110,10 +149,7 @@ class _BehindPreceding(torch.autograd.Function):
         shard, kept = ctx.shard, ctx.kept
         places = _places(shard, kept)
         d_fronts = torch.stack([torch.cat([d[:, a - kept : a] for d in d_joined], 2) for a, _ in places], 1)
-        d_gathered = d_fronts.new_zeros(shard.context.size, *d_fronts.shape)
-        for copy in _copies(shard, kept):
-            d_gathered[copy.rank, :, copy.place, copy.tail] += d_fronts[:, copy.segment, copy.to]
-        d_tails = scattered_sum(d_gathered, shard.context.group)
+        d_tails = _returned_tails(d_fronts, shard)
         dxs = []
         for d, d_tail in zip(d_joined, d_tails.split(ctx.widths, 3), strict=True):
             parts = []
@@ -122,6 +158,24 @@ class _BehindPreceding(torch.autograd.Function):
                 parts += [d[:, a:last], d[:, last:b] + d_tail[:, n, kept - (b - last) :]]
             dxs.append(torch.cat(parts, 1))
         return None, None, *dxs
+
+
+def _exchanged_fronts(xs: Sequence[Tensor], shard: Shard, kept: int) -> Tensor:
+    """[B, s, W - 1, sum of C]: the inputs before each segment, from the tails of the segments of all ranks."""
+    tails = torch.stack([torch.cat([_last(x[:, a:b], kept) for x in xs], 2) for a, b in _places(shard, 0)], 1)
+    gathered = gathered_pieces(tails, shard.context.group)
+    fronts = torch.zeros_like(tails)
+    for copy in _copies(shard, kept):
+        fronts[:, copy.segment, copy.to] = gathered[copy.rank, :, copy.place, copy.tail]
+    return fronts
+
+
+def _returned_tails(d_fronts: Tensor, shard: Shard) -> Tensor:
+    """The gradients of the tails of this rank [B, s, W - 1, sum of C], from those of the fronts of all ranks."""
+    d_gathered = d_fronts.new_zeros(shard.context.size, *d_fronts.shape)
+    for copy in _copies(shard, d_fronts.shape[2]):
+        d_gathered[copy.rank, :, copy.place, copy.tail] += d_fronts[:, copy.segment, copy.to]
+    return scattered_sum(d_gathered, shard.context.group)
 
 
 class _Copy(NamedTuple):

@@ -33,33 +33,41 @@ G_LEAST = tl.constexpr(-1e4)  # e^g is 0; a finite number, so that no sum is inf
 
 
 @triton.jit
-def _blocks_of(program, T, H, C: tl.constexpr):
-    """Of a program of a row and head: h, the row's first token and the one past its last, its blocks of tokens."""
-    begin = (program // H).to(tl.int64) * T
-    return program % H, begin, begin + T, tl.cdiv(T, C)
+def _block_of(blocks, T, H, C: tl.constexpr):
+    """Of a program of a row, head and block of tokens: number of row and head, h; first token of the row, the one
+    past its last, first of the block.
+    """
+    program = tl.program_id(0)
+    row_and_head = program // blocks
+    begin = (row_and_head // H).to(tl.int64) * T
+    return row_and_head, row_and_head % H, begin, begin + T, begin + (program % blocks).to(tl.int64) * C
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "blocks"])
 def weigh_tokens(
     g_ptr, beta_ptr,  # [B, T, H]
     to_end_ptr, w_ptr, sums_ptr,  # out: e^E and w [B, T, H], and the last of F numbers, [B, H, F]
-    T, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr,
+    T, blocks, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row and head, from its last tokens to its first."""
-    program = tl.program_id(0)
-    h, begin, end, blocks = _blocks_of(program, T, H, C)
+    """A program for each row, head and block of C tokens. It adds up g of all later blocks by itself."""
+    row_and_head, h, begin, end, start = _block_of(blocks, T, H, C)
     after, total = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    for done in range(blocks):
-        start = begin + (blocks - 1 - done) * C
+    for block in range(start + C, end, C):
+        g = load_scalars(g_ptr, block, end, H, h, C)
+        total += tl.sum(g, 0).to(tl.float64)
+        after += tl.sum(tl.maximum(g, G_LEAST), 0).to(tl.float64)
+    # The token behind each, of this block; the first of the next is among `after`.
+    place = start + 1 + tl.arange(0, C)
+    inside = (place < end) & (tl.arange(0, C) < C - 1)
+    later = tl.load(g_ptr + place * H + h, mask=inside, other=0.0).to(tl.float32)
+    to_end = tl.exp(tl.cumsum(tl.maximum(later, G_LEAST), 0, reverse=True) + after.to(tl.float32))
+    store_scalars(to_end_ptr, to_end, start, end, H, h, C)
+    if HAS_BETA:
+        beta = load_scalars(beta_ptr, start, end, H, h, C)
+        store_scalars(w_ptr, to_end * beta * beta, start, end, H, h, C)
+    if start == begin:
         total += tl.sum(load_scalars(g_ptr, start, end, H, h, C), 0).to(tl.float64)
-        later = tl.maximum(load_scalars(g_ptr, start + 1, end, H, h, C), G_LEAST)
-        to_end = tl.exp(tl.cumsum(later, 0, reverse=True) + after.to(tl.float32))
-        after += tl.sum(later, 0).to(tl.float64)
-        store_scalars(to_end_ptr, to_end, start, end, H, h, C)
-        if HAS_BETA:
-            beta = load_scalars(beta_ptr, start, end, H, h, C)
-            store_scalars(w_ptr, to_end * beta * beta, start, end, H, h, C)
-    tl.store(sums_ptr + program.to(tl.int64) * F + F - 1, total.to(tl.float32))
+        tl.store(sums_ptr + row_and_head.to(tl.int64) * F + F - 1, total.to(tl.float32))
 
 
 @triton.jit
@@ -250,31 +258,33 @@ def token_gradients(
                        start, last, hk, H, Hk, D, V, C, BD, BV, WITH_KK, NORMALIZE)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _pulls(dw_ptr, w_ptr, start, begin, end, H, h, C: tl.constexpr):
+    """w dw [C] of the token before each of a block; 0 before the first of the row."""
+    token = start - 1 + tl.arange(0, C)
+    inside = (token >= begin) & (token < end)
+    dw = tl.load(dw_ptr + token * H + h, mask=inside, other=0.0)
+    return dw * tl.load(w_ptr + token * H + h, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
 def gate_gradients(
     dw_ptr, w_ptr, to_end_ptr, beta_ptr, d_sums_ptr,  # [B, T, H], and the last of F numbers, [B, H, F]
     dg_ptr, dbeta_ptr,  # out: [B, T, H]
-    T, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr,
+    T, blocks, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row and head, from its first tokens to its last."""
-    program = tl.program_id(0)
-    h, begin, end, blocks = _blocks_of(program, T, H, C)
-    before = tl.load(d_sums_ptr + program.to(tl.int64) * F + F - 1).to(tl.float64)
-    for done in range(blocks):
-        start = begin + done * C
+    """A program for each row, head and block of C tokens. It adds up w dw of all earlier blocks by itself."""
+    row_and_head, h, begin, end, start = _block_of(blocks, T, H, C)
+    before = tl.load(d_sums_ptr + row_and_head.to(tl.int64) * F + F - 1).to(tl.float64)
+    for block in range(begin, start, C):
+        before += tl.sum(_pulls(dw_ptr, w_ptr, block, begin, end, H, h, C), 0).to(tl.float64)
+    # Of the token before each: a sum less a number would lose that number's digits.
+    dg = tl.cumsum(_pulls(dw_ptr, w_ptr, start, begin, end, H, h, C), 0) + before.to(tl.float32)
+    store_scalars(dg_ptr, dg, start, end, H, h, C)
+    if HAS_BETA:
         dw = load_scalars(dw_ptr, start, end, H, h, C)
-        # Of the token before each: a sum less a number would lose that number's digits.
-        place = (start - 1) * H + h + tl.arange(0, C) * H
-        earlier = (start + tl.arange(0, C) > begin) & (start + tl.arange(0, C) <= end)
-        pull = tl.load(dw_ptr + place, mask=earlier, other=0.0) * tl.load(w_ptr + place, mask=earlier, other=0.0)
-        store_scalars(dg_ptr, tl.cumsum(pull, 0) + before.to(tl.float32), start, end, H, h, C)
-        before += tl.sum(pull, 0).to(tl.float64)
-        if HAS_BETA:
-            to_end, beta = (
-                load_scalars(to_end_ptr, start, end, H, h, C),
-                load_scalars(beta_ptr, start, end, H, h, C),
-            )
-            store_scalars(dbeta_ptr, 2.0 * dw * to_end * beta, start, end, H, h, C)
+        to_end, beta = load_scalars(to_end_ptr, start, end, H, h, C), load_scalars(beta_ptr, start, end, H, h, C)
+        store_scalars(dbeta_ptr, 2.0 * dw * to_end * beta, start, end, H, h, C)
 
 
 class Weighed(NamedTuple):
@@ -304,10 +314,11 @@ def launch_span_sums(
     sums = torch.empty(pieces, B, H, F, dtype=torch.float32, device=k.device)
     to_end = torch.empty(B, T, H, dtype=torch.float32, device=k.device)
     w = to_end if beta is None else torch.empty_like(to_end)
+    blocks = -(-T // config.scalars)
     with on_device(k.device):
-        launch(weigh_tokens, B * H,
+        launch(weigh_tokens, B * H * blocks,
             g_ptr=g, beta_ptr=g if beta is None else beta, to_end_ptr=to_end, w_ptr=w, sums_ptr=sums,
-            T=T, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, num_warps=4, num_stages=1,
+            T=T, blocks=blocks, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, num_warps=4, num_stages=1,
         )  # fmt: skip
         launch(add_tokens, pieces * B * H * (2 if with_kk else 1),
             k_ptr=k, v_ptr=v, w_ptr=w, sums_ptr=sums,
@@ -352,10 +363,11 @@ def launch_span_gradients(
             T=T, pieces=pieces, H=H, Hk=Hk, D=D, V=V, C=config.rows, BD=config.BD, BV=config.BV,
             WITH_KK=with_kk, NORMALIZE=normalize, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
-        launch(gate_gradients, B * H,
+        blocks = -(-T // config.scalars)
+        launch(gate_gradients, B * H * blocks,
             dw_ptr=dw, w_ptr=w, to_end_ptr=to_end, beta_ptr=w if beta is None else beta, d_sums_ptr=d_sums,
             dg_ptr=dg, dbeta_ptr=dg if dbeta is None else dbeta,
-            T=T, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, num_warps=4, num_stages=1,
+            T=T, blocks=blocks, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, num_warps=4, num_stages=1,
         )  # fmt: skip
     return SpanGradients(dk, dv, dg, dbeta)
 
