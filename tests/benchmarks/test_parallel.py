@@ -24,8 +24,9 @@ def test_times_and_bytes(tmp_path: Path) -> None:
     rows = result["rows"]
     assert [(row["part"], row["layout"], row["ranks"]) for row in rows[::2]] == [
         (part, layout, ranks)
-        for part in ("op", "sums", "layer")
+        for part in ("op", "sums", "exchange", "layer")
         for layout, ranks in (("contiguous", 2), ("zigzag", 2), ("one rank", 1))
+        if (part, layout) != ("exchange", "one rank")
     ]
     assert all(row["seconds"]["median"] > 0 for row in rows)
     # One piece: the sum of g and two states of 8 x 8 for each of 2 heads, in float32.
@@ -40,7 +41,8 @@ def test_times_and_bytes(tmp_path: Path) -> None:
     ]
     # In the layer also the last 3 inputs of three convolutions of 16 channels.
     assert [row.get("bytes") for row in rows[6:12]] == [[], [], [], [], None, None]
-    assert [row["bytes"] for row in rows[12:14]] == [[3 * 48 * 4, piece], [3 * 48 * 4, piece, piece, 3 * 48 * 4]]
+    assert [row["bytes"] for row in rows[12:16]] == [[piece], [piece] * 2, [2 * piece], [2 * piece] * 2]
+    assert [row["bytes"] for row in rows[16:18]] == [[3 * 48 * 4, piece], [3 * 48 * 4, piece, piece, 3 * 48 * 4]]
     table = rows_of(parallel_table(result))
     assert len(table) == 2 + len(rows) and table[2][1:4] == ["forward", "contiguous", "2"]
     assert table[6][2:4] == ["one rank", "1"] and table[6][5] == "1.00" and float(table[2][5]) > 0
