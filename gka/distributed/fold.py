@@ -13,7 +13,7 @@ Legend: B rows, H query heads, F numbers of a head (`sums.SpanSums`), n ranks, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,13 +38,21 @@ def states_before(sums: Sequence[SpanSums], reach: Sequence[tuple[int, int]], sh
         shard: the plan of the batch.
     """
     own = sums[0].flat.unsqueeze(0) if len(sums) == 1 else torch.stack([piece.flat for piece in sums])
-    found = _StatesBefore.apply(own, tuple(reach), shard.context)
-    return [sums[0].states_of(flat) for flat in found]
+    found = _StatesBefore.apply(own, tuple(reach), shard.context, sums[0].states_of)
+    if not sums[0].with_kk:
+        return [State(None, S_kv) for S_kv in found]
+    return [State(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
 
 
 class _StatesBefore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor, reach: tuple[tuple[int, int], ...], context: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        own: Tensor,
+        reach: tuple[tuple[int, int], ...],
+        context: Any,
+        states_of: Callable[[Tensor], State],
+    ) -> tuple[Tensor, ...]:
         ctx.reach, ctx.context = reach, context
         gathered = gathered_pieces(own, context.group)
         order = [context.pieces(rank) for rank in range(context.size)]
@@ -54,16 +62,19 @@ class _StatesBefore(torch.autograd.Function):
             pieces = torch.cat([pieces[n : n + 1] for n in ctx.row])
         ctx.weights = [_weights(pieces[first:stop, ..., -1]) for first, stop in reach]
         ctx.save_for_backward(pieces)
-        return tuple(
-            (weight * pieces[first:stop, ..., :-1]).sum(0)
+        folded = (
+            states_of((weight * pieces[first:stop, ..., :-1]).sum(0))
             for (first, stop), weight in zip(reach, ctx.weights, strict=True)
         )
+        return tuple(x.contiguous() for state in folded for x in state if x is not None)
 
     @staticmethod
-    def backward(ctx: Any, *d_states: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *d_matrices: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_second_derivatives()
         (pieces,) = ctx.saved_tensors
-        total = torch.zeros_like(pieces)
+        total, number = torch.zeros_like(pieces), len(d_matrices) // len(ctx.reach)
+        flat = [d.flatten(2) for d in d_matrices]
+        d_states = [torch.cat(flat[n : n + number], 2) for n in range(0, len(flat), number)]
         for (first, stop), weight, d_state in zip(ctx.reach, ctx.weights, d_states, strict=True):
             # Also without pieces: a compiler must not send this before what other ranks send before it.
             d_weight = (pieces[first:stop, ..., :-1] * d_state).sum(-1, keepdim=True)
@@ -71,7 +82,7 @@ class _StatesBefore(torch.autograd.Function):
             total[first:stop, ..., -1:] += sums_before(d_weight * weight, 0)
         if ctx.row is not None:
             total = torch.cat([total[n : n + 1] for n in _inverse(ctx.row) or ctx.row])
-        return scattered_sum(total.unflatten(0, (ctx.context.size, -1)), ctx.context.group), None, None
+        return scattered_sum(total.unflatten(0, (ctx.context.size, -1)), ctx.context.group), None, None, None
 
 
 def _weights(log_decays: Tensor) -> Tensor:
