@@ -169,10 +169,14 @@ class _Gates(nn.Module):
     def __init__(self, hidden: int, heads: int, names: tuple[str, ...]) -> None:
         super().__init__()
         self.names, self.heads = names, heads
-        self.weight = nn.Parameter(torch.empty(len(names) * heads, hidden), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(len(names) * heads), requires_grad=False)  # a_proj has none
-        for parameter in (self.weight, self.bias):
-            set_weight_attrs(parameter, {"weight_loader": self._load})
+        rows, biased = len(names) * heads, set(names) - {"a_proj"}
+        self.weight = self._parameter(rows, hidden) if names else None
+        self.bias = self._parameter(rows) if biased else None  # zero for a_proj
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        set_weight_attrs(parameter, {"weight_loader": self._load})
+        return parameter
 
     def _load(self, parameter: Tensor, loaded: Tensor, *_: Any) -> None:
         first = self.names.index(loaded.shard_id) * self.heads  # type: ignore[attr-defined]
@@ -181,7 +185,7 @@ class _Gates(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[T, hidden_size] -> [T, H] for each name."""
-        if not self.names:
+        if self.weight is None:
             return {}
         parts = F.linear(x, self.weight, self.bias).split(self.heads, dim=1)
         return dict(zip(self.names, parts, strict=True))
