@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from engine_helpers import KINDS, assert_equal, engine, engine_model, generated, random_prompts
 
-
 PROMPTS = random_prompts(1, 2, 7, 40, 150)
 
 

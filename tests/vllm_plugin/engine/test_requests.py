@@ -81,10 +81,13 @@ def test_shared_prefixes_come_from_the_cache(served: tuple[Any, Any]) -> None:
     assert_equal(model, [*first, *rest, *again])
 
 
-def test_requests_without_room_are_preempted_and_resumed(tmp_path: Path) -> None:
-    """The cache holds the blocks of some of the requests; the others start again later."""
+@pytest.mark.parametrize(("blocks", "caching"), [(8, False), (11, True)], ids=["", "prefix caching"])
+def test_requests_without_room_are_preempted_and_resumed(blocks: int, caching: bool, tmp_path: Path) -> None:
+    """The cache holds the blocks of two of three requests until they need another one each."""
     model = engine_model("hybrid", tmp_path)
-    with engine(tmp_path, max_num_batched_tokens=160, num_gpu_blocks_override=12, block_size=32) as llm:
-        outputs = generated(llm, random_prompts(20, 25, 30, 90), tokens=90)
+    room = dict(num_gpu_blocks_override=blocks, max_model_len=256, max_num_batched_tokens=160)
+    with engine(tmp_path, enable_prefix_caching=caching, **room) as llm:
+        block = llm.llm_engine.vllm_config.cache_config.block_size
+        outputs = generated(llm, random_prompts(block - 20, block - 10, 30), tokens=60)
         assert metric(llm, "vllm:num_preemptions") > 0
     assert_equal(model, outputs)
