@@ -29,13 +29,19 @@ class Startup(VerifyAndUpdateConfig):
         """Check how the model is to be run."""
         config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
         if vllm_config.speculative_config is not None:
-            refuse("speculative_config", "given", "none: the state of a GKA layer cannot be rolled back")
+            refuse(
+                "speculative_config", _method(vllm_config), "none: the state of a GKA layer cannot be rolled back"
+            )
         if parallel.pipeline_parallel_size > 1:
             refuse("pipeline_parallel_size", parallel.pipeline_parallel_size, "1: use tensor_parallel_size")
         check_tensor_parallel(config, parallel.tensor_parallel_size)
         cache = vllm_config.cache_config
         if cache.mamba_ssm_cache_dtype not in STATE_DTYPES:
             refuse("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, f"one of {', '.join(STATE_DTYPES)}")
+
+
+def _method(vllm_config: Any) -> Any:
+    return getattr(vllm_config.speculative_config, "method", None)
 
 
 def check_tensor_parallel(config: Any, ranks: int) -> None:
