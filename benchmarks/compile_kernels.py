@@ -113,8 +113,8 @@ def launches(
     return distinct(found)
 
 
-def step_launches(state: torch.dtype, D: int, **solver: Any) -> list[Launch]:
-    """The kernel of a decode step, for a layer with gates."""
+def step_launches(state: torch.dtype, D: int, pool: bool = False, **solver: Any) -> list[Launch]:
+    """The kernel of a decode step, for a layer with gates; states in a pool by int32 indices."""
     from gka.ops.triton import step as triton_step
     from gka.ops.types import Arguments
 
@@ -124,7 +124,19 @@ def step_launches(state: torch.dtype, D: int, **solver: Any) -> list[Launch]:
     arguments = Arguments(q, k, v, -gates[0], *gates[1:], *states, None, 0.02, (16, 16), 1.0, normalize_qk=True)
     arguments = arguments._replace(**solver)
     with mock.patch.object(triton_step, "INTERPRETED", True), taken_down() as found:
-        triton_step.gated_kalmanet_step(arguments, inplace=True)
+        indices = torch.zeros(1, dtype=torch.int32) if pool else None
+        triton_step.gated_kalmanet_step(arguments, inplace=True, state_indices=indices)
+    return distinct(found)
+
+
+def conv_step_launches() -> list[Launch]:
+    """The kernel of the short convolution of one token, the past in a pool [N, W - 1, C]."""
+    from gka.ops.triton.conv_step import conv_step
+
+    x, weight = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(4096, 4, dtype=torch.bfloat16)
+    pool = torch.zeros(1, 3, 4096, dtype=torch.bfloat16).transpose(1, 2)
+    with taken_down() as found:
+        conv_step(x, weight, pool, torch.zeros(1, dtype=torch.int32))
     return distinct(found)
 
 
@@ -203,7 +215,12 @@ STEP_CASES = {
     "decode, bfloat16 states, D 128": (torch.bfloat16, 128),
     "decode, float32 states, D 64": (torch.float32, 64),
 }
+POOL_STEP_CASES = {
+    "decode over a pool, float32 states, D 128": (torch.float32, 128),
+    "decode over a pool, bfloat16 states, D 128": (torch.bfloat16, 128),
+}
 CG_STEP_CASES = {"decode, float32 states, D 128 cg": (torch.float32, 128)}
+CONV_STEP_CASE = "convolution, one token over a pool"
 CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
 SPAN_CASES = {"sums of a span, D 128": 128, "sums of a span, D 64": 64}
 NORM_CASES = {
@@ -212,12 +229,19 @@ NORM_CASES = {
     "norm, bfloat16 V 100": (torch.bfloat16, 100),
 }
 GATE_CASES = {"gates": False, "gates, padded": True}
-ALL_CASES = [*CASES, *SOLVE_CASES, *STEP_CASES, *CG_STEP_CASES, *CONV_CASES, *SPAN_CASES, *NORM_CASES, *GATE_CASES]
+ALL_CASES = [
+    *CASES, *SOLVE_CASES, *STEP_CASES, *POOL_STEP_CASES, *CG_STEP_CASES, *CONV_CASES, CONV_STEP_CASE, *SPAN_CASES,
+    *NORM_CASES, *GATE_CASES,
+]  # fmt: skip
 
 
 def launches_of(case: str, architecture: int) -> list[Launch]:
     if case in STEP_CASES:
         return step_launches(*STEP_CASES[case])
+    if case in POOL_STEP_CASES:
+        return step_launches(*POOL_STEP_CASES[case], pool=True)
+    if case == CONV_STEP_CASE:
+        return conv_step_launches()
     if case in CG_STEP_CASES:
         return step_launches(*CG_STEP_CASES[case], solver="cg", solver_steps=(20,))
     if case in CONV_CASES:

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.bench_model import model_table
 from benchmarks.bench_parallel import parallel_table
 from benchmarks.bench_parallel_model import parallel_model_table
+from benchmarks.bench_pool import pool_table
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
 from benchmarks.common import RESULTS
 from experiments.evidence.table import markdown_table
@@ -300,6 +301,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "layer": ("The layer", layer),
     "model": ("Whole models", model_table),
     "norm": ("The gated norm", norm),
+    "pool": ("Decoding from a pool of states", pool_table),
     "parallel": ("Rows that several ranks share", parallel_table),
     "parallel_model": ("Models whose rows several ranks share", parallel_model_table),
     "steps": ("Steps of the solve", steps),

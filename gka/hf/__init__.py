@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
         "the models of gka need transformers: pip install 'gated-kalmanet[hf]'", name=error.name
     ) from error
 
+from .cache_rows import add_row_methods
 from .config import GKAConfig, PublishedConfig
 from .heads import GKAForQuestionAnswering, GKAForSequenceClassification, GKAForTokenClassification
 from .in_place import InPlaceOfAttention
@@ -42,3 +43,4 @@ AutoModelForSequenceClassification.register(GKAConfig, GKAForSequenceClassificat
 AutoModelForTokenClassification.register(GKAConfig, GKAForTokenClassification)
 AutoModelForQuestionAnswering.register(GKAConfig, GKAForQuestionAnswering)
 join_lists()
+add_row_methods()

@@ -13,7 +13,7 @@ from forked import run_forked
 from pages import assert_drawn, rows_of
 from tiny_run import run_process, train, write_texts
 
-from benchmarks import bench_layer, bench_model, bench_steps, common, stages, table
+from benchmarks import bench_layer, bench_model, bench_pool, bench_steps, common, stages, table
 from benchmarks.bench_length import tokens
 from gka.cli import machine
 
@@ -91,6 +91,30 @@ def test_bench_decode(tmp_path: Path) -> None:
     page = table.decode(result)
     head, *rows = rows_of(page)
     assert {"kernel (16, 16)", "PyTorch (16, 16)"} <= set(head) and ["3", "bfloat16"] in [row[:2] for row in rows]
+
+
+def test_bench_pool(tmp_path: Path) -> None:
+    output = tmp_path / "pool.json"
+    sizes = ("--requests", "1", "3", "--rows", "4", "--heads", "2", "--dim", "8", "--repeats", "1")
+    run("benchmarks.bench_pool", *sizes, "--output", str(output))
+    result = json.loads(output.read_text())
+    ways = ["copy", "contiguous", "pool", "copied rows"]
+    assert [(row["states"], row["B"], row["what"]) for row in result["rows"]] == [
+        (states, B, way) for states in ("float32", "bfloat16") for B in (1, 3) for way in ways
+    ]
+    assert all(row["seconds"]["median"] > 0 for row in result["rows"])
+    assert result["rows"][4]["bytes"] == 2 * 2 * 4 * 3 * 2 * 8 * 8  # read and written, two states, 4 bytes
+    for row, seconds in zip(result["rows"], (1e-3, 2e-3, 3e-3, 4e-3), strict=False):
+        row["seconds"]["median"] = seconds
+    head, _, first, *_ = rows_of(table.pool_table(result))
+    assert head[:2] == ["states", "requests"] and head[3:] == [*ways, "pool / contiguous", "pool / copy"]
+    assert first == ["float32", "1", "0", "1.000", "2.000", "3.000", "4.000", "1.50", "3.00"]
+
+
+def test_the_rows_of_a_step_are_distinct() -> None:
+    steps = bench_pool.steps_of_requests(5, 13, 3, torch.device("cpu"))
+    assert [len(set(step.tolist())) for step in steps] == [5, 5, 5]
+    assert len(set(torch.cat(steps[:2]).tolist())) == 10 and all(0 <= int(x) < 13 for x in torch.cat(steps))
 
 
 def test_bench_decode_with_a_model(tmp_path: Path) -> None:

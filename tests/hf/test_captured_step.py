@@ -226,6 +226,26 @@ def test_what_is_kept_for_a_model(watch: Watch) -> None:
     assert len(kept) == count - 1
 
 
+@pytest.mark.parametrize("kind", ["gka", "hybrid", "hybrid, sliding"])
+def test_several_continuations_of_one_prompt(kind: str, watch: Watch) -> None:
+    """Copies of a prompt's cache move in one after the other, and one with repeated rows; the prompt's stays."""
+    model, prompt = watch.model(kind), watch.tokens(1, 7)
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+    before = {name: x.clone() for name, x in cache_tensors(cache).items()}
+    endings = watch.tokens(3, 2, seed=4)
+    rows = torch.cat([prompt.expand(3, -1), endings], dim=1)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+    for some, copies in ((rows[:1], 1), (rows[1:2], 1), (rows, 3)):
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(copies)
+        watch.replayed = 0
+        out = model.generate(some, past_key_values=copied, **options)
+        assert watch.replayed >= 3
+        assert torch.equal(out, model.generate(some, disable_compile=True, **options))
+    assert all(torch.equal(x, before[name]) for name, x in cache_tensors(cache).items())
+
+
 class Failing(BaseStreamer):
     """Fails at the fifth token."""
 

@@ -158,6 +158,9 @@ def test_a_cache_of_gka_layers_cannot_be_cropped() -> None:
     cache = model(random_tokens(1, 5), use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="crop"):
         cache.crop(-1)
+    cache.activate_past_recording()  # the way that transformers names
+    with pytest.raises(ValueError, match="a GKA layer's state cannot be rolled back"):
+        model(random_tokens(1, 1), past_key_values=cache)
 
 
 def test_refuses_a_cache_without_the_configuration() -> None:

@@ -179,8 +179,10 @@ def test_step_of_many_states(device: torch.device) -> None:
 def test_registration_of_the_step(solver_steps: list[int], device: torch.device) -> None:
     a = step_arguments(StepCase(solver_steps=tuple(solver_steps)), device)
     tensors = [a.get(n) for n in ("q", "k", "v", "g", "alpha", "beta")]
-    for operator in (triton_step._step, triton_step._step_):
-        torch.library.opcheck(operator, (*tensors, *a["state"], 0.02, solver_steps, 0.3, True, "chebyshev", None))
+    given = (*tensors, *a["state"], 0.02, solver_steps, 0.3, True, "chebyshev", None)
+    torch.library.opcheck(triton_step._step, given)
+    for state_indices in (None, torch.tensor([1, -1], device=device)):
+        torch.library.opcheck(triton_step._step_, (*given, state_indices))
 
 
 def test_values_are_checked_only_when_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

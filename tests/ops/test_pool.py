@@ -8,8 +8,9 @@ import pytest
 import torch
 from decode_helpers import StepCase, copied, step_arguments
 from pool_helpers import INDICES, POOL_CASES, ROWS, assert_step_of_a_pool, bits, pages, state_pool
+from reads import Reads
 
-from gka.ops import State, gated_kalmanet_step, gather_states, scatter_states_
+from gka.ops import State, checks, gated_kalmanet_step, gather_states, scatter_states_
 from gka.ops.pool import scatter_rows_
 from gka.ops.torch import step
 
@@ -109,6 +110,58 @@ def test_a_step_over_a_pool_is_one_graph() -> None:
 
     o = torch.compile(decode, fullgraph=True, backend="aot_eager")(pool, state_indices)
     assert torch.equal(o, decode(eager, state_indices)) and torch.equal(bits(storage), bits(eager_storage))
+
+
+class Decoder(torch.nn.Module):
+    """A prompt's states to the pool and back, and a step over it; the pool is two buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _, pool = state_pool(step_arguments(StepCase(B=5))["state"], torch.arange(5), gap=0)
+        for name, part in pool._asdict().items():
+            self.register_buffer(name, part.nan_to_num())
+
+    def forward(self, token: dict[str, Any], state_indices: torch.Tensor) -> torch.Tensor:
+        pool = State(self.S_kk, self.S_kv)
+        scatter_states_(pool, state_indices, gather_states(pool, state_indices, state_indices > 0))
+        return gated_kalmanet_step(**token, state=pool, state_indices=state_indices, inplace=True)[0]
+
+
+def token_of_five() -> dict[str, Any]:
+    names = ("q", "k", "v", "g", "alpha", "beta")
+    return {name: x for name, x in step_arguments(StepCase(B=5)).items() if name in names}
+
+
+@torch.no_grad()
+def test_exported_with_any_number_of_requests() -> None:
+    token, rows = token_of_five(), torch.tensor(INDICES)
+    B = torch.export.Dim("B", min=2)
+    sizes = ({name: {0: B} for name in token}, {0: B})
+    exported = torch.export.export(Decoder(), (token, rows), dynamic_shapes=sizes).module()
+    module = Decoder()
+    for count in (5, 3):
+        given = {name: x[:count] for name, x in token.items()}, rows[:count]
+        assert torch.equal(exported(*given), module(*given))
+    assert all(torch.equal(x, y) for x, y in zip(exported.buffers(), module.buffers(), strict=True))
+
+
+def test_shapes_alone() -> None:
+    token = {name: x.to("meta") for name, x in token_of_five().items()}
+    o = Decoder().to("meta")(token, torch.tensor(INDICES).to("meta"))
+    assert o.is_meta and o.shape == (5, 2, 16)
+
+
+def test_no_value_is_read_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of indices and states: the CPU is taken for a device that makes one wait."""
+    monkeypatch.delenv("GKA_CHECK_VALUES", raising=False)
+    monkeypatch.setattr(checks, "NEVER_WAITING", ())
+    arguments = step_arguments(StepCase(B=5))
+    state_indices = torch.tensor(INDICES)
+    _, pool = state_pool(arguments.pop("state"), state_indices, gap=3)
+    with Reads() as reads:
+        scatter_states_(pool, state_indices, gather_states(pool, state_indices, state_indices > 0))
+        gated_kalmanet_step(**arguments, state=pool, state_indices=state_indices, inplace=True)
+    assert not reads.seen
 
 
 def wrong(name: str) -> dict[str, Any]:

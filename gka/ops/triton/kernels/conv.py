@@ -182,7 +182,7 @@ def convolve_backward(
         tl.store(place, dtaps[j], mask=c < C)
 
 
-@triton.jit(do_not_specialize=["x_stride"])
+@triton.jit
 def convolve_step(
     x_ptr, weight_ptr, pool_ptr, index_ptr,  # [B, C], [C, W], [N, C, W - 1], [B] int32 or int64
     y_ptr,  # out: [B, C]
