@@ -41,6 +41,9 @@ class GKALayer(nn.Module, MambaBase):
         prefix: the name of the layer in the model.
     """
 
+    A_log: nn.Parameter  # [H] each, if the layer has a decay
+    dt_bias: nn.Parameter
+
     def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
         super().__init__()
         self.config, self.vllm_config, self.prefix = config, vllm_config, prefix

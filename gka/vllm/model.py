@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
@@ -21,7 +22,10 @@ from vllm.model_executor.models.interfaces import (
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from .blocks import Block
-from .states import state_dtypes, state_shapes
+from .layer import GKALayer
+from .states import LEAST_DECAY, state_dtypes, state_shapes, sum_dtype, weak_heads
+
+logger = init_logger(f"vllm.{__name__}")  # in its tree, for its format and level
 
 JOINED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -132,7 +136,21 @@ class GKAForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Read a checkpoint; the names that were read."""
         loaded: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if sum_dtype(self.vllm_config.cache_config) == torch.bfloat16:
+            self._warn_of_weak_decays()
         return loaded
+
+    def _warn_of_weak_decays(self) -> None:
+        layers = [module for module in self.modules() if isinstance(module, GKALayer)]
+        weak = sum(weak_heads(layer.A_log, layer.dt_bias) for layer in layers)
+        if weak:
+            logger.warning(
+                "mamba_ssm_cache_dtype is bfloat16, and %d of %d heads decay by less than %s per token: rounding "
+                "makes such states wrong; expected float32 for this model",
+                weak,
+                sum(layer.heads for layer in layers),
+                LEAST_DECAY,
+            )
 
     # What vLLM asks before there is a model
 

@@ -38,6 +38,8 @@ class Startup(VerifyAndUpdateConfig):
         cache = vllm_config.cache_config
         if cache.mamba_ssm_cache_dtype not in STATE_DTYPES:
             refuse("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, f"one of {', '.join(STATE_DTYPES)}")
+        if cache.mamba_ssm_cache_dtype == "bfloat16" and not config.use_forget_gate:
+            refuse("mamba_ssm_cache_dtype", "bfloat16", "float32 for a model without decay (docs/reliability.md)")
 
 
 def _method(vllm_config: Any) -> Any:

@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+LEAST_DECAY = 0.01  # of a head, per token, that states in bfloat16 need (docs/reliability.md)
 # As vLLM names them.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,8 +34,24 @@ def state_shapes(config: Any, ranks: int) -> tuple[tuple[int, ...], ...]:
 def state_dtypes(config: Any, vllm_config: Any) -> tuple[torch.dtype, ...]:
     """Their dtypes: sums float32 or bfloat16 (--mamba-ssm-cache-dtype), inputs as --mamba-cache-dtype says."""
     cache = vllm_config.cache_config
-    wide = DTYPES["float32" if cache.mamba_ssm_cache_dtype == "auto" else cache.mamba_ssm_cache_dtype]
     conv = vllm_config.model_config.dtype
     if cache.mamba_cache_dtype != "auto":
         conv = DTYPES[cache.mamba_cache_dtype]
-    return (*(wide,) * (2 if config.mixer == "gka" else 1), conv)
+    return (*(sum_dtype(cache),) * (2 if config.mixer == "gka" else 1), conv)
+
+
+def sum_dtype(cache_config: Any) -> torch.dtype:
+    """The dtype of S_kk and S_kv that vLLM's configuration of the cache asks for."""
+    name = cache_config.mamba_ssm_cache_dtype
+    return DTYPES["float32" if name == "auto" else name]
+
+
+def weak_heads(A_log: Tensor, dt_bias: Tensor) -> int:
+    """How many heads decay too little for states in bfloat16, at a token whose projection is 0. It waits for
+    the device.
+
+    Args:
+        A_log, dt_bias: [H] each.
+    """
+    decay = A_log.float().exp() * F.softplus(dt_bias.float())
+    return int((decay < LEAST_DECAY).sum())
