@@ -25,7 +25,7 @@ help:
 	@echo "make test-parallel  run the tests that need several processes at a time, 2 minutes"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make test-oldest  run the tests of the models on the oldest transformers that is supported, 3 minutes"
-	@echo "make test-vllm run the tests in vLLM's engine on the CPU, 6 minutes"
+	@echo "make test-vllm run the tests in vLLM's engine on the CPU, 4 minutes"
 	@echo "make lint      ruff, mypy and the layers of imports"
 	@echo "make docs      build the site of the guides into site/"
 	@echo "make pages     write the pages and tables that are generated from committed results"

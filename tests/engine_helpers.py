@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
         hidden_act="gelu",
         conv_size=2,
     ),
+    "odd heads": dict(layer_types=[GKA, GKA], num_attention_heads=3, num_key_value_heads=1, head_dim=10),
     "one key head": dict(layer_types=[GKA, FULL], num_key_value_heads=1),
 }
 

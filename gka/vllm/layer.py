@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -113,6 +114,7 @@ class GKALayer(nn.Module, MambaBase):
             return
         requests: Requests = metadata[self.prefix].requests
         *sums, conv = self.kv_cache
+        conv = conv[..., : self.conv1d.weight.shape[0]]  # without the channels that align it
         pools = Pools(sums[0] if self.solves else None, sums[-1], conv)
         mix_tokens(qkv, g, alpha, beta, pools, requests, self._mixing(), out)
 
@@ -202,6 +204,7 @@ def gates_of(config: Any) -> tuple[str, ...]:
     )
 
 
+@eager_break_during_capture
 def _operator(
     qkv: Tensor, g: Tensor | None, alpha: Tensor | None, beta: Tensor | None, out: Tensor, layer: str
 ) -> None:

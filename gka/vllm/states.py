@@ -1,6 +1,7 @@
 """What a request keeps in a GKA layer: shapes and dtypes of its states, for one process of several.
 
-S_kk and S_kv lie before the inputs of the convolutions, because those have 16 bits: so all are aligned.
+S_kk and S_kv lie before the inputs of the convolutions, which may have 16 bits. The channels of those are a
+multiple of 8, so all states of all requests are aligned.
 
 Legend: H query heads, Hk key/value heads, D head dim, W width of the convolutions.
 """
@@ -26,7 +27,7 @@ def conv_width(config: Any) -> int:
 def state_shapes(config: Any, ranks: int) -> tuple[tuple[int, ...], ...]:
     """[H, D, D] (if the mixer solves), [H, D, D], [W - 1, channels]: of the heads of one of `ranks` processes."""
     D, H, Hk = config.head_dim, config.num_attention_heads // ranks, max(config.num_key_value_heads // ranks, 1)
-    channels = (H + (2 if config.use_v_conv else 1) * Hk) * D
+    channels = -(-(H + (2 if config.use_v_conv else 1) * Hk) * D // 8) * 8
     sums = 2 if config.mixer == "gka" else 1
     return (*((H, D, D),) * sums, (conv_width(config) - 1, channels))
 
