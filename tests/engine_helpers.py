@@ -138,8 +138,12 @@ def next_logprobs(model: GKAForCausalLM, tokens: list[int]) -> Tensor:
     return logprobs
 
 
-def assert_equal(model: GKAForCausalLM, outputs: Sequence[Any], bound: float = 1e-3) -> None:
-    """All tokens are those of transformers, and their log-probabilities within the bound."""
+def assert_equal(model: GKAForCausalLM, outputs: Sequence[Any], bound: float = 5e-3) -> None:
+    """All tokens are those of transformers, and their log-probabilities within the bound.
+
+    In float32 both differ by 1e-4 to 2e-3 from float64, and without a solve by 3e-6: the solve multiplies rounding
+    by its condition number, up to 51.
+    """
     worst = [difference(model, output) for output in outputs]
     print("largest differences of log-probabilities", [f"{x:.1e}" for x in worst])
     assert max(worst) < bound, worst
