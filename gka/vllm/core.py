@@ -113,6 +113,33 @@ def mix_tokens(
         out[end:].zero_()
 
 
+def rehearse(
+    qkv: Tensor,
+    g: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    pools: Pools,
+    number: int,
+    mixing: Mixing,
+    out: Tensor,
+) -> None:
+    """Prefill the tokens as those of `number` requests, and keep no state: for servers that measure memory.
+
+    Args:
+        pools: at least one row; nothing is written.
+        number: at least 1; some requests have no token if it is larger than T.
+        qkv, g, alpha, beta, mixing, out: as in `mix_tokens`.
+    """
+    T, device = qkv.shape[0], qkv.device
+    requests = Requests(
+        prefill_tokens=T,
+        prefill_slots=torch.full((number,), -1, device=device),
+        cu_seqlens=torch.arange(number + 1, device=device) * T // number,
+        has_state=torch.zeros(number, dtype=torch.bool, device=device),
+    )
+    mix_tokens(qkv, g, alpha, beta, pools, requests, mixing, out)
+
+
 def _rows(x: Tensor | None, first: int, end: int) -> Tensor | None:
     return None if x is None else x[first:end]
 

@@ -7,6 +7,7 @@ Legend: T tokens of a step, H query heads and Hk key/value heads of this process
 """
 
 # Without annotations as strings: vLLM reads the types of the operator's arguments.
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from ..nn.gated_norm import GatedRMSNorm
 from ..nn.projections import LowRank, expand_heads
 from ..ops.triton.gates import gates_in_pytorch
-from .core import Mixing, Pools, Requests, mix_tokens
+from .core import Mixing, Pools, Requests, mix_tokens, rehearse
 from .plugin import BACKEND, OPERATOR
 from .states import conv_width, state_dtypes, state_shapes
 
@@ -107,16 +108,21 @@ class GKALayer(nn.Module, MambaBase):
         return gates_in_pytorch(three, A_log, dt_bias, None, torch.float32)
 
     def mix(self, qkv: Tensor, g: Tensor | None, alpha: Tensor | None, beta: Tensor | None, out: Tensor) -> None:
-        """Between the projections, for the requests of this step; out is zero while vLLM measures memory."""
-        metadata = get_forward_context().attn_metadata
+        """Between the projections, for the requests of this step; a rehearsal while vLLM measures memory."""
+        metadata, mixing = get_forward_context().attn_metadata, self._mixing()
         if metadata is None:
-            out.zero_()
-            return
-        requests: Requests = metadata[self.prefix].requests
-        *sums, conv = self.kv_cache
-        conv = conv[..., : self.conv1d.weight.shape[0]]  # without the channels that align it
-        pools = Pools(sums[0] if self.solves else None, sums[-1], conv)
-        mix_tokens(qkv, g, alpha, beta, pools, requests, self._mixing(), out)
+            shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
+            states = [torch.zeros(1, *shape, dtype=dtype, device=qkv.device) for shape, dtype in shapes]
+            number = self.vllm_config.scheduler_config.max_num_seqs
+            rehearse(qkv, g, alpha, beta, self._pools(states), number, mixing, out)
+        else:
+            requests: Requests = metadata[self.prefix].requests
+            mix_tokens(qkv, g, alpha, beta, self._pools(self.kv_cache), requests, mixing, out)
+
+    def _pools(self, states: Sequence[Tensor]) -> Pools:
+        *sums, conv = states
+        channels = self.conv1d.weight.shape[0]  # without those that align them
+        return Pools(sums[0] if self.solves else None, sums[-1], conv[..., :channels])
 
     def _mixing(self) -> Mixing:
         config = self.config

@@ -11,6 +11,7 @@ from core_helpers import (
     REQUESTS,
     ROWS,
     core_layer,
+    mixing_of,
     new_pools,
     requests_of,
     served,
@@ -22,6 +23,7 @@ from pool_helpers import bits
 from reads import Reads
 
 from gka.ops import State, checks
+from gka.vllm.core import rehearse
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SLOTS = [slot for slot, _ in REQUESTS]
@@ -88,6 +90,20 @@ def test_pools_in_bfloat16_round_the_states_alone() -> None:
     served(layer, xs, wide), served(layer, xs, narrow)
     for pool, ref in zip(State(*narrow[:2]), wide[:2], strict=True):
         assert 1e-5 < relative_error(pool[SLOTS], ref[SLOTS]) < 2e-2
+
+
+@pytest.mark.parametrize("number", [1, 3, 9])
+def test_a_rehearsal_computes_all_tokens_and_writes_nothing(number: int) -> None:
+    layer = core_layer("grouped", torch.float64)
+    pools = new_pools(layer, torch.float64)
+    before = [bits(pool).clone() for pool in pools]
+    q, k, v = torch.randn(3, 7, 40, dtype=torch.float64).unbind(0)
+    qkv = torch.cat([q, k[:, :20], v[:, :20]], dim=1)
+    g, alpha, beta = -torch.rand(7, 4), torch.rand(7, 4), torch.rand(7, 4)
+    out = torch.full((7, 4, 10), torch.nan, dtype=torch.float64)
+    rehearse(qkv, g, alpha, beta, pools, number, mixing_of(layer), out)
+    assert out.isfinite().all() and out.norm() > 0
+    assert all(torch.equal(bits(pool), old) for pool, old in zip(pools, before, strict=True))
 
 
 @pytest.fixture
