@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from ..nn.gated_norm import GatedRMSNorm
 from ..nn.projections import LowRank, expand_heads
 from ..ops.triton.gates import gates_in_pytorch
-from .core import Mixing, Pools, Requests, mix_tokens, rehearse
+from .core import Mixing, Pools, mix_tokens, rehearse
 from .plugin import BACKEND, OPERATOR
 from .states import conv_width, state_dtypes, state_shapes
 
@@ -109,15 +109,15 @@ class GKALayer(nn.Module, MambaBase):
 
     def mix(self, qkv: Tensor, g: Tensor | None, alpha: Tensor | None, beta: Tensor | None, out: Tensor) -> None:
         """Between the projections, for the requests of this step; a rehearsal while vLLM measures memory."""
-        metadata, mixing = get_forward_context().attn_metadata, self._mixing()
+        metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        mixing = self._mixing()
         if metadata is None:
             shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
             states = [torch.zeros(1, *shape, dtype=dtype, device=qkv.device) for shape, dtype in shapes]
             number = self.vllm_config.scheduler_config.max_num_seqs
             rehearse(qkv, g, alpha, beta, self._pools(states), number, mixing, out)
         else:
-            requests: Requests = metadata[self.prefix].requests
-            mix_tokens(qkv, g, alpha, beta, self._pools(self.kv_cache), requests, mixing, out)
+            mix_tokens(qkv, g, alpha, beta, self._pools(self.kv_cache), metadata.requests, mixing, out)
 
     def _pools(self, states: Sequence[Tensor]) -> Pools:
         *sums, conv = states
