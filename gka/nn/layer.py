@@ -41,7 +41,7 @@ from .gates import layer_gates
 from .layer_checks import check_alone, check_call, check_counts, check_sizes
 from .padding import RealFirst
 from .part import PartOfBatch
-from .projections import LowRank, ZeroLinear
+from .projections import LowRank, ZeroLinear, expand_heads
 from .short_conv import ShortConv, convolve, last_inputs, packing
 
 if TYPE_CHECKING:
@@ -383,16 +383,9 @@ class GatedKalmaNet(DecayParameters):
         streams = zip(projected, states, convolutions, strict=True)
         inputs = [] if cu_seqlens is not None else [(y, state) for y, state, conv in streams if conv is not None]
         if self.proj_k is not None and self.proj_v is not None:
-            k, v = self._expand(k, self.proj_k, self.k_rep), self._expand(v, self.proj_v, self.v_rep)
+            k = expand_heads(k, self.num_heads, self.proj_k, self.k_rep)
+            v = expand_heads(v, self.num_heads, self.proj_v, self.v_rep)
         return q, k, v, inputs
-
-    def _expand(self, x: Tensor, low_rank: LowRank, mixing: Tensor | None) -> Tensor:
-        """Keys or values of every query head: [B, T, Hk, D] -> [B, T, H, D]."""
-        if mixing is None:
-            residual = x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
-        else:
-            residual = torch.einsum("hk,btkd->bthd", mixing.to(x.dtype), x)
-        return residual + low_rank(x.flatten(2)).unflatten(2, (-1, self.head_dim))
 
     def _gates(self, x: Tensor, rows: RealFirst | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """g, alpha and beta, [B, T, H] each, in at least 32 bits; at padding g = 0 and beta = 0."""

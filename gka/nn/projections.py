@@ -37,6 +37,23 @@ class LowRank(nn.Module):
         return y
 
 
+def expand_heads(x: Tensor, heads: int, low_rank: nn.Module, mixing: Tensor | None) -> Tensor:
+    """Keys or values of every query head: [..., Hk, D] -> [..., H, D].
+
+    Args:
+        x: keys or values.
+        heads: H, a multiple of Hk.
+        low_rank: maps all heads, [..., Hk D] -> [..., H D].
+        mixing: [H, Hk], the learned mixtures that it is added to; None means the repeated heads.
+    """
+    if mixing is None:
+        residual = x.repeat_interleave(heads // x.shape[-2], dim=-2)
+    else:
+        residual = torch.einsum("hk,...kd->...hd", mixing.to(x.dtype), x)
+    expanded: Tensor = residual + low_rank(x.flatten(-2)).unflatten(-1, (-1, x.shape[-1]))
+    return expanded
+
+
 def is_plain(module: nn.Linear | nn.Conv1d, kind: type[nn.Module]) -> bool:
     """Whether only weight and bias decide the output: no adapter, quantised weight, hook or offloading."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
