@@ -58,7 +58,7 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prompt_of_20000_tokens(tmp_path: Path) -> None:
     """In parts of 2,048 tokens, while a short request decodes."""
-    model = engine_model("pure", tmp_path)
+    model = engine_model("pure", tmp_path, max_position_embeddings=32_768)
     (long, short) = random_prompts(20_000, 9)
     with engine(tmp_path, max_model_len=20_032, max_num_batched_tokens=2048) as llm:
         outputs = generated(llm, [short, long])
