@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 -m benchmarks.bench_parallel --device cuda --check    # errors instead of times
     torchrun --nproc_per_node 2 -m benchmarks.bench_parallel --tokens 64 --hidden 32 --heads 2   # quick, on a CPU
 
-    op       `gka.distributed.gated_kalmanet`
-    sums     what its tokens add to the running sums, the work that a rank has besides the op; nothing is sent
-    layer    `GatedKalmaNet` with the parts of a row
+    op         `gka.distributed.gated_kalmanet`
+    sums       what its tokens add to the running sums, the work that a rank has besides the op; nothing is sent
+    exchange   the sums of all ranks, sent and folded into the state before a rank's tokens; not for one rank
+    layer      `GatedKalmaNet` with the parts of a row
 
 It measures forward, and forward + backward with the gradients of all inputs, in the layer also of its parameters.
 All ranks share the row, in each layout; then rank 0 alone has the whole row while the others wait. All ranks begin
@@ -44,11 +45,13 @@ from experiments.evidence.timing import seconds
 from gka import ops
 from gka.distributed import ContextParallel, Part, collectives, gated_kalmanet
 from gka.distributed.context_parallel import LAYOUTS
-from gka.distributed.sums import span_sums
+from gka.distributed.fold import states_before
+from gka.distributed.op import segments_of
+from gka.distributed.sums import SpanSums, span_sums
 
 Results = dict[str, Tensor]
 Call = Callable[[bool], Results]
-PARTS = ("op", "sums", "layer")
+PARTS = ("op", "sums", "exchange", "layer")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Rounding of o and of dq, dk, dv to bfloat16, and the errors of two solves.
 BOUNDS = {"bfloat16": 2e-2, "float32": 1e-3}
@@ -80,11 +83,28 @@ def sums_call(inputs: Results, _: Tensor, shard: Any) -> Call:
     def run(backward: bool) -> Results:
         with torch.set_grad_enabled(backward):
             found = span_sums(*mine.values(), normalize_k=True, with_kk=True)
-        outputs = {name: x for name, x in found._asdict().items() if x is not None}
         if not backward:
-            return outputs
-        grads = torch.autograd.grad(list(outputs.values()), list(mine.values()), list(outputs.values()))
-        return outputs | {f"d{name}": grad for name, grad in zip(mine, grads, strict=True)}
+            return {"sums": found.flat}
+        grads = torch.autograd.grad(found.flat, list(mine.values()), found.flat)
+        return {"sums": found.flat} | {f"d{name}": grad for name, grad in zip(mine, grads, strict=True)}
+
+    return run
+
+
+def exchange_call(inputs: Results, _: Tensor, shard: Any) -> Call:
+    """The states before this rank's tokens from the sums of each rank, and the gradients of these sums."""
+    B, _, H, D = inputs["q"].shape
+    segments = segments_of(shard)
+    flat = torch.randn(B, H, 2 * D * D + 1, device=inputs["q"].device).abs().neg().requires_grad_()
+    reach = [(segment.origin, segment.piece) for segment in segments]
+
+    def run(backward: bool) -> Results:
+        with torch.set_grad_enabled(backward):
+            states = states_before([SpanSums(flat, D, D, with_kk=True)] * len(segments), reach, shard)
+        outputs = [x for state in states for x in state if x is not None]
+        if backward:
+            torch.autograd.grad(outputs, flat, [x.detach() for x in outputs])
+        return {"states": outputs[0]}
 
     return run
 
@@ -117,7 +137,7 @@ def calls(options: argparse.Namespace, part: str) -> Iterator[tuple[str, Call | 
     if part != "layer":
         inputs = make_inputs(T, options.heads, options.head_dim, dtype, options.device)
         cotangent = torch.randn_like(inputs["v"])
-        of_part = {"op": op_call, "sums": sums_call}[part]
+        of_part = {"op": op_call, "sums": sums_call, "exchange": exchange_call}[part]
         make: Callable[[Any], Call] = lambda shard: of_part(inputs, cotangent, shard)  # noqa: E731
     else:
         layer = gka.GatedKalmaNet(options.hidden, options.heads, head_dim=options.head_dim)
@@ -128,7 +148,8 @@ def calls(options: argparse.Namespace, part: str) -> Iterator[tuple[str, Call | 
     for layout in options.layouts:
         shard = ContextParallel(dist.group.WORLD, layout).shard(T)
         yield layout, make(shard), shard
-    yield "one rank", make(None) if dist.get_rank() == 0 else None, None
+    if part != "exchange":
+        yield "one rank", make(None) if dist.get_rank() == 0 else None, None
 
 
 def slowest_seconds(call: Call | None, backward: bool, device: torch.device, repeats: int) -> dict[str, float]:
@@ -177,7 +198,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     row["bytes"] = received
                 if part == "layer":
                     row["hidden"] = options.hidden
-                say(f"{part:6s}{what:18s}{name:12s}{time['median'] * 1e3:10.3f} ms  {row.get('bytes', '')}")
+                say(f"{part:10s}{what:18s}{name:12s}{time['median'] * 1e3:10.3f} ms  {row.get('bytes', '')}")
                 yield row
 
 
@@ -215,7 +236,7 @@ def parallel_table(result: dict[str, Any]) -> str:
 def check(options: argparse.Namespace) -> bool:
     """Print ||a - b|| / ||b|| of o and of each gradient, n ranks and one; whether all are within the bound."""
     bound, fits = BOUNDS[options.dtype], True
-    for part in (part for part in options.parts if part != "sums"):
+    for part in (part for part in options.parts if part in ("op", "layer")):
         found: dict[str, Results] = {}
         for name, call, shard in calls(options, part):
             results = {} if call is None else call(True)
@@ -228,7 +249,7 @@ def check(options: argparse.Namespace) -> bool:
                 ref = alone[key].double()
                 error = ((x.double() - ref).norm() / ref.norm()).item()
                 fits &= error <= bound
-                say(f"{part:6s}{name:12s}{key:28s}{error:10.2e}{'' if error <= bound else f'  beyond {bound:g}'}")
+                say(f"{part:10s}{name:12s}{key:28s}{error:10.2e}{'' if error <= bound else f'  beyond {bound:g}'}")
     return fits
 
 

@@ -2,15 +2,17 @@ r"""Training steps of a whole model whose rows several ranks share, compared wit
 
     torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda
     torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda --mixers gka --tokens 1048576 \
-        --without-one
+        --alone
     torchrun --nproc_per_node 2 -m benchmarks.bench_parallel_model --tokens 64 --hidden 32 --heads 2 --layers 2
 
 One row of T random tokens. A step is: gradients to None, forward pass under autocast, loss in chunks of 2048
 tokens, backward pass, mean of the gradients over the ranks (DDP), AdamW. Blocks are checkpointed, so that one rank
-can run what several run. The mixers stand in the same blocks, those of configs/440m.yaml:
+can run what several run; with --checkpoint alone they are only for one rank alone. The mixers stand in the same
+blocks, those of configs/440m.yaml:
 
     gka         GatedKalmaNet
     attention   softmax attention; each rank gathers all keys and values, with layout="zigzag"
+    qwen3       transformers' Qwen3 of the same size under PyTorch's `context_parallel`: ring attention; GPUs only
 
 "ranks 1" is rank 0 alone with the whole row, without DDP, while the others wait. Time is that of the slowest rank.
 The peak is the largest allocated memory of a rank, with weights, gradients and the optimiser's state.
@@ -23,26 +25,83 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import gka
 from benchmarks.bench_model import RECIPE
 from benchmarks.ranks import process_group, write_by_first
 from experiments.evidence.table import markdown_table
 from gka.distributed import ContextParallel, parallelize
+from gka.hf.loss import chunked_loss
 
-LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag"}
+LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag", "qwen3": "zigzag"}
 LOSS_CHUNK = 2048
 
 
-def model_of(mixer: str, options: argparse.Namespace) -> gka.GKAForCausalLM:
+class Qwen3WithLoss(nn.Module):
+    """Qwen3 and its loss in chunks. The mean over the ranks of this rank's loss is that of the row."""
+
+    def __init__(self, config: gka.GKAConfig, ranks: int) -> None:
+        super().__init__()
+        names = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "head_dim", "tie_word_embeddings",
+        )  # fmt: skip
+        fields = {name: getattr(config, name) for name in names}
+        heads = config.num_attention_heads
+        self.model = Qwen3ForCausalLM(Qwen3Config(**fields, num_key_value_heads=heads, attn_implementation="sdpa"))
+        self.ranks = ranks
+
+    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, number: int) -> Tensor:
+        """Tokens, next tokens and positions of this rank, [1, t]; number of labels of the whole row."""
+        unmasked = {"full_attention": None}  # causal by the kernel; else a mask is made of positions that jump
+        hidden = self.model.model(
+            input_ids=tokens, position_ids=positions, attention_mask=unmasked, use_cache=False
+        )[0]
+        loss = chunked_loss(
+            self.model.lm_head, hidden, labels, LOSS_CHUNK, num_items_in_batch=number, shift_labels=labels
+        )
+        return loss * self.ranks
+
+
+def qwen3_loss(model: nn.Module, tokens: Tensor, shared: bool) -> tuple[Callable[[], Tensor], Any]:
+    """The loss of this rank's part of the row, and the context in which forward and backward pass run."""
+    T = tokens.shape[1]
+    row = (
+        tokens,
+        nn.functional.pad(tokens[:, 1:], (0, 1), value=-100),
+        torch.arange(T, device=tokens.device).unsqueeze(0),
+    )
+    parts = [x.clone() for x in row]
+    mesh = init_device_mesh(tokens.device.type, (dist.get_world_size(),)) if shared else None
+
+    def ring() -> AbstractContextManager[Any]:
+        if mesh is None:
+            return nullcontext()
+        parts[:] = [x.clone() for x in row]  # they are cut in place
+        return context_parallel(mesh, buffers=parts, buffer_seq_dims=[1] * 3, no_restore_buffers=set(parts))
+
+    return lambda: model(*parts, T - 1), ring
+
+
+# A block draws no random numbers, and has the same shapes each time.
+CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+
+
+def model_of(mixer: str, options: argparse.Namespace, ranks: int) -> nn.Module:
     """The recipe's model with one kind of mixer; the same weights on every rank."""
+    again = options.checkpoint == "always" or ranks == 1
     sizes = {"hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim}
     kind = "full_attention" if mixer == "attention" else "linear_attention"
     fields = {name: value for name, value in sizes.items() if value is not None}
@@ -51,21 +110,36 @@ def model_of(mixer: str, options: argparse.Namespace) -> gka.GKAForCausalLM:
         RECIPE, vocab_size=options.vocabulary, num_hidden_layers=options.layers,
         layer_types=[kind] * options.layers, **fields,
     )  # fmt: skip
-    model = gka.GKAForCausalLM(config).train().to(options.device)
+    if mixer == "qwen3":
+        with options.device:
+            qwen3 = Qwen3WithLoss(config, ranks).train()
+        if again:
+            qwen3.model.gradient_checkpointing_enable(CHECKPOINT)
+        return qwen3
+    with options.device:
+        model = gka.GKAForCausalLM(config).train()
     model.set_loss_chunk(LOSS_CHUNK)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if again:
+        model.gradient_checkpointing_enable(CHECKPOINT)
     return model
 
 
-def step_of(model: nn.Module, tokens: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """One training step; returns the loss."""
+def step_of(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    device: torch.device,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: bool = True,
+) -> Callable[[], Tensor]:
+    """One training step; returns the loss. Forward and backward pass run inside `around()`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        with around():
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast and device.type == "cuda"):
+                loss = loss_of()
+            loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -73,7 +147,7 @@ def step_of(model: nn.Module, tokens: Tensor, device: torch.device) -> Callable[
 
 
 def measure(step: Callable[[], Tensor] | None, options: argparse.Namespace, *, alone: bool) -> dict[str, Any]:
-    """Seconds of a step on the slowest rank, the largest peak, and the loss of the first step on rank 0."""
+    """Seconds of a step on the slowest rank, the largest peak, and the mean over ranks of the first loss."""
     device = options.device
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -100,6 +174,9 @@ def measure(step: Callable[[], Tensor] | None, options: argparse.Namespace, *, a
     timed = times[1:]  # the first step compiles
     seconds = {"median": statistics.median(timed), "least": min(timed), "largest": max(timed)}
     found: dict[str, Any] = {"seconds": seconds, "peak bytes": int(figures[1]) if on_gpu else None}
+    if losses and not alone:
+        dist.all_reduce(losses[0])
+        losses[0] /= dist.get_world_size()
     return found | {"loss": losses[0].item() if losses else None}
 
 
@@ -109,19 +186,25 @@ def run(mixer: str, T: int, shared: bool, options: argparse.Namespace) -> dict[s
     tokens = torch.randint(0, options.vocabulary, (1, T), generator=generator).to(options.device)
     if not shared and dist.get_rank():
         return measure(None, options, alone=True)
-    model: nn.Module = model_of(mixer, options)
-    if shared:
-        parallelize(model, ContextParallel(dist.group.WORLD, LAYOUTS[mixer]))
-        model = DistributedDataParallel(model)
-    return measure(step_of(model, tokens, options.device), options, alone=not shared)
+    model = model_of(mixer, options, dist.get_world_size() if shared else 1)
+    if shared and mixer != "qwen3":
+        parallelize(model, ContextParallel(dist.group.WORLD, LAYOUTS[mixer]))  # type: ignore[arg-type]
+    called = DistributedDataParallel(model, gradient_as_bucket_view=True) if shared else model
+    if mixer == "qwen3":
+        loss_of, around = qwen3_loss(called, tokens, shared)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return measure(step_of(called, loss_of, options.device, around), options, alone=not shared)
+    loss_of = lambda: called(input_ids=tokens, labels=tokens, use_cache=False).loss  # noqa: E731
+    return measure(step_of(called, loss_of, options.device), options, alone=not shared)
 
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ranks = dist.get_world_size()
     for T in options.tokens:
         for mixer in options.mixers:
-            for shared in (True, False) if options.one else (True,):
+            for shared in (True, False) if T in options.alone and mixer != "qwen3" else (True,):
                 row = {"mixer": mixer, "T": T, "ranks": ranks if shared else 1, "layers": options.layers}
+                row["checkpointing"] = options.checkpoint == "always" or not shared
                 row |= {"layout": LAYOUTS[mixer] if shared else None, "dtype": "bfloat16 autocast"}
                 row |= run(mixer, T, shared, options)
                 gc.collect()
@@ -150,15 +233,19 @@ def parallel_model_table(result: dict[str, Any]) -> str:
     alone = {(row["mixer"], row["T"]): row["tokens per second"] for row in rows if row["ranks"] == 1}
     table = []
     for row in rows:
-        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"])]
+        again = "yes" if row["checkpointing"] else "no"
+        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"]), again]
         if row["seconds"] is None:
             table.append([*cells, row["note"], "", ""])
             continue
         one, speed = alone.get((row["mixer"], row["T"])), row["tokens per second"]
         peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.1f}"
         table.append([*cells, f"{speed:,.0f}", f"{speed / one:.2f}" if one else "", peak])
-    header = ["tokens of a row", "mixer", "ranks", "tokens/s", "compared with one rank", "peak GB of a rank"]
-    return f"Training steps, blocks checkpointed ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
+    header = [
+        "tokens of a row", "mixer", "ranks", "blocks checkpointed", "tokens/s", "compared with one rank",
+        "peak GB of a rank",
+    ]  # fmt: skip
+    return f"Training steps ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
 
 
 def parse() -> argparse.Namespace:
@@ -168,11 +255,14 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
-    parser.add_argument("--mixers", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--mixers", nargs="+", choices=tuple(LAYOUTS), default=["gka", "attention"])
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="T, of the whole row"
     )
-    parser.add_argument("--without-one", dest="one", action="store_false", help="leave out one rank alone")
+    parser.add_argument(
+        "--alone", type=int, nargs="*", help="lengths that rank 0 also runs alone, but for qwen3; default: all"
+    )
+    parser.add_argument("--checkpoint", choices=("always", "alone"), default="always", help="which blocks are")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, help="default: that of the recipe")
     parser.add_argument("--heads", type=int, help="default: those of the recipe")
@@ -182,7 +272,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: benchmarks/results/parallel_model_MACHINE_DATE.json"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.alone is None:
+        options.alone = options.tokens
+    if "qwen3" in options.mixers and options.device != "cuda":
+        parser.error("--mixers qwen3 needs --device cuda: PyTorch's context_parallel has no kernel for a CPU")
+    return options
 
 
 def main() -> None:

@@ -140,28 +140,28 @@ def conv_step_launches() -> list[Launch]:
     return distinct(found)
 
 
-def conv_launches(packed: bool) -> list[Launch]:
+def conv_launches(kind: str) -> list[Launch]:
     """Kernels of the forward and backward pass of the short convolution."""
     from gka.ops.triton.conv import short_convs
 
     xs = [torch.zeros(1, 300, C, dtype=torch.bfloat16, requires_grad=True) for C in (2048, 1024, 1024)]
     weight = torch.zeros(4096, 4, dtype=torch.bfloat16, requires_grad=True)
-    place = torch.arange(300, dtype=torch.int32) if packed else None
+    place = torch.arange(300, dtype=torch.int32) if kind == "packed" else None
+    front = torch.zeros(1, 3, 4096, dtype=torch.bfloat16) if kind == "with earlier inputs" else None
     with taken_down() as found:
-        ys = short_convs(xs, weight, place)
+        ys = short_convs(xs, weight, place, front)
         torch.autograd.backward(ys, ys)
     return distinct(found)
 
 
 def span_launches(D: int) -> list[Launch]:
     """Kernels of the sums of a span of tokens, and of their gradients."""
-    from gka.ops.triton.kernels.span import launch_add_tokens, launch_token_gradients
+    from gka.ops.triton.kernels.span import launch_span_gradients, launch_span_sums
 
-    k = torch.zeros(1, 300, 2, D, dtype=torch.bfloat16)
-    w, r, W = torch.zeros(1, 300, 4), torch.zeros(1, 300, 2), torch.zeros(1, 4, D, D)
+    k, g = torch.zeros(1, 300, 2, D, dtype=torch.bfloat16), torch.zeros(1, 300, 4)
     with taken_down() as found:
-        launch_add_tokens(k, k, w, r, with_kk=True)
-        launch_token_gradients(k, k, w, r, W, W, normalize=True)
+        sums, to_end, w = launch_span_sums(k, k, g, g, normalize=True, with_kk=True)
+        launch_span_gradients(sums, k, k, g, g, to_end, w, normalize=True, with_kk=True)
     return distinct(found)
 
 
@@ -221,7 +221,7 @@ POOL_STEP_CASES = {
 }
 CG_STEP_CASES = {"decode, float32 states, D 128 cg": (torch.float32, 128)}
 CONV_STEP_CASE = "convolution, one token over a pool"
-CONV_CASES = {"convolution, rows": False, "convolution, packed": True}
+CONV_CASES = {f"convolution, {kind}": kind for kind in ("rows", "with earlier inputs", "packed")}
 SPAN_CASES = {"sums of a span, D 128": 128, "sums of a span, D 64": 64}
 NORM_CASES = {
     "norm, bfloat16 V 128": (torch.bfloat16, 128),

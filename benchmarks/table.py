@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_fsdp import fsdp_table
 from benchmarks.bench_model import model_table
 from benchmarks.bench_parallel import parallel_table
 from benchmarks.bench_parallel_model import parallel_model_table
 from benchmarks.bench_pool import pool_table
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
 from benchmarks.common import RESULTS
+from benchmarks.parallel_pages import models_table, sharded_models_table, shared_rows_table
 from experiments.evidence.table import markdown_table
 
 Result = dict[str, Any]
@@ -304,16 +306,21 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "pool": ("Decoding from a pool of states", pool_table),
     "parallel": ("Rows that several ranks share", parallel_table),
     "parallel_model": ("Models whose rows several ranks share", parallel_model_table),
+    "fsdp": ("Models that FSDP shards", fsdp_table),
     "steps": ("Steps of the solve", steps),
 }
 DOCS = RESULTS.parent.parent / "docs"
 # Tables in guides, each between two comments: the page, the benchmark with the newest result, the writer.
-GUIDES: dict[str, tuple[Path, str, Callable[[Result], str]]] = {
-    "errors": (DOCS / "kernels.md", "accuracy", lambda result: f"{accuracy(result)}\n\n{_source(result)}"),
-    "steps": (DOCS / "tools.md", "steps", lambda result: f"{steps(result)} {_source(result)}"),
-    "decode": (DOCS / "reliability.md", "long_decode", decode_table),
-    "saves": (DOCS / "reliability.md", "reliability", saves_table),
-    "corruptions": (DOCS / "reliability.md", "reliability", corruptions_table),
+# The writer gets all results of the benchmark, from old to new.
+GUIDES: dict[str, tuple[Path, str, Callable[[list[Result]], str]]] = {
+    "errors": (DOCS / "kernels.md", "accuracy", lambda found: f"{accuracy(found[-1])}\n\n{_source(found[-1])}"),
+    "steps": (DOCS / "tools.md", "steps", lambda found: f"{steps(found[-1])} {_source(found[-1])}"),
+    "decode": (DOCS / "reliability.md", "long_decode", lambda found: decode_table(found[-1])),
+    "saves": (DOCS / "reliability.md", "reliability", lambda found: saves_table(found[-1])),
+    "corruptions": (DOCS / "reliability.md", "reliability", lambda found: corruptions_table(found[-1])),
+    "shared rows": (DOCS / "parallel.md", "parallel", shared_rows_table),
+    "models with shared rows": (DOCS / "parallel.md", "parallel_model", models_table),
+    "sharded models": (DOCS / "parallel.md", "fsdp", sharded_models_table),
 }
 Key = tuple[str, str, frozenset[tuple[str, ...]]]
 
@@ -341,10 +348,17 @@ TOLD_APART = {
     "wide": ("part", "B", "T", "H", "what", "op"),
     "model": ("part", "B", "T", "layers", "loss chunk", "mode", "mixer"),
 }
+# The same for all rows of a benchmark.
+TOLD_APART_IN = {
+    "parallel": ("part", "ranks"),
+    "parallel_model": ("mixer", "T", "ranks", "checkpointing"),
+    "fsdp": ("recipe", "mixer", "B", "T", "ranks", "checkpointing", "compiled"),
+}
 
 
 def _what_was_run(result: Result) -> frozenset[tuple[str, ...]]:
-    parts = (TOLD_APART.get(row.get("part", ""), ("part",)) for row in result["rows"])
+    of_all = TOLD_APART_IN.get(result["benchmark"])
+    parts = (of_all or TOLD_APART.get(row.get("part", ""), ("part",)) for row in result["rows"])
     return frozenset(
         tuple(str(row.get(key, "")) for key in keys) for keys, row in zip(parts, result["rows"], strict=True)
     )
@@ -379,13 +393,15 @@ def _source(result: Result) -> str:
 
 def guides() -> dict[Path, str]:
     """The pages of GUIDES with new tables."""
-    newest_of = {result.get("benchmark"): result for result in found()}
+    results_of: dict[str, list[Result]] = {}
+    for result in found():
+        results_of.setdefault(result.get("benchmark", ""), []).append(result)
     pages: dict[Path, str] = {}
     for name, (path, benchmark, make) in GUIDES.items():
         text = pages.get(path) or path.read_text(encoding="utf-8")
         begin, end = f"<!-- {name}: made by python -m benchmarks.table -->\n", f"<!-- end of {name} -->\n"
         before, rest = text.split(begin)
-        pages[path] = f"{before}{begin}\n{make(newest_of[benchmark])}\n\n{end}{rest.split(end)[1]}"
+        pages[path] = f"{before}{begin}\n{make(results_of[benchmark])}\n\n{end}{rest.split(end)[1]}"
     return pages
 
 

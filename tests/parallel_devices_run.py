@@ -19,7 +19,8 @@ from gka import GKAForCausalLM
 from gka.distributed import ContextParallel, RanksDisagree, parallelize
 
 T = 512
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# In float32 each of the two ways is up to 2e-4 from float64.
+BOUNDS = {torch.float32: 5e-4, torch.bfloat16: 3e-2}
 SIZES: dict[str, Any] = dict(hidden_size=256, intermediate_size=512, head_dim=64, sliding_window=70)
 TOLD: dict[str, dict[str, Tensor]] = {
     "rows": {},

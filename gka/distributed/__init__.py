@@ -5,7 +5,6 @@ from typing import Any
 
 from .agreement import RanksDisagree
 from .context_parallel import ContextParallel
-from .halo import preceding_inputs
 from .op import gated_kalmanet
 from .part import Part
 from .shard import Shard
@@ -21,7 +20,6 @@ __all__ = [
     "gated_kalmanet",
     "parallel_plan",
     "parallelize",
-    "preceding_inputs",
     "shard_model",
     "tensor_parallel",
 ]

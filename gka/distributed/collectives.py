@@ -41,21 +41,31 @@ def refuse_second_derivatives() -> None:
         )
 
 
+def gathered_pieces(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks, [n, ...], without a gradient."""
+    size = dist.get_world_size(group)
+    gathered = x.new_empty(size * x.numel())
+    _gather_into(gathered, x.contiguous().view(-1), group=group)
+    return gathered.view(size, *x.shape)
+
+
+def scattered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's entry of the sum over ranks of x [n, ...], without a gradient."""
+    entry = x.new_empty(x[0].numel())
+    _reduce_scatter_into(entry, x.contiguous().view(-1), group=group)
+    return entry.view(x.shape[1:])
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        size = dist.get_world_size(group)
-        gathered = x.new_empty(size * x.numel())
-        _gather_into(gathered, x.contiguous().view(-1), group=group)
-        return gathered.view(size, *x.shape)
+        return gathered_pieces(x, group)
 
     @staticmethod
     def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None]:
         refuse_second_derivatives()
-        dx = d_gathered.new_empty(d_gathered[0].numel())
-        _reduce_scatter_into(dx, d_gathered.contiguous().view(-1), group=ctx.group)
-        return dx.view(d_gathered.shape[1:]), None
+        return scattered_sum(d_gathered, ctx.group), None
 
 
 class _AllReduce(torch.autograd.Function):

@@ -1,61 +1,106 @@
 """The state before a piece of the global row, from what the pieces before it add (paper, section 4.1).
 
-    S_before(p) = sum_{i <= r < p} e^{L_{r+1} + ... + L_{p-1}} S_r        L_r = sum of g over piece r
+    S_before(p) = sum_{i <= r < p} W_r S_r      W_r = e^{L_{r+1} + ... + L_{p-1}}      L_r = sum of g over piece r
 
 S_r is what piece r adds to the state of its last sequence; i is the piece in which the sequence begins. Every rank
-sends (L, S_kk, S_kv) of its pieces in one all-gather. Its gradient is one reduce-scatter.
+sends (S_kk, S_kv, L) of its pieces in one all-gather. With the gradient D_p of S_before(p), of all pieces p that
+begin after r, one reduce-scatter brings back
 
-Legend: B rows, H query heads, D key dim, V value dim, n ranks, s pieces of a rank.
+    dS_r = sum_p W_r D_p            dL_r = sum_p sum_{i <= j < r} W_j <S_j, D_p>
+
+Legend: B rows, H query heads, F numbers of a head (`sums.SpanSums`), n ranks, s pieces of a rank, P = n s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.types import State
-from .collectives import all_gather
+from .collectives import gathered_pieces, refuse_second_derivatives, scattered_sum
 from .shard import Shard
-from .sums import SpanSums, finite, sums_after
+from .sums import SpanSums, finite, sums_after, sums_before
 
 
-def exchanged(sums: Sequence[SpanSums], shard: Shard) -> SpanSums:
-    """The sums of all pieces, [n s, B, H, ...] in the order of the global row, from those of this rank's."""
-    like = sums[0]
-    parts = [x for x in (like.S_kk, like.S_kv) if x is not None]
-    shapes = [x.shape[2:] for x in parts]
-    flat = torch.stack([_flat(piece) for piece in sums])
-    everyone = all_gather(flat, shard.context.group)
-    first, *others = everyone.unbind(1)
-    in_order = torch.cat([first, *(other.flip(0) for other in others)])
-    *states, log_decay = in_order.split([*(shape.numel() for shape in shapes), 1], 3)
-    states = [x.unflatten(3, shape) for x, shape in zip(states, shapes, strict=True)]
-    return SpanSums(log_decay.squeeze(3), states[0] if like.S_kk is not None else None, states[-1])
+def states_before(sums: Sequence[SpanSums], reach: Sequence[tuple[int, int]], shard: Shard) -> list[State]:
+    """The states before the pieces of this rank, [B, H, D, .] each.
 
+    Without earlier pieces a state is zero, and still depends on the sums: all ranks must run the exchange's
+    backward pass.
 
-def _flat(sums: SpanSums) -> Tensor:
-    """[B, H, D * D + D * V + 1]."""
-    states = [x.flatten(2) for x in (sums.S_kk, sums.S_kv) if x is not None]
-    return torch.cat([*states, sums.log_decay.unsqueeze(2)], 2)
-
-
-def state_before(pieces: SpanSums, first: int, stop: int) -> State:
-    """The state after the pieces `first` to `stop - 1`, [B, H, D, .].
-
-    Without such pieces it is zero, and still depends on `pieces`: all ranks must run the exchange's backward pass.
+    Args:
+        sums: what each piece of this rank adds.
+        reach: for each of them the pieces that its state comes from, from the first number to below the second.
+        shard: the plan of the batch.
     """
-    weight = sums_after(finite(pieces.log_decay[first:stop]), 0).exp()[..., None, None]
-    S_kk = None if pieces.S_kk is None else (weight * pieces.S_kk[first:stop]).sum(0)
-    return State(S_kk, (weight * pieces.S_kv[first:stop]).sum(0))
+    own = sums[0].flat.unsqueeze(0) if len(sums) == 1 else torch.stack([piece.flat for piece in sums])
+    found = _StatesBefore.apply(own, tuple(reach), shard.context, sums[0].states_of)
+    if not sums[0].with_kk:
+        return [State(None, S_kv) for S_kv in found]
+    return [State(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
+
+
+class _StatesBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own: Tensor,
+        reach: tuple[tuple[int, int], ...],
+        context: Any,
+        states_of: Callable[[Tensor], State],
+    ) -> tuple[Tensor, ...]:
+        ctx.reach, ctx.context = reach, context
+        gathered = gathered_pieces(own, context.group)
+        order = [context.pieces(rank) for rank in range(context.size)]
+        ctx.row = _inverse([piece for pieces in order for piece in pieces])
+        pieces = gathered.flatten(0, 1)  # of the ranks one after the other
+        if ctx.row is not None:
+            pieces = torch.cat([pieces[n : n + 1] for n in ctx.row])
+        ctx.weights = [_weights(pieces[first:stop, ..., -1]) for first, stop in reach]
+        ctx.save_for_backward(pieces)
+        folded = (
+            states_of((weight * pieces[first:stop, ..., :-1]).sum(0))
+            for (first, stop), weight in zip(reach, ctx.weights, strict=True)
+        )
+        return tuple(x.contiguous() for state in folded for x in state if x is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *d_matrices: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivatives()
+        (pieces,) = ctx.saved_tensors
+        total, number = torch.zeros_like(pieces), len(d_matrices) // len(ctx.reach)
+        flat = [d.flatten(2) for d in d_matrices]
+        d_states = [torch.cat(flat[n : n + number], 2) for n in range(0, len(flat), number)]
+        for (first, stop), weight, d_state in zip(ctx.reach, ctx.weights, d_states, strict=True):
+            # Also without pieces: a compiler must not send this before what other ranks send before it.
+            d_weight = (pieces[first:stop, ..., :-1] * d_state).sum(-1, keepdim=True)
+            total[first:stop, ..., :-1] += weight * d_state
+            total[first:stop, ..., -1:] += sums_before(d_weight * weight, 0)
+        if ctx.row is not None:
+            total = torch.cat([total[n : n + 1] for n in _inverse(ctx.row) or ctx.row])
+        return scattered_sum(total.unflatten(0, (ctx.context.size, -1)), ctx.context.group), None, None, None
+
+
+def _weights(log_decays: Tensor) -> Tensor:
+    """e^{L_{r+1} + ...} of the pieces r, [p, B, H, 1], from their L [p, B, H]."""
+    return sums_after(finite(log_decays), 0).exp().unsqueeze(-1)
+
+
+def _inverse(order: Sequence[int]) -> list[int] | None:
+    """The places of 0, 1, ... in a permutation; None if these are 0, 1, ..."""
+    places = sorted(range(len(order)), key=lambda place: order[place])
+    return None if places == list(range(len(order))) else places
 
 
 def carried(sums: SpanSums, initial: State) -> SpanSums:
     """The sums of a span that begins with a state, not with zeros."""
     decay = sums.log_decay.exp()[..., None, None]
     S_kk = None if sums.S_kk is None or initial.S_kk is None else sums.S_kk + decay * initial.S_kk
-    return SpanSums(sums.log_decay, S_kk, sums.S_kv + decay * initial.S_kv)
+    return sums.replaced(S_kk, sums.S_kv + decay * initial.S_kv)
 
 
 def tied(sums: SpanSums, initial: State) -> SpanSums:
@@ -63,5 +108,5 @@ def tied(sums: SpanSums, initial: State) -> SpanSums:
 
     So that all ranks have a backward pass of the exchange if only the initial state has gradients.
     """
-    nothing = sum((x[:0].sum() for x in initial if x is not None), start=sums.S_kv.new_zeros(()))
-    return sums._replace(S_kv=sums.S_kv + nothing)
+    nothing = sum((x[:0].sum() for x in initial if x is not None), start=sums.flat.new_zeros(()))
+    return replace(sums, flat=sums.flat + nothing)

@@ -24,7 +24,6 @@ from ..hf.config import GKAConfig
 from ..hf.inputs import packing_of_call, padding_mask, positions
 from ..hf.mixers import OURS
 from ..hf.model import GKAForCausalLM, GKAModel
-from ..hf.packing import Packing
 from .agreement import described
 from .attention import NAME, attend
 from .collectives import all_reduce
@@ -140,7 +139,7 @@ def cut_batch(config: GKAConfig, context: ContextParallel, call: dict[str, Any])
         call.setdefault("position_ids", positions(tokens, mask, None, None))
     else:
         shard = context.shard(B * T, packing.cu_seqlens)
-        _join_rows(call, packing)
+        _join_rows(call, packing.positions.to(tokens.device, non_blocking=True))
     if config.has_attention and shard.tokens < context.size:  # Qwen3's layers take no empty tensors
         raise ValueError(
             f"T is {shard.tokens}; expected at least {context.size}, a token for every rank, with attention"
@@ -166,11 +165,10 @@ def _shift_labels(call: dict[str, Any]) -> None:
     call.setdefault("num_items_in_batch", (call["shift_labels"] != ignored).sum())
 
 
-def _join_rows(call: dict[str, Any], packing: Packing) -> None:
-    """[B, T, ...] -> [1, B T, ...]; the positions of a packing if there are no others."""
-    rows = packing.positions.shape
-    call.setdefault("position_ids", packing.positions)
-    call["position_ids"] = call["position_ids"].expand(rows)
+def _join_rows(call: dict[str, Any], positions: Tensor) -> None:
+    """[B, T, ...] -> [1, B T, ...]; the positions [B, T] of a packing if there are no others."""
+    call.setdefault("position_ids", positions)
+    call["position_ids"] = call["position_ids"].expand(positions.shape)
     for name in _OF_TOKENS:
         if name in call:
             call[name] = call[name].flatten(0, 1).unsqueeze(0)

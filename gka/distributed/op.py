@@ -32,9 +32,9 @@ from ..ops.checks import (
 )
 from ..ops.transforms import transforms_active
 from .collectives import all_reduce
-from .fold import carried, exchanged, state_before, tied
+from .fold import carried, states_before, tied
 from .shard import Shard
-from .sums import SpanSums, span_sums
+from .sums import span_sums
 
 
 def gated_kalmanet(
@@ -102,8 +102,8 @@ def gated_kalmanet(
             elif initial is not None:
                 sums = tied(sums, initial)
             sent.append(sums)
-        pieces = exchanged(sent, shard)
-        states = [_first_states(pieces, segment, initial, shard) for segment in segments]
+        before = states_before(sent, [(segment.origin, segment.piece) for segment in segments], shard)
+        states = [_first_states(*pair, initial, shard) for pair in zip(before, segments, strict=True)]
         tensors, state, cu_seqlens = _local_call((q, k, v, g, alpha, beta), states, shard)
         o, final = ops.gated_kalmanet(
             *tensors,  # type: ignore[arg-type]  # alpha and beta may be None
@@ -180,9 +180,8 @@ def _of(state: State, sequences: Sequence[int], shard: Shard) -> State:
     return State(None if state.S_kk is None else state.S_kk[part], state.S_kv[part])
 
 
-def _first_states(pieces: SpanSums, segment: Segment, initial: State | None, shard: Shard) -> State:
-    """The states before the sequences of a segment, [B or local sequences, H, D, .]."""
-    before = state_before(pieces, segment.origin, segment.piece)
+def _first_states(before: State, segment: Segment, initial: State | None, shard: Shard) -> State:
+    """The states before the sequences of a segment, [B or local sequences, H, D, .]; `before`: the first's."""
     own = segment.global_sequences
     given = _of(initial, own, shard) if initial is not None and own else State(None, None)  # type: ignore[arg-type]
     begins_here, others = segment.origin == segment.piece, max(len(own) - 1, 0)
@@ -193,7 +192,7 @@ def _first_states(pieces: SpanSums, segment: Segment, initial: State | None, sha
 def _followed(before: Tensor, given: Tensor | None, begins_here: bool, others: int) -> Tensor:
     """`before` for the first sequence of a segment, or for all rows, then what is given for the others."""
     if given is None:
-        return torch.cat([before, before.new_zeros(others, *before.shape[1:])])
+        return torch.cat([before, before.new_zeros(others, *before.shape[1:])]) if others else before
     rows = before.shape[0]
     return torch.cat([before + given[:rows] if begins_here else before, given[rows:]])
 

@@ -20,8 +20,9 @@ C tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from torch import Tensor
 from ..ops.autocast import autocast_off
 from ..ops.triton import fused
 from ..ops.triton.config import MAX_DIM
-from ..ops.types import state_dtype
+from ..ops.types import State, state_dtype
 from .collectives import refuse_second_derivatives
 from .products import product
 
@@ -39,12 +40,50 @@ SUMMED_AT_ONCE = 256  # tokens
 SIDE_BY_SIDE = 16  # parts of a block that are summed up at once, if it divides: one head keeps one processor busy
 
 
-class SpanSums(NamedTuple):
-    """log_decay [B, H], S_kk [B, H, D, D] (None without a solve) and S_kv [B, H, D, V] of a span."""
+@dataclass(frozen=True)
+class SpanSums:
+    """What a span adds to the states, as it is sent to other ranks.
 
-    log_decay: Tensor
-    S_kk: Tensor | None
-    S_kv: Tensor
+    flat: [..., B, H, F], the numbers of S_kk, then those of S_kv, then log_decay.
+    D, V: key and value dims.
+    with_kk: whether S_kk is among them.
+    """
+
+    flat: Tensor
+    D: int
+    V: int
+    with_kk: bool
+
+    @property
+    def log_decay(self) -> Tensor:
+        """[..., B, H]."""
+        return self.flat[..., -1]
+
+    @property
+    def S_kk(self) -> Tensor | None:
+        """[..., B, H, D, D]; None without a solve."""
+        return self.states_of(self.flat).S_kk
+
+    @property
+    def S_kv(self) -> Tensor:
+        """[..., B, H, D, V]."""
+        return self.states_of(self.flat).S_kv
+
+    def states_of(self, flat: Tensor) -> State:
+        """The matrices of a tensor [..., F] or [..., F - 1] like `flat`."""
+        n = self.D * self.D if self.with_kk else 0
+        S_kk = flat[..., :n].unflatten(-1, (self.D, self.D)) if self.with_kk else None
+        return State(S_kk, flat[..., n : n + self.D * self.V].unflatten(-1, (self.D, self.V)))
+
+    def replaced(self, S_kk: Tensor | None, S_kv: Tensor) -> SpanSums:
+        """The same with other matrices."""
+        return replace(self, flat=flattened(S_kk, S_kv, self.log_decay))
+
+
+def flattened(S_kk: Tensor | None, S_kv: Tensor, log_decay: Tensor) -> Tensor:
+    """[..., F], from S_kk [..., D, D] or None, S_kv [..., D, V] and log_decay [...]."""
+    states = [x.flatten(-2) for x in (S_kk, S_kv) if x is not None]
+    return torch.cat([*states, log_decay.unsqueeze(-1)], -1)
 
 
 def span_sums(
@@ -58,8 +97,13 @@ def span_sums(
         normalize_k: whether to divide keys by (their Euclidean norm + 1e-6).
         with_kk: whether to compute S_kk.
     """
-    log_decay, S_kk, S_kv = _SpanSums.apply(k, v, g, beta, normalize_k, with_kk)
-    return SpanSums(log_decay, S_kk if with_kk else None, S_kv)
+    narrow = k.dtype == torch.bfloat16 and max(k.shape[3], v.shape[3]) <= MAX_DIM[torch.bfloat16]
+    if narrow and k.numel() > 0 and fused.enabled(k):
+        inputs = [None if x is None else x.contiguous() for x in (k, v, g, beta)]
+        flat = _SumsByKernels.apply(*inputs, normalize_k, with_kk)
+    else:
+        flat = _SpanSums.apply(k, v, g, beta, normalize_k, with_kk)
+    return SpanSums(flat, k.shape[3], v.shape[3], with_kk)
 
 
 def sums_after(x: Tensor, dim: int) -> Tensor:
@@ -96,31 +140,52 @@ def finite(g: Tensor) -> Tensor:
     return g.clamp(min=-1e4)
 
 
-class _SpanSums(torch.autograd.Function):
-    """Keeps its inputs alone: the backward pass computes the rest again."""
+class _SumsByKernels(torch.autograd.Function):
+    """The flat sums by `gka.ops.triton.kernels.span`, of contiguous inputs."""
 
     @staticmethod
     def forward(
         ctx: Any, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, normalize_k: bool, with_kk: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
+        from ..ops.triton.kernels.span import launch_span_sums
+
+        sums, to_end, w = launch_span_sums(k, v, g, beta, normalize=normalize_k, with_kk=with_kk)
+        ctx.save_for_backward(k, v, g, beta, to_end, w)
+        ctx.settings = {"normalize": normalize_k, "with_kk": with_kk}
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor | None, ...]:
+        from ..ops.triton.kernels.span import launch_span_gradients
+
+        refuse_second_derivatives()
+        return *launch_span_gradients(d_sums.contiguous(), *ctx.saved_tensors, **ctx.settings), None, None
+
+
+class _SpanSums(torch.autograd.Function):
+    """The flat sums in PyTorch. It keeps its inputs alone: the backward pass computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, normalize_k: bool, with_kk: bool
+    ) -> Tensor:
         ctx.save_for_backward(k, v, g, beta)
         ctx.settings = normalize_k, with_kk
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
-            S_kk, S_kv = span.sums(with_kk)
-            return g.to(span.wide).sum(1), S_kv.new_empty(0) if S_kk is None else S_kk, S_kv
+            return flattened(*span.sums(with_kk), g.to(span.wide).sum(1))
 
     @staticmethod
-    def backward(
-        ctx: Any, d_log_decay: Tensor, dS_kk: Tensor, dS_kv: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         refuse_second_derivatives()
         (k, v, g, beta), (normalize_k, with_kk) = ctx.saved_tensors, ctx.settings
         with autocast_off(k.device):
             span = _Span(k, v, g, beta, normalize_k)
-            dk, dv, dw = span.gradients(dS_kk + dS_kk.mT if with_kk else None, dS_kv)
+            given = SpanSums(d_sums, span.D, span.V, with_kk)
+            dS_kk, dS_kv = given.states_of(d_sums)
+            dk, dv, dw = span.gradients(None if dS_kk is None else dS_kk + dS_kk.mT, dS_kv)
             dbeta = None if beta is None else (2.0 * dw * span.to_end * beta.to(span.wide)).to(beta.dtype)
-            dg = (d_log_decay.unsqueeze(1) + sums_before(dw * span.w, 1)).to(g.dtype)
+            dg = (given.log_decay.unsqueeze(1) + sums_before(dw * span.w, 1)).to(g.dtype)
         return dk, dv, dg, dbeta, None, None
 
 
@@ -135,8 +200,6 @@ class _Span:
         (self.B, self.T, self.Hk, self.D), self.V, self.H = k.shape, v.shape[3], g.shape[2]
         self.R = self.H // self.Hk
         self.in_parts = k.dtype.itemsize == 2 and k.device.type == "cuda"
-        narrow = k.dtype == torch.bfloat16 and max(self.D, self.V) <= MAX_DIM[torch.bfloat16]
-        self.by_kernels = narrow and k.numel() > 0 and fused.enabled(k)
         self.to_end = sums_after(finite(g.to(self.wide)), 1).exp()
         self.w = self.to_end if beta is None else self.to_end * beta.to(self.wide).square()
         self.norm: Tensor | None = None
@@ -147,10 +210,6 @@ class _Span:
 
     def sums(self, with_kk: bool) -> tuple[Tensor | None, Tensor]:
         """S_kk [B, H, D, D], None without `with_kk`, and S_kv [B, H, D, V]."""
-        if self.by_kernels:
-            from ..ops.triton.kernels.span import launch_add_tokens
-
-            return launch_add_tokens(*self.for_kernels, with_kk)
         S_kk, S_kv = self.zeros(self.D if with_kk else 0), self.zeros(self.V)
         for tokens in self.blocks():
             K, V, w, r = self.block(tokens, side_by_side=gcd(tokens.stop - tokens.start, SIDE_BY_SIDE))
@@ -162,10 +221,6 @@ class _Span:
 
     def gradients(self, A: Tensor | None, dS_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dk, dv and dw; A = dS_kk + dS_kk^T [B, H, D, D], None without S_kk."""
-        if self.by_kernels:
-            from ..ops.triton.kernels.span import launch_token_gradients
-
-            return launch_token_gradients(*self.for_kernels, A, dS_kv, normalize=self.norm is not None)
         W, W_t = self.by_key_head(dS_kv), self.by_key_head(dS_kv.mT)
         W_and_A = W if A is None else torch.cat([W, self.by_key_head(A)], 2)
         dk, dv, dw = torch.empty_like(self.k), torch.empty_like(self.v), torch.empty_like(self.w)
@@ -174,11 +229,6 @@ class _Span:
             for whole, rows in zip((dk, dv, dw), found, strict=True):
                 whole[:, tokens] = self.by_token(rows).reshape(whole[:, tokens].shape)
         return dk, dv, dw
-
-    @property
-    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k, v, w and r, contiguous."""
-        return self.k.contiguous(), self.v.contiguous(), self.w.contiguous(), self.r.squeeze(3).contiguous()
 
     def blocks(self) -> Iterator[slice]:
         """Tokens whose weighted keys and values have at most BLOCK_ELEMENTS elements."""

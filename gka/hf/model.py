@@ -245,6 +245,7 @@ class GKAModel(GKAPreTrainedModel):
                 self.config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
             )
         if packing is not None:
+            packing = packing.to(inputs_embeds.device)
             attention_mask = None  # its pads are sequences of their own
         if use_cache and past_key_values is None and packing is None:
             past_key_values = DynamicCache(config=self.config)

@@ -42,6 +42,10 @@ class Packing(NamedTuple):
     cu_seqlens: Tensor
     positions: Tensor
 
+    def to(self, device: torch.device) -> Packing:
+        """The same on a device; cu_seq_lens_q may be told on the CPU."""
+        return Packing(*(x.to(device, non_blocking=True) for x in self))
+
 
 def find_packing(
     shape: tuple[int, int],

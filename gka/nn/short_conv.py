@@ -11,7 +11,7 @@ Legend: B batch, T time, C channels, W width of the convolution, N packed sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -96,10 +96,8 @@ class ShortConv(nn.Conv1d):
             y = self._in_pytorch(row.unsqueeze(0))
             return y.index_select(2, packed.slots - (self.kernel_size[0] - 1)).transpose(1, 2)
         if packed is not None or conv_kernels.usable(x, self.kernel_size[0]):
-            if state is None:
-                return conv_kernels.short_convs([x], self.weight.squeeze(1), packed)[0]
-            row = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-            return conv_kernels.short_convs([row], self.weight.squeeze(1))[0][:, state.shape[2] :]
+            front = None if state is None else state.transpose(1, 2).to(x.dtype)
+            return conv_kernels.short_convs([x], self.weight.squeeze(1), packed, front)[0]
         if state is None:
             state = x.new_zeros(x.shape[0], x.shape[2], self.kernel_size[0] - 1)
         return self._in_pytorch(torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)).transpose(1, 2)
@@ -140,13 +138,26 @@ def convolve(
     given = [(conv, x) for conv, x in zip(convolutions, xs, strict=True) if conv is not None]
     width = given[0][0].kernel_size[0]
     kernels = packed is not None or conv_kernels.usable(given[0][1], width)
-    like = len({x.dtype for _, x in given}) == 1 and all(state is None for state in states)
-    if kernels and not isinstance(packed, Gaps) and like and all(is_plain(conv, ShortConv) for conv, _ in given):
-        weight = torch.cat([conv.weight for conv, _ in given]).squeeze(1)
-        ys = iter(conv_kernels.short_convs([x for _, x in given], weight, packed))
+    before = [state for conv, state in zip(convolutions, states, strict=True) if conv is not None]
+    held = [state for state in before if state is not None]
+    if kernels and not isinstance(packed, Gaps) and len(held) in (0, len(before)) and are_alike(given):
+        front = torch.cat([state.to(given[0][1].dtype) for state in held], 1).transpose(1, 2) if held else None
+        ys = iter(
+            conv_kernels.short_convs([x for _, x in given], weights(conv for conv, _ in given), packed, front)
+        )
         return [x if conv is None else next(ys) for conv, x in zip(convolutions, xs, strict=True)]
     calls = zip(convolutions, xs, states, strict=True)
     return [x if conv is None else conv(x, state, packed) for conv, x, state in calls]
+
+
+def are_alike(given: Sequence[tuple[ShortConv, Tensor]]) -> bool:
+    """Whether one launch may do all: no convolution is watched or adapted, and the xs have one dtype."""
+    return len({x.dtype for _, x in given}) == 1 and all(is_plain(conv, ShortConv) for conv, _ in given)
+
+
+def weights(convolutions: Iterable[ShortConv]) -> Tensor:
+    """[sum of C, W]."""
+    return torch.cat([conv.weight for conv in convolutions]).squeeze(1)
 
 
 def packing(x: Tensor, cu_seqlens: Tensor, width: int) -> Gaps | Tensor:

@@ -55,6 +55,7 @@ def test_equals_the_recursion(case: Case, block: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sums, "BLOCK_ELEMENTS", block)
     leaves = leaves_of(case)
     found = sums.span_sums(*leaves, normalize_k=case.normalize_qk, with_kk=True)
+    found = (found.log_decay, found.S_kk, found.S_kv)
     expected = tokens_one_by_one(*leaves, case.normalize_qk)
     for mine, theirs in zip(
         (*found, *gradients(found, leaves)), (*expected, *gradients(expected, leaves)), strict=True
@@ -64,10 +65,10 @@ def test_equals_the_recursion(case: Case, block: int, monkeypatch: pytest.Monkey
 
 def test_without_a_solve() -> None:
     leaves = leaves_of(CASES[0])
-    log_decay, S_kk, S_kv = sums.span_sums(*leaves, normalize_k=True, with_kk=False)
-    assert S_kk is None
+    without = sums.span_sums(*leaves, normalize_k=True, with_kk=False)
+    assert without.S_kk is None
     expected = tokens_one_by_one(*leaves, True)[::2]
-    found = (log_decay, S_kv)
+    found = (without.log_decay, without.S_kv)
     for mine, theirs in zip(
         (*found, *gradients(found, leaves)), (*expected, *gradients(expected, leaves)), strict=True
     ):
@@ -83,7 +84,7 @@ def test_tokens_that_forget_and_keys_of_zero() -> None:
     later = sums.span_sums(*(x[:, 5:] for x in (k, v, g, beta)), normalize_k=True, with_kk=True)
     assert found.log_decay.item() == -torch.inf
     assert relative_error(found.S_kk, later.S_kk) < 1e-15 and relative_error(found.S_kv, later.S_kv) < 1e-15  # type: ignore[arg-type]
-    of_all = gradients(found[1:], [k, v, g, beta])
+    of_all = gradients([found.S_kk, found.S_kv], [k, v, g, beta])
     assert all(x.isfinite().all() for x in of_all)
     assert all((x[:, :5] == 0).all() and (x[:, 8:] != 0).any() for x in (of_all[0], of_all[1], of_all[3]))
 
@@ -119,12 +120,13 @@ def test_kernels(case: Case, with_kk: bool, monkeypatch: pytest.MonkeyPatch) -> 
     found = sums.span_sums(*leaves, normalize_k=case.normalize_qk, with_kk=with_kk)
     expected = tokens_one_by_one(*exact, case.normalize_qk)
     kept = [n for n in range(3) if with_kk or n != 1]
-    mine, theirs = [found[n] for n in kept], [expected[n] for n in kept]
+    all_three = (found.log_decay, found.S_kk, found.S_kv)
+    mine, theirs = [all_three[n] for n in kept], [expected[n] for n in kept]
     for x, y in zip(mine, theirs, strict=True):
         assert x.dtype == torch.float32 and relative_error(x, y) < 2e-5
     for x, y in zip(gradients(mine, leaves), gradients(theirs, exact), strict=True):
         assert relative_error(x, y) < (3e-3 if x.dtype == torch.bfloat16 else 2e-5), x.shape
-    assert calls == ["add_tokens", "token_gradients"]
+    assert calls == ["weigh_tokens", "add_tokens", "state_pairs", "token_gradients", "gate_gradients"]
 
 
 def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -33,13 +33,17 @@ def usable(x: Tensor, width: int) -> bool:
     return x.shape[1] > 1 and x.numel() > 0 and width <= MOST_TAPS and fused.enabled(x)
 
 
-def short_convs(xs: Sequence[Tensor], weight: Tensor, place: Tensor | None = None) -> list[Tensor]:
-    """Causal convolution of up to three tensors and SiLU, by one launch; zeros before the first token.
+def short_convs(
+    xs: Sequence[Tensor], weight: Tensor, place: Tensor | None = None, front: Tensor | None = None
+) -> list[Tensor]:
+    """Causal convolution of up to three tensors and SiLU, by one launch.
 
     Args:
         xs: [B, T, C] each, C channels of its own, of one dtype in `fused.DTYPES`; B is 1 with `place`.
         weight: [sum of C, W], any float dtype; its last column is of the token itself.
         place: [T] of int32, the number of each token in its packed sequence.
+        front: [B, W - 1, sum of C], the inputs before the first token of each row, in the dtype of xs; None means
+            zeros. Not with `place`.
 
     Returns:
         [B, T, C] for each x, in its dtype; sums are float32.
@@ -49,11 +53,30 @@ def short_convs(xs: Sequence[Tensor], weight: Tensor, place: Tensor | None = Non
     """
     if weight.device != xs[0].device:  # a weight on "meta" would make this a call that computes nothing
         raise ValueError(f"the convolution's weight is on {weight.device}; expected {xs[0].device}, as x")
+    assert front is None or place is None, "packed sequences have no front"
     missing = [None] * (STREAMS - len(xs))
-    return list(_function(*xs, *missing, weight, place)[: len(xs)])
+    return list(_function(*xs, *missing, weight, front, place)[: len(xs)])
 
 
-def _options(xs: Sequence[Tensor | None], weight: Tensor, place: Tensor | None, rows: int) -> dict[str, Any]:
+def launch_forward(xs: Sequence[Tensor], weight: Tensor, front: Tensor) -> list[Tensor]:
+    """`short_convs` of rows without autograd."""
+    missing = [None] * (STREAMS - len(xs))
+    return list(_forward(*xs, *missing, weight, front, None)[: len(xs)])
+
+
+def launch_backward(
+    dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, front: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of the xs, of the weight and of the front, from those of the outputs of `launch_forward`."""
+    missing = [None] * (STREAMS - len(xs))
+    # Of a missing x nothing is read.
+    *dxs, d_weight, d_front = _backward(*dys, *missing, *xs, *missing, weight, front, None)
+    return dxs[: len(xs)], d_weight, d_front
+
+
+def _options(
+    xs: Sequence[Tensor | None], weight: Tensor, front: Tensor | None, place: Tensor | None, rows: int
+) -> dict[str, Any]:
     """The kernels' named arguments but tensors of the size of x, and the number of programs."""
     (B, T, _), W = _first(xs).shape, weight.shape[1]
     channels = [0 if x is None else x.shape[2] for x in xs]
@@ -61,6 +84,7 @@ def _options(xs: Sequence[Tensor | None], weight: Tensor, place: Tensor | None, 
     return {
         "programs": B * -(-T // SPAN) * sum(-(-C // config["BC"]) for C in channels),
         "weight_ptr": weight.contiguous(), "place_ptr": place,
+        "front_ptr": None if front is None else front.contiguous(), "FRONT": front is not None,
         "T": T, "C0": channels[0], "C1": channels[1], "C2": channels[2],
         "W": W, "PACKED": place is not None, "SPAN": SPAN, **config,
     }  # fmt: skip
@@ -92,45 +116,52 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
     from .kernels.conv import convolve  # Triton is needed where the kernel runs, not where it is traced
     from .launch import launch, on_device
 
-    *xs, weight, place = given
+    *xs, weight, front, place = given
     ys = _empty(*xs)
     with on_device(weight.device):
         pointers = _pointers("x", _in_rows(xs)) | _pointers("y", ys)
-        launch(convolve, **pointers, **_options(xs, weight, place, rows=8))
+        launch(convolve, **pointers, **_options(xs, weight, front, place, rows=8))
     return ys
 
 
 def _backward(*given: Any) -> tuple[Tensor, ...]:
-    """Gradients of the xs and of the weight."""
+    """Gradients of the xs, of the weight and of the front."""
     from .kernels.conv import convolve_backward
     from .launch import launch, on_device
 
-    dys, (*xs, weight, place) = given[:STREAMS], given[STREAMS:]
+    dys, (*xs, weight, front, place) = given[:STREAMS], given[STREAMS:]
     (B, T, _), W = xs[0].shape, weight.shape[1]
     dxs = _empty(*xs)
+    d_front = weight.new_empty(0) if front is None else front.new_empty(front.shape)
     parts = torch.empty(B * -(-T // SPAN), *weight.shape, dtype=torch.float32, device=weight.device)
     with on_device(weight.device):
         pointers = _pointers("dy", _in_rows(dys)) | _pointers("x", _in_rows(xs)) | _pointers("dx", dxs)
-        options = _options(xs, weight, place, rows=max(4, W - 1))
+        options = _options(xs, weight, front, place, rows=max(4, W - 1))
         if W <= FEW_TAPS:
             options["maxnreg"] = FEW_REGISTERS
-        launch(convolve_backward, parts_ptr=parts, **pointers, **options)
-    return *dxs, parts.sum(0).to(weight.dtype)
+        held = None if front is None else d_front
+        launch(convolve_backward, parts_ptr=parts, dfront_ptr=held, **pointers, **options)
+    return *dxs, parts.sum(0).to(weight.dtype), d_front
 
 
 def _in_pytorch(*given: Any) -> tuple[Tensor, ...]:
     """`short_convs` in PyTorch, for derivatives that the kernels do not have."""
-    *xs, weight, place = given
-    weights = weight.split([0 if x is None else x.shape[2] for x in xs])
-    empty = weight.new_empty(0)
-    return tuple(empty if x is None else _by_shifts(x, w, place) for x, w in zip(xs, weights, strict=True))
+    *xs, weight, front, place = given
+    channels = [0 if x is None else x.shape[2] for x in xs]
+    weights, empty = weight.split(channels), weight.new_empty(0)
+    fronts = [None] * len(xs) if front is None else front.split(channels, 2)
+    return tuple(
+        empty if x is None else _by_shifts(x, w, before, place)
+        for x, w, before in zip(xs, weights, fronts, strict=True)
+    )
 
 
-def _by_shifts(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
-    wide, W = x.float(), weight.shape[1]
+def _by_shifts(x: Tensor, weight: Tensor, front: Tensor | None, place: Tensor | None) -> Tensor:
+    wide, T, W = x.float(), x.shape[1], weight.shape[1]
     y = wide * weight[:, -1]
+    before = F.pad(wide, (0, 0, W - 1, 0)) if front is None else torch.cat([front.float(), wide], 1)
     for j in range(1, W):
-        shifted = F.pad(wide, (0, 0, j, 0))[:, : x.shape[1]]
+        shifted = before[:, W - 1 - j : W - 1 - j + T]
         if place is not None:
             shifted = torch.where((place >= j).unsqueeze(1), shifted, 0.0)
         y = y + shifted * weight[:, W - 1 - j]
@@ -139,8 +170,8 @@ def _by_shifts(x: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
 
 _function = KernelFunction(
     "short_convs",
-    ("Tensor x0", "Tensor? x1", "Tensor? x2", "Tensor weight", "Tensor? place"),
-    differentiable=4,
+    ("Tensor x0", "Tensor? x1", "Tensor? x2", "Tensor weight", "Tensor? front", "Tensor? place"),
+    differentiable=5,
     outputs=STREAMS,
     empty=_empty,
     forward=_forward,

@@ -9,7 +9,7 @@ tokens behind the span as well. Rows are loaded R at a time, before any of their
 store that may be of the same address the compiler moves nothing. All arithmetic is float32.
 
 Rows of a batch do not see each other, nor do packed sequences: `place` says of each token its number in its
-sequence, and tap j is of a token only if that is at least j.
+sequence, and tap j is of a token only if that is at least j. Before a row are zeros, or the inputs of `front`.
 
 A launch convolves up to three tensors x of the same tokens, each with channels of its own. The taps of all are one
 tensor, in the order of the x.
@@ -90,6 +90,27 @@ def _past(x_ptr, place_ptr, first, start, end, c, C, W: tl.constexpr, PACKED: tl
 
 
 @triton.jit
+def _front_places(ptr, number, T, c, C, before, channels, first, start, W: tl.constexpr, SPAN: tl.constexpr):
+    """Addresses of the W - 1 rows of a tensor like `front`, the last first, and which channels there are: none but
+    for the first span of a row.
+    """
+    row = number // tl.cdiv(T, SPAN)
+    places = ()
+    for j in tl.static_range(W - 1):
+        places = places + (ptr + (row.to(tl.int64) * (W - 1) + (W - 2 - j)) * channels + before + c,)
+    return places, c < tl.where(first == start, C, 0)
+
+
+@triton.jit
+def _with_front(past, places, inside, W: tl.constexpr):
+    """The rows before the first token of a span, which are zero before a row, with those of the front added."""
+    rows = ()
+    for j in tl.static_range(W - 1):
+        rows = rows + (past[j] + tl.load(places[j], mask=inside, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
 def _older(past, place, W: tl.constexpr, PACKED: tl.constexpr):
     """The W - 1 rows before a token, the last first; zero where the token is the first of its sequence."""
     older = ()
@@ -110,9 +131,11 @@ def _convolved(taps, x, older, W: tl.constexpr):
 def convolve(
     x0_ptr, x1_ptr, x2_ptr,  # [B T, C] each
     weight_ptr, place_ptr,  # [C0 + C1 + C2, W], [T] int32 if PACKED
+    front_ptr,  # [B, W - 1, C0 + C1 + C2] if FRONT, and then not PACKED
     y0_ptr, y1_ptr, y2_ptr,  # out: [B T, C] each
     T, C0, C1, C2,
-    W: tl.constexpr, PACKED: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    W: tl.constexpr, PACKED: tl.constexpr, FRONT: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     is_0, is_1, block, C, before, number = _channels_of(tl.program_id(0), C0, C1, C2, BC)
     x_ptr = x0_ptr if is_0 else (x1_ptr if is_1 else x2_ptr)
@@ -121,6 +144,9 @@ def convolve(
     start, end, first = _span_of(number, T, SPAN)
     taps = _taps(weight_ptr + before * W, c, C, W)
     past = _past(x_ptr, place_ptr, first, start, end, c, C, W, PACKED)
+    if FRONT:
+        fronts, inside = _front_places(front_ptr, number, T, c, C, before, C0 + C1 + C2, first, start, W, SPAN)
+        past = _with_front(past, fronts, inside, W)
     for done in range(0, SPAN, R):
         rows = _rows(x_ptr, first + done, 1, start, end, c, C, R)
         places = _places(place_ptr, first + done, end, R, PACKED)
@@ -136,11 +162,12 @@ def convolve(
 @triton.jit(do_not_specialize=["T"])
 def convolve_backward(
     dy0_ptr, dy1_ptr, dy2_ptr, x0_ptr, x1_ptr, x2_ptr,  # [B T, C] each
-    weight_ptr, place_ptr,  # [C0 + C1 + C2, W], [T] int32 if PACKED
-    dx0_ptr, dx1_ptr, dx2_ptr,  # out: [B T, C] each
+    weight_ptr, place_ptr, front_ptr,  # as in convolve
+    dx0_ptr, dx1_ptr, dx2_ptr, dfront_ptr,  # out: [B T, C] each; as front, if FRONT
     parts_ptr,  # out: [B spans, C0 + C1 + C2, W] float32, the gradient of the weight by spans
     T, C0, C1, C2,
-    W: tl.constexpr, PACKED: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    W: tl.constexpr, PACKED: tl.constexpr, FRONT: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """R is at least W - 1: the R tokens behind the span are walked through for the last of its dx."""
     is_0, is_1, block, C, before, number = _channels_of(tl.program_id(0), C0, C1, C2, BC)
@@ -152,6 +179,10 @@ def convolve_backward(
     taps = _taps(weight_ptr + before * W, c, C, W)
     last = tl.minimum(first + SPAN, end)
     past = _past(x_ptr, place_ptr, first, start, end, c, C, W, PACKED)
+    if FRONT:
+        fronts, inside = _front_places(front_ptr, number, T, c, C, before, C0 + C1 + C2, first, start, W, SPAN)
+        past = _with_front(past, fronts, inside, W)
+        d_places, inside = _front_places(dfront_ptr, number, T, c, C, before, C0 + C1 + C2, first, start, W, SPAN)
     dtaps = ()
     for _j in tl.static_range(W):
         dtaps = dtaps + (tl.zeros([BC], tl.float32),)
@@ -176,6 +207,10 @@ def convolve_backward(
             done_with = t - (W - 1)
             dx = cast(new_sums[W - 1], dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + done_with * C + c, dx, mask=_inside(c, C, done_with, first, last))
+            if FRONT:
+                if r < W - 1:
+                    if done == 0:
+                        tl.store(d_places[W - 2 - r], cast(dx, dfront_ptr.dtype.element_ty), mask=inside)
             dtaps, sums, past = new_dtaps, new_sums[: W - 1], past[: W - 1]
     for j in tl.static_range(W):
         place = parts_ptr + (number.to(tl.int64) * (C0 + C1 + C2) + before + c) * W + (W - 1 - j)

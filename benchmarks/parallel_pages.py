@@ -1,0 +1,146 @@
+"""Tables of docs/parallel.md from the results of several ranks, and its picture of speed against length.
+
+    python -m benchmarks.parallel_pages     # draws docs/images/parallel.png; benchmarks.table makes the tables
+
+The results of one benchmark, with other numbers of ranks or other lengths, are several files; all of the newest
+day count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.bench_fsdp import cells as fsdp_cells
+from benchmarks.common import RESULTS
+from experiments.evidence.table import markdown_table
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+PICTURE = RESULTS.parent.parent / "docs" / "images" / "parallel.png"
+MIXERS = {
+    "gka": ("GKA", "#2f6f9f"),
+    "attention": ("softmax attention, keys and values gathered", "#c8553d"),
+    "qwen3": ("transformers' Qwen3, PyTorch's ring attention", "#9a9a9a"),
+}
+
+
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """The rows of the results of the newest day."""
+    return [row for result in results if result["date"] == results[-1]["date"] for row in result["rows"]]
+
+
+def sources(results: Sequence[Result]) -> str:
+    """Machine, day, and the files with their commands."""
+    newest = [result for result in results if result["date"] == results[-1]["date"]]
+    files = ", ".join(f"[`{r['command']}`](../benchmarks/results/{r['file']})" for r in newest)
+    return f"{newest[-1]['machine']['gpu'] or 'CPU'}, {newest[-1]['date']}: {files}."
+
+
+def shared_rows_table(results: Sequence[Result]) -> str:
+    """Milliseconds of op and layer by the number of ranks, and how much faster than one rank."""
+    rows = [row for row in rows_of(results) if row["layout"] in ("contiguous", "one rank")]
+    ranks = sorted({row["ranks"] for row in rows})
+    table = []
+    for part, what in dict.fromkeys((row["part"], row["what"]) for row in rows):
+        found: dict[int, list[float]] = {}
+        for row in rows:
+            if (row["part"], row["what"]) == (part, what):
+                found.setdefault(row["ranks"], []).append(row["seconds"]["median"])
+        line = [f"{part}, {what}"]
+        for n in ranks:
+            if n not in found:
+                line.append("")
+                continue
+            # One rank is measured in every file: the middle of these.
+            median = sorted(found[n])[len(found[n]) // 2]
+            alone = sorted(found[1])[len(found[1]) // 2] if 1 in found else None
+            faster = "" if n == 1 or alone is None else f" ({alone / median:.2f})"
+            line.append(f"{median * 1e3:.2f}{faster}")
+        table.append(line)
+    header = ["", *(f"{n} GPU{'s' * (n > 1)}, ms" for n in ranks)]
+    first = rows[0]
+    shape = f"T {first['T']:,}, {first['H']} heads of {first['D']}, {first['dtype']}; layer: hidden size 2,048"
+    told = f"{shape}. In brackets: times faster than one GPU."
+    return f"{told}\n\n{markdown_table(header, table)}\n\n{sources(results)}"
+
+
+def models_table(results: Sequence[Result]) -> str:
+    """Tokens per second of training by mixer, length, number of ranks and checkpointing."""
+    rows = [row for row in rows_of(results) if row["seconds"] is not None]
+    table = []
+    for row in sorted(rows, key=lambda row: (row["T"], list(MIXERS).index(row["mixer"]), row["ranks"])):
+        alone = [x for x in rows if (x["mixer"], x["T"], x["ranks"]) == (row["mixer"], row["T"], 1)]
+        faster = row["tokens per second"] / alone[0]["tokens per second"] if alone and row["ranks"] > 1 else None
+        table.append(
+            [
+                f"{row['T']:,}",
+                MIXERS[row["mixer"]][0],
+                str(row["ranks"]),
+                "yes" if row["checkpointing"] else "no",
+                f"{row['tokens per second']:,.0f}",
+                "" if faster is None else f"{faster:.2f}",
+                f"{row['peak bytes'] / 1e9:.1f}" if row["peak bytes"] else "",
+            ]
+        )
+    header = ["tokens of the row", "mixer", "GPUs", "blocks checkpointed", "tokens/s", "over one GPU", "peak GB"]
+    return f"{markdown_table(header, table)}\n\n{sources(results)}"
+
+
+def sharded_models_table(results: Sequence[Result]) -> str:
+    """Tokens per second, MFU and peak of models that FSDP shards."""
+    header = [
+        "million parameters", "mixer", "GPUs", "rows of a GPU", "blocks checkpointed", "blocks compiled",
+        "tokens/s", "MFU", "peak GB",
+    ]  # fmt: skip
+    return f"{markdown_table(header, [fsdp_cells(row) for row in rows_of(results)])}\n\n{sources(results)}"
+
+
+def draw_speed(results: Sequence[Result]) -> Figure:
+    """Tokens per second against the length of the row, of all ranks with blocks checkpointed."""
+    rows = [row for row in rows_of(results) if row["seconds"] is not None and row["checkpointing"]]
+    most = max(row["ranks"] for row in rows)
+    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for mixer, (name, color) in MIXERS.items():
+        line = sorted(
+            (row["T"], row["tokens per second"]) for row in rows if (row["mixer"], row["ranks"]) == (mixer, most)
+        )
+        if line:
+            axes.plot(*zip(*line, strict=True), "o-", color=color, label=name, markersize=4)
+    lengths = sorted({row["T"] for row in rows if row["ranks"] == most})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{T // 1024}K" if T < 2**20 else f"{T // 2**20}M" for T in lengths])
+    axes.minorticks_off()
+    ticks = [n * 10**k for k in (4, 5) for n in (1, 2, 5)]
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xlabel("tokens of the row")
+    axes.set_ylabel(f"tokens per second, {most} GPUs")
+    axes.set_title(f"Training steps of 440M parameters, {results[-1]['machine']['gpu']}", fontsize=10, loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def results_of(benchmark: str) -> list[Result]:
+    """The committed results of a benchmark, from old to new."""
+    files = sorted(RESULTS.glob(f"{benchmark}_*.json"))
+    results = [json.loads(path.read_text()) | {"file": path.name} for path in files]
+    return sorted((r for r in results if r["benchmark"] == benchmark), key=lambda r: str(r["date"]))
+
+
+def main(picture: Path = PICTURE) -> None:
+    draw_speed(results_of("parallel_model")).savefig(picture, metadata={"Software": None})
+    print(f"written: {picture}")
+
+
+if __name__ == "__main__":
+    main()
