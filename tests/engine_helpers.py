@@ -75,6 +75,8 @@ KINDS: dict[str, dict[str, Any]] = {
         conv_size=2,
     ),
     "odd heads": dict(layer_types=[GKA, GKA], num_attention_heads=3, num_key_value_heads=1, head_dim=10),
+    "attention alone": dict(layer_types=[FULL]),
+    "windows alone": dict(layer_types=[SLIDING, SLIDING], sliding_window=9),
     "linear rotary angles": dict(layer_types=[FULL, GKA], rope_parameters=rotary("linear", factor=2.0)),
     "yarn": dict(
         layer_types=[FULL, GKA], rope_parameters=rotary("yarn", factor=16.0, original_max_position_embeddings=64)
