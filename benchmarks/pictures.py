@@ -34,7 +34,7 @@ LAYERS = (  # from the top: package, what it has, what it needs besides PyTorch
     ("experiments", "tasks, evidence, other mixers; not in the wheel", ""),
     ("gka.cli", "the commands: train, generate, eval, convert, serve, ...", ""),
     ("gka.training", "Trainer, learning rate, data, distillation", "extra train"),
-    ("gka.distributed", "one model on several GPUs: long rows, large models", "transformers: extra hf"),
+    ("gka.distributed", "models on several GPUs; beside it gka.vllm, models in vLLM", "extras hf, vllm"),
     ("gka.hf", "configuration, models, checkpoints, conversion", "transformers: extra hf"),
     ("gka.nn", "GatedKalmaNet: projections, convolutions, gates, norm", "PyTorch alone"),
     ("gka.ops", "gated_kalmanet(): checks, choice of backend, gradients", "PyTorch alone"),

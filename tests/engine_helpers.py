@@ -35,10 +35,17 @@ SIZES: dict[str, Any] = dict(
     num_key_value_heads=2,
     head_dim=32,
     initializer_range=0.2,
+    max_position_embeddings=1024,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=None,
 )
+
+
+def rotary(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **options}
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "pure": dict(layer_types=[GKA, GKA]),
     "hybrid": dict(layer_types=[GKA, FULL, GKA]),
@@ -68,6 +75,22 @@ KINDS: dict[str, dict[str, Any]] = {
         conv_size=2,
     ),
     "odd heads": dict(layer_types=[GKA, GKA], num_attention_heads=3, num_key_value_heads=1, head_dim=10),
+    "attention alone": dict(layer_types=[FULL]),
+    "windows alone": dict(layer_types=[SLIDING, SLIDING], sliding_window=9),
+    "linear rotary angles": dict(layer_types=[FULL, GKA], rope_parameters=rotary("linear", factor=2.0)),
+    "yarn": dict(
+        layer_types=[FULL, GKA], rope_parameters=rotary("yarn", factor=16.0, original_max_position_embeddings=64)
+    ),
+    "llama3": dict(
+        layer_types=[FULL, GKA],
+        rope_parameters=rotary(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=128,
+        ),
+    ),
     "one key head": dict(layer_types=[GKA, FULL], num_key_value_heads=1),
 }
 

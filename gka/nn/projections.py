@@ -37,7 +37,9 @@ class LowRank(nn.Module):
         return y
 
 
-def expand_heads(x: Tensor, heads: int, low_rank: nn.Module, mixing: Tensor | None) -> Tensor:
+def expand_heads(
+    x: Tensor, heads: int, low_rank: nn.Module, mixing: Tensor | None, every: Tensor | None = None
+) -> Tensor:
     """Keys or values of every query head: [..., Hk, D] -> [..., H, D].
 
     Args:
@@ -45,12 +47,15 @@ def expand_heads(x: Tensor, heads: int, low_rank: nn.Module, mixing: Tensor | No
         heads: H, a multiple of Hk.
         low_rank: maps all heads, [..., Hk D] -> [..., H D].
         mixing: [H, Hk], the learned mixtures that it is added to; None means the repeated heads.
+        every: if x has the heads of one of several processes, those of all; then `low_rank` and `mixing` read all,
+            and make the query heads of this process. None means x.
     """
+    every = x if every is None else every
     if mixing is None:
         residual = x.repeat_interleave(heads // x.shape[-2], dim=-2)
     else:
-        residual = torch.einsum("hk,...kd->...hd", mixing.to(x.dtype), x)
-    expanded: Tensor = residual + low_rank(x.flatten(-2)).unflatten(-1, (-1, x.shape[-1]))
+        residual = torch.einsum("hk,...kd->...hd", mixing.to(x.dtype), every)
+    expanded: Tensor = residual + low_rank(every.flatten(-2)).unflatten(-1, (-1, x.shape[-1]))
     return expanded
 
 

@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -76,17 +80,22 @@ class GKALayer(nn.Module, MambaBase):
         self.kv_cache: tuple[Tensor, ...] = ()
 
     def _add_maps(self) -> None:
-        """The maps to keys and values of every query head; not with tensor parallelism (`startup`)."""
-        rank, inner, inner_kv = (
-            self.config.kv_proj_rank,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        )
-        shape, mixed = (self.heads, self.kv_heads), self.config.kv_learnable_residual
-        self.proj_k = None if rank is None else LowRank(inner_kv, rank, inner)
-        self.proj_v = None if rank is None else LowRank(inner_kv, rank, inner)
-        self.k_rep = nn.Parameter(torch.empty(shape), requires_grad=False) if mixed else None
-        self.v_rep = nn.Parameter(torch.empty(shape), requires_grad=False) if mixed else None
+        """The maps from the key/value heads of all processes to keys and values of this one's query heads."""
+        config, inner = self.config, self.heads * self.head_dim
+        every, rank = config.num_key_value_heads, config.kv_proj_rank
+        self.proj_k = None if rank is None else LowRank(every * self.head_dim, rank, inner)
+        self.proj_v = None if rank is None else LowRank(every * self.head_dim, rank, inner)
+        mixed = config.kv_learnable_residual
+        self.k_rep = nn.Parameter(torch.empty(self.heads, every), requires_grad=False) if mixed else None
+        self.v_rep = nn.Parameter(torch.empty(self.heads, every), requires_grad=False) if mixed else None
+        of_heads = [
+            self.k_rep,
+            self.v_rep,
+            *(x.linearB.weight for x in (self.proj_k, self.proj_v) if x is not None),
+        ]
+        for parameter in of_heads:
+            if parameter is not None:
+                set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size], in the dtype of the weights."""
@@ -134,11 +143,15 @@ class GKALayer(nn.Module, MambaBase):
         )
         conv_weight = self.conv1d.weight
         sizes = (self.heads, self.kv_heads, self.head_dim)
-        expand_k = expand_v = None
-        if self.proj_k is not None and self.proj_v is not None:
-            expand_k = partial(expand_heads, heads=self.heads, low_rank=self.proj_k, mixing=self.k_rep)
-            expand_v = partial(expand_heads, heads=self.heads, low_rank=self.proj_v, mixing=self.v_rep)
-        return Mixing(*sizes, conv_weight, options, config.chunk_size, expand_k, expand_v)
+        maps = (self.proj_k, self.k_rep), (self.proj_v, self.v_rep)
+        expand = [partial(self._expand, low_rank=one, mixing=mixing) if one else None for one, mixing in maps]
+        return Mixing(*sizes, conv_weight, options, config.chunk_size, *expand)
+
+    def _expand(self, x: Tensor, low_rank: nn.Module, mixing: Tensor | None) -> Tensor:
+        """Keys or values of this process's query heads [T, H, D] from its key/value heads [T, Hk, D]."""
+        return expand_heads(
+            x, self.heads, low_rank, mixing, tensor_model_parallel_all_gather(x.contiguous(), dim=1)
+        )
 
     # What vLLM asks of a layer with states
 

@@ -55,8 +55,8 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
         refuse("tensor_parallel_size", ranks, f"a divisor of num_attention_heads, {heads}")
     if kv_heads % ranks and ranks % kv_heads:
         refuse("tensor_parallel_size", ranks, f"a divisor or a multiple of num_key_value_heads, {kv_heads}")
-    if config.kv_proj_rank is not None and "linear_attention" in config.layer_types:
-        refuse("tensor_parallel_size", ranks, "1 with kv_proj_rank, whose map reads all key/value heads")
+    if config.kv_proj_rank is not None and kv_heads % ranks:
+        refuse("tensor_parallel_size", ranks, f"a divisor of num_key_value_heads, {kv_heads}, with kv_proj_rank")
 
 
 def refusal(problem: str) -> type[VerifyAndUpdateConfig]:

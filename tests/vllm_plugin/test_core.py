@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -44,6 +45,16 @@ def test_mixed_steps_equal_each_request_alone(kind: str) -> None:
         for pool, part in zip(pools[:2], last.state, strict=True):
             assert (pool is None) == (part is None)
             assert pool is None or relative_error(pool[slot], part[0]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["grouped", "without v convolution"])
+def test_mixed_steps_with_the_kernels_of_the_convolutions(kind: str, stand_in: pytest.MonkeyPatch) -> None:
+    layer = core_layer(kind, torch.float32)
+    xs, pools = tokens_of_requests(layer, torch.float32), new_pools(layer, torch.float32)
+    ys = served(layer, xs, pools)
+    layer = copy.deepcopy(layer).double()
+    for x, y in zip(xs, ys, strict=True):
+        assert relative_error(y, layer(x.double().unsqueeze(0))[0]) < 1e-4
 
 
 def test_rows_of_no_request_stay_as_they_are() -> None:

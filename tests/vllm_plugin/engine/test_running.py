@@ -58,16 +58,16 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prompt_of_20000_tokens(tmp_path: Path) -> None:
     """In parts of 2,048 tokens, while a short request decodes."""
-    model = engine_model("pure", tmp_path)
+    model = engine_model("pure", tmp_path, max_position_embeddings=32_768)
     (long, short) = random_prompts(20_000, 9)
     with engine(tmp_path, max_model_len=20_032, max_num_batched_tokens=2048) as llm:
         outputs = generated(llm, [short, long])
     assert_equal(model, outputs)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "one key head"])
+@pytest.mark.parametrize("kind", ["heads expanded", "one key head"])
 def test_two_processes_share_the_heads(kind: str, tmp_path: Path) -> None:
-    """With one key/value head both have it."""
+    """With one key/value head both have it. An expansion of heads reads those of both."""
     model = engine_model(kind, tmp_path)
     shared, *tails = random_prompts(300, 5, 20, seed=3)
     with engine(tmp_path, tensor_parallel_size=2, max_num_batched_tokens=160, enable_prefix_caching=True) as llm:

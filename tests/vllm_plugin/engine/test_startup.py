@@ -34,8 +34,8 @@ def configured(folder: Path, **options: Any) -> Any:
         ),
         (
             "heads expanded",
-            dict(tensor_parallel_size=2),
-            "tensor_parallel_size is 2; expected 1 with kv_proj_rank",
+            dict(tensor_parallel_size=4),
+            "tensor_parallel_size is 4; expected a divisor of num_key",
         ),
         ("pure", dict(pipeline_parallel_size=2), "pipeline_parallel_size is 2; expected 1"),
         ("pure", dict(hf_overrides={"solver_steps": [0]}), r"solver_steps is \[0\]; expected"),
