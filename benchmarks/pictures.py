@@ -30,11 +30,11 @@ from gka.ops.solvers import RIDGE_RATIO, Chebyshev, Exact, node_steps
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 _BLUE, _RED, _GREY, _INK = "#2f6f9f", "#c8553d", "#9a9a9a", "#333333"
-LAYERS = (  # from the top: package, what it has, what it needs besides PyTorch
+LAYERS = (  # from the top: package, what it has, what it needs besides PyTorch; | between packages of one layer
     ("experiments", "tasks, evidence, other mixers; not in the wheel", ""),
     ("gka.cli", "the commands: train, generate, eval, convert, serve, ...", ""),
     ("gka.training", "Trainer, learning rate, data, distillation", "extra train"),
-    ("gka.distributed", "models on several GPUs; beside it gka.vllm, models in vLLM", "extras hf, vllm"),
+    ("gka.distributed | gka.vllm", "several GPUs | models in vLLM", "extra hf | extra vllm"),
     ("gka.hf", "configuration, models, checkpoints, conversion", "transformers: extra hf"),
     ("gka.nn", "GatedKalmaNet: projections, convolutions, gates, norm", "PyTorch alone"),
     ("gka.ops", "gated_kalmanet(): checks, choice of backend, gradients", "PyTorch alone"),
@@ -179,12 +179,17 @@ def draw_layers() -> Figure:
     axes.set_axis_off()
     axes.set_xlim(0, 10)
     axes.set_ylim(-1.3, len(LAYERS))
-    for number, (name, has, needs) in enumerate(LAYERS):
-        y = len(LAYERS) - number - 0.85
-        _box(axes, 0.1, y, 9.8, 0.7, "#f3f3f3" if name == "experiments" else "#e6eff6")
-        axes.text(0.3, y + 0.35, name, va="center", family="monospace", weight="bold", color=_INK, fontsize=11)
-        axes.text(2.3, y + 0.35, has, va="center", color=_INK, fontsize=10)
-        axes.text(9.7, y + 0.35, needs, va="center", ha="right", color="#666666", fontsize=9)
+    for number, layer in enumerate(LAYERS):
+        y, packages = len(LAYERS) - number - 0.85, list(zip(*(text.split(" | ") for text in layer), strict=True))
+        width = (9.9 - 0.1 * len(packages)) / len(packages)
+        for place, (name, has, needs) in enumerate(packages):
+            x = 0.1 + place * (width + 0.1)
+            _box(axes, x, y, width, 0.7, "#f3f3f3" if name == "experiments" else "#e6eff6")
+            axes.text(
+                x + 0.2, y + 0.35, name, va="center", family="monospace", weight="bold", color=_INK, fontsize=11
+            )
+            axes.text(x + 2.2 - place * 0.7, y + 0.35, has, va="center", color=_INK, fontsize=10)
+            axes.text(x + width - 0.2, y + 0.35, needs, va="center", ha="right", color="#666666", fontsize=9)
         axes.annotate("", (5, y - 0.3), (5, y), arrowprops={"arrowstyle": "-|>", "color": _BLUE})
     for number, (name, what) in enumerate(BACKENDS):
         x = 0.1 + 3.3 * number
