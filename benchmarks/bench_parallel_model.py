@@ -268,7 +268,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, help="default: those of the recipe")
     parser.add_argument("--head-dim", type=int, help="default: that of the recipe")
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=2, help="number of timed steps; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed steps; the median counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: benchmarks/results/parallel_model_MACHINE_DATE.json"
     )

@@ -3,7 +3,7 @@
     python -m benchmarks.parallel_pages     # draws docs/images/parallel.png; benchmarks.table makes the tables
 
 The results of one benchmark, with other numbers of ranks or other lengths, are several files; all of the newest
-day count.
+day count. Of two rows for the same case that of the last file counts.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ MIXERS = {
 def rows_of(results: Sequence[Result]) -> list[Row]:
     """The rows of the results of the newest day."""
     return [row for result in results if result["date"] == results[-1]["date"] for row in result["rows"]]
+
+
+def last_rows(results: Sequence[Result]) -> list[Row]:
+    """Of the rows of models the last for each mixer, length, number of ranks and kind of checkpointing."""
+    keys = ("mixer", "T", "ranks", "checkpointing")
+    last = {tuple(row[key] for key in keys): row for row in rows_of(results)}
+    return [row for row in last.values() if row["seconds"] is not None]
 
 
 def sources(results: Sequence[Result]) -> str:
@@ -72,9 +79,11 @@ def shared_rows_table(results: Sequence[Result]) -> str:
 
 def models_table(results: Sequence[Result]) -> str:
     """Tokens per second of training by mixer, length, number of ranks and checkpointing."""
-    rows = [row for row in rows_of(results) if row["seconds"] is not None]
+    rows = last_rows(results)
     table = []
-    for row in sorted(rows, key=lambda row: (row["T"], list(MIXERS).index(row["mixer"]), row["ranks"])):
+    for row in sorted(
+        rows, key=lambda row: (row["T"], list(MIXERS).index(row["mixer"]), row["ranks"], not row["checkpointing"])
+    ):
         alone = [x for x in rows if (x["mixer"], x["T"], x["ranks"]) == (row["mixer"], row["T"], 1)]
         faster = row["tokens per second"] / alone[0]["tokens per second"] if alone and row["ranks"] > 1 else None
         table.append(
@@ -103,7 +112,7 @@ def sharded_models_table(results: Sequence[Result]) -> str:
 
 def draw_speed(results: Sequence[Result]) -> Figure:
     """Tokens per second against the length of the row, of all ranks with blocks checkpointed."""
-    rows = [row for row in rows_of(results) if row["seconds"] is not None and row["checkpointing"]]
+    rows = [row for row in last_rows(results) if row["checkpointing"]]
     most = max(row["ranks"] for row in rows)
     figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

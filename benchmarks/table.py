@@ -357,7 +357,7 @@ TOLD_APART_IN = {
 
 
 def _what_was_run(result: Result) -> frozenset[tuple[str, ...]]:
-    of_all = TOLD_APART_IN.get(result["benchmark"])
+    of_all = TOLD_APART_IN.get(result.get("benchmark", ""))
     parts = (of_all or TOLD_APART.get(row.get("part", ""), ("part",)) for row in result["rows"])
     return frozenset(
         tuple(str(row.get(key, "")) for key in keys) for keys, row in zip(parts, result["rows"], strict=True)

@@ -56,14 +56,18 @@ def new_pools(layer: GatedKalmaNet, dtype: torch.dtype) -> Pools:
     return Pools(sums[0] if layer.solves else None, sums[-1], conv)
 
 
-def step(layer: GatedKalmaNet, x: Tensor, pools: Pools, requests: Requests) -> Tensor:
-    """The layer for the tokens x [T, hidden_size] of one step, [T, hidden_size]."""
+def projected(layer: GatedKalmaNet, x: Tensor) -> tuple[Tensor, Any, Any, Any]:
+    """qkv, g, alpha and beta of `mix_tokens` for the tokens x [T, hidden_size]."""
     qkv = torch.cat([projection(x) for projection in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
     g, alpha, beta = (None if gate is None else gate[0] for gate in layer._gates(x.unsqueeze(0), None))
-    if layer.a_proj is None:
-        g = None
-    out = qkv.new_full((len(x), layer.num_heads, layer.head_dim), torch.nan)
-    mix_tokens(qkv, g, alpha, beta, pools, requests, mixing_of(layer), out)
+    return qkv, None if layer.a_proj is None else g, alpha, beta
+
+
+def step(layer: GatedKalmaNet, x: Tensor, pools: Pools, requests: Requests) -> Tensor:
+    """The layer for the tokens x [T, hidden_size] of one step, [T, hidden_size]."""
+    inputs = projected(layer, x)
+    out = inputs[0].new_full((len(x), layer.num_heads, layer.head_dim), torch.nan)
+    mix_tokens(*inputs, pools, requests, mixing_of(layer), out)
     gate = None if layer.g_proj is None else layer.g_proj(x).view_as(out)
     y: Tensor = layer.o_proj(layer.o_norm(out, gate).flatten(1))
     return y

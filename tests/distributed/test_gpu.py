@@ -33,8 +33,11 @@ def context() -> Iterator[ContextParallel]:
 def sums_and_gradients(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     leaves = {name: arguments[name].detach().clone().requires_grad_() for name in ("k", "v", "g", "beta")}
     found = span_sums(*leaves.values(), normalize_k=True, with_kk=True)
-    outputs = {name: x for name, x in found._asdict().items() if x is not None}
-    cotangents = [torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in found]  # type: ignore[union-attr]
+    assert found.S_kk is not None
+    outputs = {"log_decay": found.log_decay, "S_kk": found.S_kk, "S_kv": found.S_kv}
+    cotangents = [
+        torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in outputs.values()
+    ]
     grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
     return outputs | {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
 

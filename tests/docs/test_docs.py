@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from page_commands import run_command, simple_commands
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,7 @@ def blocks_of(page: str) -> list[Block]:
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     groups: list[int] = []
     try:
