@@ -1,4 +1,4 @@
-"""`gka serve`: serve a model over HTTP with the OpenAI-compatible server of `transformers serve`.
+"""`gka serve`: serve a model over HTTP with the OpenAI-compatible server of `transformers serve`, or of vLLM.
 
 Routes, requests, streaming and generation are the code of transformers. `transformers serve` alone looks for model
 classes in transformers only and cannot find the classes of this library. Therefore it gets a model manager with
@@ -23,12 +23,18 @@ from .commands import ServeOptions
 from .generate import ready_attention
 from .loading import find_checkpoint, load_model
 from .quiet import quiet
+from .serve_vllm import check_options, run_vllm
 
 
 def main(options: ServeOptions) -> None:
     """Run `gka serve` until it is interrupted. Raises UserError for errors that the user can correct."""
     quiet()
-    if not is_serve_available():
+    vllm = options.engine == "vllm"
+    if vllm:
+        check_options(options)
+    elif options.further:
+        raise UserError(f"-- {' '.join(options.further)}: only with --engine vllm, which these options are for")
+    elif not is_serve_available():
         raise UserError("needs the transformers server: pip install 'gated-kalmanet[serve]'")
     path = find_checkpoint(options.checkpoint)
     name = options.name or _default_name(path)
@@ -36,6 +42,9 @@ def main(options: ServeOptions) -> None:
         raise UserError(f"--name {name!r}: must not contain @ or :")
     tokenizer = serving_tokenizer(path)
     _check_port(options.host, options.port)
+    if vllm:
+        run_vllm(options, name, path, tokenizer)
+        return
     model = load_model(options.checkpoint, options.device, options.dtype)
     chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
     print(f"serving   {name} ({path}) on {model.device}{chat}", file=sys.stderr)
