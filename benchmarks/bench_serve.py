@@ -11,7 +11,8 @@ The model has random weights and makes printable ASCII characters alone. A token
 answer is its number of tokens. Both engines choose the most likely token. "same text" is the part of the answers
 that equal those of the first engine.
 
-vLLM on a CPU reads VLLM_CPU_KVCACHE_SPACE (GiB) and VLLM_CPU_OMP_THREADS_BIND=nobind from the environment.
+vLLM on a CPU reads VLLM_CPU_KVCACHE_SPACE (GiB) and VLLM_CPU_OMP_THREADS_BIND from the environment; with
+VLLM_CPU_OMP_THREADS_BIND=nobind it has --threads threads.
 """
 
 from __future__ import annotations

@@ -42,14 +42,15 @@ def main(options: ServeOptions) -> None:
         raise UserError(f"--name {name!r}: must not contain @ or :")
     tokenizer = serving_tokenizer(path)
     _check_port(options.host, options.port)
+    model = None if vllm else load_model(options.checkpoint, options.device, options.dtype)
+    where = "with vLLM" if model is None else f"on {model.device}"
+    chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
+    print(f"serving   {name} ({path}) {where}{chat}", file=sys.stderr)
+    print(f"address   http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
     if vllm:
         run_vllm(options, name, path, tokenizer)
-        return
-    model = load_model(options.checkpoint, options.device, options.dtype)
-    chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
-    print(f"serving   {name} ({path}) on {model.device}{chat}", file=sys.stderr)
-    print(f"address   http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
-    run_server(name, model, tokenizer, options.host, options.port, options.default_seed)
+    else:
+        run_server(name, model, tokenizer, options.host, options.port, options.default_seed)
 
 
 def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, default_seed: int | None) -> None:

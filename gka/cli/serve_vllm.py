@@ -49,10 +49,7 @@ def run_vllm(options: ServeOptions, name: str, model: Path, tokenizer: PreTraine
         model: folder of the checkpoint.
         tokenizer: the tokenizer of the checkpoint as a fast tokenizer.
     """
-    folder = tokenizer_folder(model, tokenizer)
-    arguments = vllm_arguments(options, name, model, folder)
-    print(f"serving   {name} ({model}) with vLLM", file=sys.stderr)
-    print(f"address   http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
+    arguments = vllm_arguments(options, name, model, tokenizer_folder(model, tokenizer))
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])
 
 
