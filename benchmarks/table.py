@@ -19,6 +19,7 @@ from benchmarks.bench_parallel import parallel_table
 from benchmarks.bench_parallel_model import parallel_model_table
 from benchmarks.bench_pool import pool_table
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
+from benchmarks.bench_serve import serve_table
 from benchmarks.common import RESULTS
 from benchmarks.parallel_pages import models_table, sharded_models_table, shared_rows_table
 from experiments.evidence.table import markdown_table
@@ -308,6 +309,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "parallel_model": ("Models whose rows several ranks share", parallel_model_table),
     "fsdp": ("Models that FSDP shards", fsdp_table),
     "steps": ("Steps of the solve", steps),
+    "serve": ("Servers", serve_table),
 }
 DOCS = RESULTS.parent.parent / "docs"
 # Tables in guides, each between two comments: the page, the benchmark with the newest result, the writer.
@@ -320,6 +322,7 @@ GUIDES: dict[str, tuple[Path, str, Callable[[list[Result]], str]]] = {
     "corruptions": (DOCS / "reliability.md", "reliability", lambda found: corruptions_table(found[-1])),
     "shared rows": (DOCS / "parallel.md", "parallel", shared_rows_table),
     "models with shared rows": (DOCS / "parallel.md", "parallel_model", models_table),
+    "servers": (DOCS / "serve.md", "serve", lambda found: f"{serve_table(found[-1])}\n\n{_source(found[-1])}"),
     "sharded models": (DOCS / "parallel.md", "fsdp", sharded_models_table),
 }
 Key = tuple[str, str, frozenset[tuple[str, ...]]]

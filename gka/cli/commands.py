@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,8 +43,9 @@ COMMANDS = {
         "gka.cli.generate:main",
     ),
     "serve": Command(
-        "Start an OpenAI-compatible HTTP server for a model (uses `transformers serve`).",
+        "Start an OpenAI-compatible HTTP server for a model (`transformers serve`, or vLLM).",
         "  gka serve runs/first\n"
+        "  gka serve runs/first --engine vllm -- --enable-prefix-caching    options of `vllm serve` follow --\n"
         "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
         '    -d \'{"prompt": "def main(", "max_tokens": 64, "stream": true}\'',
         "gka.cli.commands:ServeOptions",
@@ -279,6 +280,12 @@ class ServeOptions:
     """Options of `gka serve`."""
 
     checkpoint: str = shared.trained_model()
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers",
+        "server to run: transformers answers one request after the other; vllm, which must be installed, answers "
+        "many at a time, and takes more options after --",
+        group=_SERVER,
+    )
     name: str | None = option(
         None,
         "name of the model in requests; default: the name of the run folder or checkpoint folder",
@@ -296,6 +303,7 @@ class ServeOptions:
     )
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_weights()
+    further: list[str] = field(default_factory=list, init=False)  # the arguments after --
 
 
 _REPORT = "report"

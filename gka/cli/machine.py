@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("gated-kalmanet", "torch", "transformers", "accelerate", "triton", "flash-linear-attention", "numpy")
+_PACKAGES = (
+    "gated-kalmanet",
+    "torch",
+    "transformers",
+    "accelerate",
+    "triton",
+    "flash-linear-attention",
+    "vllm",
+    "numpy",
+)
 
 
 def describe_machine() -> dict[str, Any]:

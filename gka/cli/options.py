@@ -276,13 +276,18 @@ def parse_options(parser: OptionParser, cls: type, arguments: Sequence[str]) -> 
     """Parse the arguments of one command into its dataclass.
 
     A dataclass may have a static method `saved(given)`. It gets the values of flags and YAML and returns
-    values that override the defaults but not flags or YAML, e.g. the options of a resumed run.
+    values that override the defaults but not flags or YAML, e.g. the options of a resumed run. A dataclass with a
+    field `further` gets the arguments after `--` there, as they are.
 
     Raises:
         UserError: a flag or key is unknown, a type is wrong, or a value is out of bounds.
     """
+    own, further = list(arguments), []
+    if "--" in own and any(field.name == "further" for field in dataclasses.fields(cls)):
+        cut = own.index("--")
+        own, further = own[:cut], own[cut + 1 :]
     # Intermixed: flags may stand between two positionals.
-    namespace, unknown = parser.parse_known_intermixed_args(list(arguments))
+    namespace, unknown = parser.parse_known_intermixed_args(own)
     if unknown:
         word = unknown[0].split("=")[0]
         hint = nearest(word, parser.flags()) if word.startswith("-") else ""
@@ -301,6 +306,8 @@ def parse_options(parser: OptionParser, cls: type, arguments: Sequence[str]) -> 
             what = field.name.upper() if field.metadata.get("positional") else flag(field.name)
             raise UserError(f"{what} is missing")
     options = cls(**values)
+    if further:
+        options.further = further
     check_bounds(options)
     return options
 

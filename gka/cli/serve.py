@@ -1,4 +1,4 @@
-"""`gka serve`: serve a model over HTTP with the OpenAI-compatible server of `transformers serve`.
+"""`gka serve`: serve a model over HTTP with the OpenAI-compatible server of `transformers serve`, or of vLLM.
 
 Routes, requests, streaming and generation are the code of transformers. `transformers serve` alone looks for model
 classes in transformers only and cannot find the classes of this library. Therefore it gets a model manager with
@@ -23,12 +23,18 @@ from .commands import ServeOptions
 from .generate import ready_attention
 from .loading import find_checkpoint, load_model
 from .quiet import quiet
+from .serve_vllm import check_options, run_vllm
 
 
 def main(options: ServeOptions) -> None:
     """Run `gka serve` until it is interrupted. Raises UserError for errors that the user can correct."""
     quiet()
-    if not is_serve_available():
+    vllm = options.engine == "vllm"
+    if vllm:
+        check_options(options)
+    elif options.further:
+        raise UserError(f"-- {' '.join(options.further)}: only with --engine vllm, which these options are for")
+    elif not is_serve_available():
         raise UserError("needs the transformers server: pip install 'gated-kalmanet[serve]'")
     path = find_checkpoint(options.checkpoint)
     name = options.name or _default_name(path)
@@ -36,11 +42,15 @@ def main(options: ServeOptions) -> None:
         raise UserError(f"--name {name!r}: must not contain @ or :")
     tokenizer = serving_tokenizer(path)
     _check_port(options.host, options.port)
-    model = load_model(options.checkpoint, options.device, options.dtype)
+    model = None if vllm else load_model(options.checkpoint, options.device, options.dtype)
+    where = "with vLLM" if model is None else f"on {model.device}"
     chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
-    print(f"serving   {name} ({path}) on {model.device}{chat}", file=sys.stderr)
+    print(f"serving   {name} ({path}) {where}{chat}", file=sys.stderr)
     print(f"address   http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
-    run_server(name, model, tokenizer, options.host, options.port, options.default_seed)
+    if vllm:
+        run_vllm(options, name, path, tokenizer)
+    else:
+        run_server(name, model, tokenizer, options.host, options.port, options.default_seed)
 
 
 def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, default_seed: int | None) -> None:

@@ -13,7 +13,7 @@ from forked import run_forked
 from pages import assert_drawn, rows_of
 from tiny_run import run_process, train, write_texts
 
-from benchmarks import bench_layer, bench_model, bench_pool, bench_steps, common, stages, table
+from benchmarks import bench_layer, bench_model, bench_pool, bench_serve, bench_steps, common, stages, table
 from benchmarks.bench_length import tokens
 from gka.cli import machine
 
@@ -45,6 +45,19 @@ def test_bench_steps(tmp_path: Path) -> None:
     rows = [*costs, *bench_steps.times(sizes, solver_steps)]
     common.write_result("steps", rows, "a command", tmp_path / "steps.json")
     assert "| 16,16 |" in table.steps(json.loads((tmp_path / "steps.json").read_text()))
+
+
+def test_bench_serve(tmp_path: Path) -> None:
+    output = tmp_path / "serve.json"
+    sizes = ("--hidden-size", "32", "--layers", "1", "--heads", "2", "--prompt", "8", "--tokens", "8")
+    run("benchmarks.bench_serve", "--engines", "transformers", *sizes, "--requests", "2", "--output", str(output))
+    result = json.loads(output.read_text())
+    (row,) = result["rows"]
+    assert 0 < row["first text"]["least"] <= row["end"]["least"]
+    assert row["tokens per second"]["largest"] <= 2 * 8 / row["end"]["least"], "two requests of eight tokens"
+    assert rows_of(bench_serve.serve_table(result))[-1][:2] == ["2", "transformers"]
+    with pytest.raises(SystemExit):
+        bench_serve.parse(["--engines", "transformers", "--", "--enforce-eager"])
 
 
 def test_bench_ops_at_the_papers_width(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -188,6 +189,71 @@ def test_the_model_is_listed_and_others_refused(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         served.client.completions.create(model="another", prompt="a", max_tokens=1)
     assert "pinned to 'run'" in caught.value.response.text
+
+
+# vLLM in place of transformers' server; tests/vllm_plugin/engine/test_server.py runs it
+
+
+@pytest.fixture
+def vllm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package named vllm that Python can find; nothing here imports it."""
+    folder = tmp_path / "packages" / "vllm"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    return folder
+
+
+def became(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> list[str]:
+    """The command that `gka serve` replaces its process by."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr("gka.cli.serve_vllm.os.execv", lambda program, command: seen.append([program, *command]))
+    assert cli.main(["serve", *arguments]) == 0
+    (command,) = seen
+    assert command[:4] == [sys.executable, sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    return command[4:]
+
+
+@pytest.mark.usefixtures("vllm_folder")
+def test_vllm_gets_the_model_of_a_run_and_a_fast_tokenizer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(free_port())
+    further = ["--enable-prefix-caching", "--hf-overrides", '{"solver_steps": [16]}']
+    given = [str(run), "--engine", "vllm", "--port", port, "--dtype", "bfloat16", "--", *further]
+    command = became(monkeypatch, given)
+    tokenizer = command[command.index("--tokenizer") + 1]
+    model = str(run / "model")
+    assert command == [
+        "serve", model, "--served-model-name", "run", "--tokenizer", tokenizer, "--host", "localhost",
+        "--port", port, "--dtype", "bfloat16", *further,
+    ]  # fmt: skip
+    assert tokenizer != model
+    fast, served = AutoTokenizer.from_pretrained(tokenizer), serving_tokenizer(run / "model")
+    assert fast("λ\0 b")["input_ids"] == served("λ\0 b")["input_ids"] and fast.chat_template == CHAT
+    assert (fast.eos_token_id, fast.pad_token_id) == (served.eos_token_id, served.pad_token_id)
+
+
+@pytest.mark.usefixtures("vllm_folder")
+def test_vllm_reads_a_fast_tokenizer_itself(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("gka", torch.float32).save_pretrained(tmp_path / "model")
+    serving_tokenizer(run / "model").save_pretrained(tmp_path / "model")
+    command = became(monkeypatch, [str(tmp_path / "model"), "--engine", "vllm", "--name", "it"])
+    assert command[1:6] == [str(tmp_path / "model"), "--served-model-name", "it", "--tokenizer", command[1]]
+
+
+def test_mistakes_with_vllm(run: Path, vllm_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert cli.main(["serve", str(run), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--device cpu: not with --engine vllm" in error("--engine", "vllm", "--device", "cpu")
+    assert "--default-seed 3: not with" in error("--engine", "vllm", "--default-seed", "3")
+    assert "-- --port=1: gka serve sets --port itself" in error("--engine", "vllm", "--", "--port=1")
+    assert "only with --engine vllm" in error("--", "--enable-prefix-caching")
+    assert "--engine" in error("--engine", "vlm")
+    (vllm_folder / "__init__.py").unlink()
+    importlib.invalidate_caches()
+    assert "needs vLLM, which is not installed: pip install" in error("--engine", "vllm")
 
 
 # Without a server

@@ -1,4 +1,7 @@
-"""`vllm serve FOLDER`, called by OpenAI's client: several requests at once get what transformers generates."""
+"""`gka serve --engine vllm`, which becomes `vllm serve`, called by OpenAI's client with text and with tokens.
+
+Several requests at once get what transformers generates.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from typing import Any
 import openai
 import pytest
 from engine_helpers import engine_model, next_logprobs, random_prompts
+from transformers import ByT5Tokenizer
+
+from gka.cli.serve import serving_tokenizer
 
 NAME = "small"
 
@@ -36,14 +42,15 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
-    """A model, and a client of a server with it."""
-    model = engine_model("hybrid", tmp_path / "model")
+    """A model of bytes, and a client of a server with it."""
+    model = engine_model("hybrid", tmp_path / "model", vocab_size=384)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tmp_path / "model")]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--dtype", "float32"]
-    command += ["--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
+    command = [sys.executable, "-m", "gka", "serve", str(tmp_path / "model"), "--engine", "vllm"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--name", NAME]
+    command += ["--", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(command, env=environment(tmp_path / "stub"), stdout=log, stderr=log)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -66,18 +73,24 @@ def wait_for(client: openai.OpenAI, process: subprocess.Popen[bytes], log: Path)
     raise AssertionError(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
-def test_requests_at_once(server: tuple[Any, Any]) -> None:
+def test_requests_at_once(server: tuple[Any, Any], tmp_path: Path) -> None:
     model, client = server
-    prompts = random_prompts(3, 40, 150, 9, 21)
+    tokenizer = serving_tokenizer(tmp_path / "model")
 
-    def answer(prompt: list[int]) -> Any:
+    def answer(prompt: list[int] | str) -> Any:
         return client.completions.create(
-            model=NAME, prompt=prompt, max_tokens=12, temperature=0.0, extra_body={"return_token_ids": True}
+            model=NAME,
+            prompt=prompt,
+            max_tokens=12,
+            temperature=0.0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
         )
 
+    prompts = [*random_prompts(3, 40, 150, 9, 21), "def main(", "λ"]
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(answer, prompts))
     for prompt, each in zip(prompts, answers, strict=True):
+        read = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         tokens = each.choices[0].token_ids
-        assert len(tokens) == 12
-        assert next_logprobs(model, prompt + tokens[:-1])[len(prompt) - 1 :].argmax(1).tolist() == tokens
+        assert each.choices[0].prompt_token_ids == read and len(tokens) == 12
+        assert next_logprobs(model, read + tokens[:-1])[len(read) - 1 :].argmax(1).tolist() == tokens
