@@ -39,7 +39,7 @@ COMMITTED = Path(__file__).parent / "kernels.json"
 ARCHITECTURES = {80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 90: "H100, H200", 100: "B200"}
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 KEYS = ("case", "kernel", "architecture")

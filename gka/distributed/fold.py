@@ -56,7 +56,8 @@ class _StatesBefore(torch.autograd.Function):
         ctx.reach, ctx.context = reach, context
         gathered = gathered_pieces(own, context.group)
         order = [context.pieces(rank) for rank in range(context.size)]
-        ctx.row = _inverse([piece for pieces in order for piece in pieces])
+        row = _places([piece for pieces in order for piece in pieces])
+        ctx.row = None if row == sorted(row) else row
         pieces = gathered.flatten(0, 1)  # of the ranks one after the other
         if ctx.row is not None:
             pieces = torch.cat([pieces[n : n + 1] for n in ctx.row])
@@ -81,7 +82,7 @@ class _StatesBefore(torch.autograd.Function):
             total[first:stop, ..., :-1] += weight * d_state
             total[first:stop, ..., -1:] += sums_before(d_weight * weight, 0)
         if ctx.row is not None:
-            total = torch.cat([total[n : n + 1] for n in _inverse(ctx.row) or ctx.row])
+            total = torch.cat([total[n : n + 1] for n in _places(ctx.row)])
         return scattered_sum(total.unflatten(0, (ctx.context.size, -1)), ctx.context.group), None, None, None
 
 
@@ -90,10 +91,9 @@ def _weights(log_decays: Tensor) -> Tensor:
     return sums_after(finite(log_decays), 0).exp().unsqueeze(-1)
 
 
-def _inverse(order: Sequence[int]) -> list[int] | None:
-    """The places of 0, 1, ... in a permutation; None if these are 0, 1, ..."""
-    places = sorted(range(len(order)), key=lambda place: order[place])
-    return None if places == list(range(len(order))) else places
+def _places(order: Sequence[int]) -> list[int]:
+    """The places of 0, 1, ... in a permutation."""
+    return sorted(range(len(order)), key=lambda place: order[place])
 
 
 def carried(sums: SpanSums, initial: State) -> SpanSums:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.short_conv import ShortConv, are_alike, convolve, last_inputs, packing, weights
+from ..ops.transforms import must_dispatch
 from ..ops.triton import conv as conv_kernels
 from .collectives import all_gather, gathered_pieces, refuse_second_derivatives, scattered_sum
 from .shard import Shard, pieces_of
@@ -61,7 +62,8 @@ def _by_kernels(
 ) -> bool:
     """Whether kernels convolve the segments of this rank; others may decide otherwise, and exchange the same."""
     rows = _as_rows(given[0][1], len(shard.segments))
-    return not shard.packed and lengths is None and conv_kernels.usable(rows, width) and are_alike(given)
+    usable = conv_kernels.usable(rows, width) and not must_dispatch(rows)
+    return not shard.packed and lengths is None and usable and are_alike(given)
 
 
 def behind_preceding(
@@ -93,7 +95,7 @@ def behind_preceding(
 
 def _agree(xs: Sequence[Tensor], width: int, shard: Shard, lengths: Tensor | None) -> None:
     shard.agree_once(
-        "behind_preceding",
+        "the exchange of the convolutions",
         {
             "rows": [x.shape[0] for x in xs],
             "channels": [x.shape[2] for x in xs],
@@ -124,10 +126,11 @@ class _ConvolvedByKernels(torch.autograd.Function):
         s, kept = len(shard.segments), front.shape[1]
         d_rows = [_as_rows(d, s) for d in d_ys]
         dxs, d_weight, d_front = conv_kernels.launch_backward(d_rows, rows, weight, front)
-        d_tails = _returned_tails(d_front.unflatten(0, (-1, s)), shard)
-        for dx, d_tail in zip(dxs, d_tails.split([x.shape[2] for x in rows], 3), strict=True):
-            last = min(kept, dx.shape[1])
-            dx[:, dx.shape[1] - last :] += d_tail.flatten(0, 1)[:, kept - last :]
+        if any(ctx.needs_input_grad[2:]):  # else a rank without kernels would send nothing
+            d_tails = _returned_tails(d_front.unflatten(0, (-1, s)), shard)
+            for dx, d_tail in zip(dxs, d_tails.split([x.shape[2] for x in rows], 3), strict=True):
+                last = min(kept, dx.shape[1])
+                dx[:, dx.shape[1] - last :] += d_tail.flatten(0, 1)[:, kept - last :]
         return None, d_weight, *(dx.view(d.shape) for dx, d in zip(dxs, d_ys, strict=True))
 
 
@@ -162,7 +165,10 @@ class _BehindPreceding(torch.autograd.Function):
 
 def _exchanged_fronts(xs: Sequence[Tensor], shard: Shard, kept: int) -> Tensor:
     """[B, s, W - 1, sum of C]: the inputs before each segment, from the tails of the segments of all ranks."""
-    tails = torch.stack([torch.cat([_last(x[:, a:b], kept) for x in xs], 2) for a, b in _places(shard, 0)], 1)
+    tails = torch.stack(
+        [torch.cat([last_inputs(x[:, a:b], None, kept + 1) for x in xs], 1).mT for a, b in _places(shard, 0)],
+        1,
+    )
     gathered = gathered_pieces(tails, shard.context.group)
     fronts = torch.zeros_like(tails)
     for copy in _copies(shard, kept):
@@ -210,11 +216,6 @@ def _places(shard: Shard, kept: int) -> list[tuple[int, int]]:
         found.append((place + kept, place + kept + stop - start))
         place = found[-1][1]
     return found
-
-
-def _last(x: Tensor, kept: int) -> Tensor:
-    """The last `kept` of [B, t, C]; zeros before them where there are fewer."""
-    return x[:, x.shape[1] - kept :] if x.shape[1] >= kept else F.pad(x, (0, 0, kept - x.shape[1], 0))
 
 
 def _as_rows(x: Tensor, segments: int) -> Tensor:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.autocast import autocast_off
+from ..ops.transforms import must_dispatch
 from ..ops.triton import fused
 from ..ops.triton.config import MAX_DIM
 from ..ops.types import State, state_dtype
@@ -98,7 +99,7 @@ def span_sums(
         with_kk: whether to compute S_kk.
     """
     narrow = k.dtype == torch.bfloat16 and max(k.shape[3], v.shape[3]) <= MAX_DIM[torch.bfloat16]
-    if narrow and k.numel() > 0 and fused.enabled(k):
+    if narrow and k.numel() > 0 and fused.enabled(k) and not must_dispatch(k):
         inputs = [None if x is None else x.contiguous() for x in (k, v, g, beta)]
         flat = _SumsByKernels.apply(*inputs, normalize_k, with_kk)
     else:

@@ -95,7 +95,7 @@ def scatter_rows_(pool: Tensor, state_indices: Tensor, rows: Tensor) -> None:
     source = torch.where(real, own, real.int().argmax(0))
     target = state_indices.long().index_select(0, source).clamp(min=0)
     new = rows.to(pool.dtype).index_select(0, source)
-    pool.index_copy_(0, target, torch.where(real.any(), new, pool.index_select(0, target)))
+    pool.index_copy_(0, target, torch.where(real.any(), new, pool.index_select(0, target[:1])))
 
 
 def _as_column(mask: Tensor, like: Tensor) -> Tensor:

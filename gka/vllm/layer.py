@@ -123,7 +123,7 @@ class GKALayer(nn.Module, MambaBase):
         if metadata is None:
             shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
             states = [torch.zeros(1, *shape, dtype=dtype, device=qkv.device) for shape, dtype in shapes]
-            number = self.vllm_config.scheduler_config.max_num_seqs
+            number = min(self.vllm_config.scheduler_config.max_num_seqs, max(qkv.shape[0], 1))
             rehearse(qkv, g, alpha, beta, self._pools(states), number, mixing, out)
         else:
             mix_tokens(qkv, g, alpha, beta, self._pools(self.kv_cache), metadata.requests, mixing, out)

@@ -6,6 +6,7 @@ these models alone, at the start.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 SUPPORTED = ("0.32", "0.33")  # minor series
@@ -17,20 +18,20 @@ OPERATOR = "gka_mix_tokens"  # in the namespace vllm, as its own
 def register() -> None:
     """Make model, attention backend and checks known to vLLM, and the configurations to transformers.
 
-    Raises:
-        ImportError: vLLM is not of a supported version, and cannot be told to say so of these models alone.
+    Where that cannot be, a warning says why: vLLM goes on without these models, for it may serve others.
     """
     from importlib import import_module
 
-    import_module("gka.hf")  # the configurations, for AutoConfig
     problem = version_problem(installed_version())
     try:
+        import_module("gka.hf")  # the configurations, for AutoConfig
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         from .startup import Startup, refusal
     except ImportError as error:
-        raise ImportError(problem or str(error)) from error
+        logging.getLogger("vllm.gka").warning("GKA models cannot be served: %s", problem or error)
+        return
     MODELS_CONFIG_MAP[ARCHITECTURE] = Startup if problem is None else refusal(problem)
     ModelRegistry.register_model(ARCHITECTURE, f"gka.vllm.model:{ARCHITECTURE}")
     if problem is None:

@@ -57,3 +57,21 @@ def test_equals_the_whole_row(
     expected = outcome(convs, xs, lambda convs, xs: convolve(convs, xs, [None] * 3, None))
     assert [x.shape for x in found] == [x.shape for x in expected]
     assert all(relative_error(x, y) < 1e-6 for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kernels", (True, False))
+def test_frozen_inputs_send_nothing_back(
+    kernels: bool, alone: dist.ProcessGroup, stand_in: pytest.MonkeyPatch
+) -> None:
+    """With kernels and without: ranks may differ in that, and all must exchange the same."""
+    sent = []
+    returned = halo.scattered_sum
+    stand_in.setattr(halo, "scattered_sum", lambda *given: sent.append(1) or returned(*given))
+    if not kernels:
+        stand_in.setattr(conv_kernels, "usable", lambda *_: False)
+    conv, x = ShortConv(5, 4), torch.randn(1, 8, 5)
+    for frozen in (True, False):
+        (y,) = halo.convolve_part([conv], [x.requires_grad_(not frozen)], ContextParallel(alone).shard(8))
+        y.sum().backward()
+        assert len(sent) == (not frozen)
+    assert conv.weight.grad is not None

@@ -126,7 +126,8 @@ def test_kernels(case: Case, with_kk: bool, monkeypatch: pytest.MonkeyPatch) -> 
         assert x.dtype == torch.float32 and relative_error(x, y) < 2e-5
     for x, y in zip(gradients(mine, leaves), gradients(theirs, exact), strict=True):
         assert relative_error(x, y) < (3e-3 if x.dtype == torch.bfloat16 else 2e-5), x.shape
-    assert calls == ["weigh_tokens", "add_tokens", "state_pairs", "token_gradients", "gate_gradients"]
+    forward = ["sum_blocks", "weigh_tokens", "add_tokens"]
+    assert calls == [*forward, "state_pairs", "token_gradients", "sum_blocks", "gate_gradients"]
 
 
 def counted_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -85,7 +85,17 @@ def test_operators_are_what_they_say(packed: bool, stand_in: pytest.MonkeyPatch)
     for xs, w in (((x, None, None), weight), ((x, None, x.detach()), torch.cat([weight, weight]))):
         front = None if packed else random_inputs(1, 3, w.shape[0], seed=1).float().requires_grad_()
         for before in (None, front):
-            torch.library.opcheck(conv_kernels._function.operator, (*xs, w, before, place), test_utils=checks)
+            given = (*xs, w, before, place)
+            torch.library.opcheck(conv_kernels._function.operator, given, test_utils=checks)
+            cotangents = [torch.zeros_like(x) if x is not None else torch.zeros(0) for x in xs]
+            narrow = [x if x is None else x.detach().bfloat16() for x in (*cotangents, *xs)]
+            fixed = [
+                x if x is None else x.detach()
+                for x in (w, before if packed or before is None else before.bfloat16(), place)
+            ]
+            torch.library.opcheck(
+                conv_kernels._function.backward_operator, (*narrow, *fixed), test_utils="test_faketensor"
+            )
     o, gate = (random_inputs(2, 3, 4, 5, seed=s).requires_grad_() for s in (3, 4))
     norm_weight = random_inputs(5, seed=5).requires_grad_()
     torch.library.opcheck(norm._function.operator, (o, gate, norm_weight, 1e-6), test_utils=checks)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 import gka
-from gka.vllm.plugin import SUPPORTED, version_problem
+from gka.vllm.plugin import SUPPORTED, register, version_problem
 
 
 @pytest.mark.parametrize("version", [f"{minor}.{rest}" for minor in SUPPORTED for rest in ("0", "1.dev3+cpu")])
@@ -26,3 +27,14 @@ def test_other_version_is_named_with_ours(version: str) -> None:
 def test_nothing_of_vllm_is_imported_before_it_loads_the_plugin() -> None:
     code = "import sys, gka.vllm.plugin, gka.vllm.core, gka.vllm.states; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_vllm_that_cannot_be_told_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may serve other models; the warning names both versions."""
+    unknown = ModuleType("vllm")
+    unknown.__version__ = "0.40.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", unknown)
+    register()
+    assert "0.40.1" in caplog.text and gka.__version__ in caplog.text

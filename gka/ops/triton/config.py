@@ -186,7 +186,7 @@ def step_config(dtype: torch.dtype, D: int, V: int) -> dict[str, int]:
 class SpanConfig:
     """BD, BV: blocks of D and V; tokens: at a time in `add_tokens`, rows: in `token_gradients`; piece: tokens of a
     program of `add_tokens`, at least, and pieces: how many there are, at most; scalars: tokens at a time in
-    `weigh_tokens` and `gate_gradients`; pipeline: loads on their way.
+    `weigh_tokens` and `gate_gradients`, whose blocks are summed `blocks` at a time; pipeline: loads on their way.
     """
 
     BD: int
@@ -196,6 +196,7 @@ class SpanConfig:
     piece: int = 2048
     pieces: int = 64
     scalars: int = 1024
+    blocks: int = 128
     pipeline: int = 3
     warps: int = 8
 
@@ -204,7 +205,7 @@ def span_config(D: int, V: int) -> SpanConfig:
     """Sizes of the kernels that sum a span of tokens; through the interpreter short ones."""
     BD, BV = (max(64, 1 << (n - 1).bit_length()) for n in (D, V))
     if INTERPRETED:
-        return SpanConfig(BD, BV, tokens=16, rows=16, piece=32, pieces=3, scalars=16)
+        return SpanConfig(BD, BV, tokens=16, rows=16, piece=32, pieces=3, scalars=16, blocks=2)
     return SpanConfig(BD, BV)
 
 

@@ -132,7 +132,7 @@ def _backward(*given: Any) -> tuple[Tensor, ...]:
     dys, (*xs, weight, front, place) = given[:STREAMS], given[STREAMS:]
     (B, T, _), W = xs[0].shape, weight.shape[1]
     dxs = _empty(*xs)
-    d_front = weight.new_empty(0) if front is None else front.new_empty(front.shape)
+    d_front = dys[0].new_empty(0) if front is None else front.new_empty(front.shape)
     parts = torch.empty(B * -(-T // SPAN), *weight.shape, dtype=torch.float32, device=weight.device)
     with on_device(weight.device):
         pointers = _pointers("dy", _in_rows(dys)) | _pointers("x", _in_rows(xs)) | _pointers("dx", dxs)

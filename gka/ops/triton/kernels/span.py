@@ -2,6 +2,7 @@
 
 The equations are those of `gka.distributed.sums`. Kernels in their order:
 
+    sum_blocks         g, backward w dw, summed over blocks of tokens
     weigh_tokens       E_t, w_t and the sum of g
     add_tokens         S_kk and S_kv
     state_pairs        backward: A = dS_kk + dS_kk^T and W = dS_kv, as pairs of bfloat16
@@ -44,18 +45,42 @@ def _block_of(blocks, T, H, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
-def weigh_tokens(
-    g_ptr, beta_ptr,  # [B, T, H]
-    to_end_ptr, w_ptr, sums_ptr,  # out: e^E and w [B, T, H], and the last of F numbers, [B, H, F]
-    T, blocks, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr,
+def sum_blocks(
+    x_ptr, y_ptr, totals_ptr,  # [B, T, H] each; out: [2, B, H, blocks] float64
+    T, blocks, H, PRODUCT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row, head and block of C tokens. It adds up g of all later blocks by itself."""
-    row_and_head, h, begin, end, start = _block_of(blocks, T, H, C)
-    after, total = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    for block in range(start + C, end, C):
-        g = load_scalars(g_ptr, block, end, H, h, C)
-        total += tl.sum(g, 0).to(tl.float64)
-        after += tl.sum(tl.maximum(g, G_LEAST), 0).to(tl.float64)
+    """Sums over blocks of C tokens: of x y if PRODUCT, else of x >= G_LEAST and of x, in this order."""
+    _, h, _, end, start = _block_of(blocks, T, H, C)
+    x = load_scalars(x_ptr, start, end, H, h, C)
+    place = totals_ptr + tl.program_id(0)
+    if PRODUCT:
+        x *= load_scalars(y_ptr, start, end, H, h, C)
+        tl.store(place, tl.sum(x, 0).to(tl.float64))
+    else:
+        tl.store(place, tl.sum(tl.maximum(x, G_LEAST), 0).to(tl.float64))
+        tl.store(place + tl.num_programs(0), tl.sum(x, 0).to(tl.float64))
+
+
+@triton.jit
+def _sum_of_blocks(totals_ptr, row_and_head, first, last, blocks, N: tl.constexpr):
+    """The sum over the blocks first to last - 1 of a row and head, float64."""
+    total = tl.full([], 0.0, tl.float64)
+    for start in range(first, last, N):
+        block = start + tl.arange(0, N)
+        total += tl.sum(tl.load(totals_ptr + row_and_head * blocks + block, mask=block < last, other=0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def weigh_tokens(
+    g_ptr, beta_ptr, totals_ptr,  # [B, T, H], and of sum_blocks
+    to_end_ptr, w_ptr, sums_ptr,  # out: e^E and w [B, T, H], and the last of F numbers, [B, H, F]
+    T, blocks, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for each row, head and block of C tokens."""
+    row_and_head, h, _, end, start = _block_of(blocks, T, H, C)
+    own = tl.program_id(0) % blocks
+    after = _sum_of_blocks(totals_ptr, row_and_head, own + 1, blocks, blocks, N)
     # The token behind each, of this block; the first of the next is among `after`.
     place = start + 1 + tl.arange(0, C)
     inside = (place < end) & (tl.arange(0, C) < C - 1)
@@ -65,8 +90,9 @@ def weigh_tokens(
     if HAS_BETA:
         beta = load_scalars(beta_ptr, start, end, H, h, C)
         store_scalars(w_ptr, to_end * beta * beta, start, end, H, h, C)
-    if start == begin:
-        total += tl.sum(load_scalars(g_ptr, start, end, H, h, C), 0).to(tl.float64)
+    if own == 0:
+        unbounded_ptr = totals_ptr + tl.num_programs(0)
+        total = _sum_of_blocks(unbounded_ptr, row_and_head, 0, blocks, blocks, N)
         tl.store(sums_ptr + row_and_head.to(tl.int64) * F + F - 1, total.to(tl.float32))
 
 
@@ -259,27 +285,27 @@ def token_gradients(
 
 
 @triton.jit
-def _pulls(dw_ptr, w_ptr, start, begin, end, H, h, C: tl.constexpr):
-    """w dw [C] of the token before each of a block; 0 before the first of the row."""
+def _w_dw_before(dw_ptr, w_ptr, start, end, H, h, C: tl.constexpr):
+    """w dw [C] of the token before each of a block, in this block; 0 for the first."""
     token = start - 1 + tl.arange(0, C)
-    inside = (token >= begin) & (token < end)
+    inside = (token >= start) & (token < end)
     dw = tl.load(dw_ptr + token * H + h, mask=inside, other=0.0)
     return dw * tl.load(w_ptr + token * H + h, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def gate_gradients(
-    dw_ptr, w_ptr, to_end_ptr, beta_ptr, d_sums_ptr,  # [B, T, H], and the last of F numbers, [B, H, F]
+    dw_ptr, w_ptr, to_end_ptr, beta_ptr,  # [B, T, H]
+    totals_ptr, d_sums_ptr,  # of sum_blocks for w dw, and the last of F numbers, [B, H, F]
     dg_ptr, dbeta_ptr,  # out: [B, T, H]
-    T, blocks, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr,
+    T, blocks, H, F, HAS_BETA: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row, head and block of C tokens. It adds up w dw of all earlier blocks by itself."""
-    row_and_head, h, begin, end, start = _block_of(blocks, T, H, C)
+    """A program for each row, head and block of C tokens."""
+    row_and_head, h, _, end, start = _block_of(blocks, T, H, C)
     before = tl.load(d_sums_ptr + row_and_head.to(tl.int64) * F + F - 1).to(tl.float64)
-    for block in range(begin, start, C):
-        before += tl.sum(_pulls(dw_ptr, w_ptr, block, begin, end, H, h, C), 0).to(tl.float64)
+    before += _sum_of_blocks(totals_ptr, row_and_head, 0, tl.program_id(0) % blocks, blocks, N)
     # Of the token before each: a sum less a number would lose that number's digits.
-    dg = tl.cumsum(_pulls(dw_ptr, w_ptr, start, begin, end, H, h, C), 0) + before.to(tl.float32)
+    dg = tl.cumsum(_w_dw_before(dw_ptr, w_ptr, start, end, H, h, C), 0) + before.to(tl.float32)
     store_scalars(dg_ptr, dg, start, end, H, h, C)
     if HAS_BETA:
         dw = load_scalars(dw_ptr, start, end, H, h, C)
@@ -316,9 +342,16 @@ def launch_span_sums(
     w = to_end if beta is None else torch.empty_like(to_end)
     blocks = -(-T // config.scalars)
     with on_device(k.device):
+        totals = torch.empty(2, B, H, blocks, dtype=torch.float64, device=k.device)
+        launch(sum_blocks, B * H * blocks,
+            x_ptr=g, y_ptr=g, totals_ptr=totals,
+            T=T, blocks=blocks, H=H, PRODUCT=False, C=config.scalars, num_warps=4, num_stages=1,
+        )  # fmt: skip
         launch(weigh_tokens, B * H * blocks,
-            g_ptr=g, beta_ptr=g if beta is None else beta, to_end_ptr=to_end, w_ptr=w, sums_ptr=sums,
-            T=T, blocks=blocks, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, num_warps=4, num_stages=1,
+            g_ptr=g, beta_ptr=g if beta is None else beta, totals_ptr=totals,
+            to_end_ptr=to_end, w_ptr=w, sums_ptr=sums,
+            T=T, blocks=blocks, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, N=config.blocks,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
         launch(add_tokens, pieces * B * H * (2 if with_kk else 1),
             k_ptr=k, v_ptr=v, w_ptr=w, sums_ptr=sums,
@@ -364,15 +397,21 @@ def launch_span_gradients(
             WITH_KK=with_kk, NORMALIZE=normalize, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
         blocks = -(-T // config.scalars)
+        totals = torch.empty(B, H, blocks, dtype=torch.float64, device=k.device)
+        launch(sum_blocks, B * H * blocks,
+            x_ptr=dw, y_ptr=w, totals_ptr=totals,
+            T=T, blocks=blocks, H=H, PRODUCT=True, C=config.scalars, num_warps=4, num_stages=1,
+        )  # fmt: skip
         launch(gate_gradients, B * H * blocks,
-            dw_ptr=dw, w_ptr=w, to_end_ptr=to_end, beta_ptr=w if beta is None else beta, d_sums_ptr=d_sums,
-            dg_ptr=dg, dbeta_ptr=dg if dbeta is None else dbeta,
-            T=T, blocks=blocks, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, num_warps=4, num_stages=1,
+            dw_ptr=dw, w_ptr=w, to_end_ptr=to_end, beta_ptr=w if beta is None else beta,
+            totals_ptr=totals, d_sums_ptr=d_sums, dg_ptr=dg, dbeta_ptr=dg if dbeta is None else dbeta,
+            T=T, blocks=blocks, H=H, F=F, HAS_BETA=beta is not None, C=config.scalars, N=config.blocks,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     return SpanGradients(dk, dv, dg, dbeta)
 
 
 def _room_for_pairs(n: int, D: int, V: int, with_kk: bool, like: Tensor) -> tuple[Tensor, ...]:
     """A, W and W^T as pairs; without S_kk nothing reads the first."""
-    A, W = (n * D * D if with_kk else 1), n * D * V
+    A, W = (n * D * D if with_kk else 8), n * D * V  # 8: what follows is aligned
     return torch.empty(2 * A + 4 * W, dtype=torch.bfloat16, device=like.device).split([A, A, W, W, W, W])
