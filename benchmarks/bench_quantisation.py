@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-import gka.hf.model
+import gka.hf.pretrained
 from gka import GKAForCausalLM
 from gka.cli.loading import find_checkpoint, load_checkpoint
 from gka.training.data import encode, validation_texts
@@ -44,7 +44,7 @@ def logits(source: Path, tokens: Tensor, quantised: set[str], bits: int) -> Tens
         4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
         8: {"load_in_8bit": True},
     }
-    with mock.patch.object(gka.hf.model, "_GATES", ()):
+    with mock.patch.object(gka.hf.pretrained, "_GATES", ()):
         settings = BitsAndBytesConfig(llm_int8_skip_modules=spared, **kinds[bits])
         model = GKAForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.float32)
     found: Tensor = model(tokens).logits

@@ -19,8 +19,9 @@ from .config import GKAConfig, PublishedConfig
 from .heads import GKAForQuestionAnswering, GKAForSequenceClassification, GKAForTokenClassification
 from .in_place import InPlaceOfAttention
 from .mixers import Mixer, register_mixer
-from .model import GKAForCausalLM, GKAModel, GKAPreTrainedModel
+from .model import GKAForCausalLM, GKAModel
 from .name_lists import join_lists
+from .pretrained import GKAPreTrainedModel
 
 __all__ = [
     "GKAConfig",

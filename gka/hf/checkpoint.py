@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..nn.decay import REST, UNDECAYED
 from .config import GKAConfig
@@ -163,17 +163,10 @@ def is_published(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> b
     return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
 
 
-def load_published(
-    load: Callable[..., Any],
-    expected_tensors: Callable[[Any], dict[str, tuple[int, ...]]],
-    source: str | os.PathLike[str],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def load_published(load: Callable[..., Any], source: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
     """Load a checkpoint in the published format by `load`, transformers' `from_pretrained`, and check it.
 
     Args:
-        expected_tensors: names and shapes for a configuration.
         source, args, kwargs: as `from_pretrained` takes them.
 
     Raises:
@@ -206,6 +199,16 @@ def load_published(
         restore_dtypes(model, headers)
     check_finite(model, source)
     return (model, report) if report_wanted else model
+
+
+def expected_tensors(config: GKAConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a checkpoint of a language model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
 
 
 def _local_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:

@@ -34,7 +34,8 @@ from ..nn.layer import GatedKalmaNet
 from .config import GKAConfig
 from .heads import GKAForSequenceClassification, GKAForTokenClassification
 from .mixers import OURS
-from .model import GKAForCausalLM, GKAPreTrainedModel
+from .model import GKAForCausalLM
+from .pretrained import GKAPreTrainedModel
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
     "llama": LlamaPreTrainedModel,

@@ -8,7 +8,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from .model import GKAPreTrainedModel
+from .pretrained import GKAPreTrainedModel
 
 
 class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):

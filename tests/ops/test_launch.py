@@ -48,9 +48,9 @@ from gka.ops.triton.launch import launch
 
 room = torch.zeros(64)
 given = dict(
-    x0_ptr=room, x1_ptr=room, x2_ptr=room, weight_ptr=room, place_ptr=None, y0_ptr=room, y1_ptr=room, y2_ptr=room,
-    T=9, C0=17, C1=0, C2=5,
-    W=2, PACKED=False, SPAN=8, R=2, BC=32, num_warps=1, num_stages=1,
+    x0_ptr=room, x1_ptr=room, x2_ptr=room, weight_ptr=room, place_ptr=None, front_ptr=None,
+    y0_ptr=room, y1_ptr=room, y2_ptr=room, T=9, C0=17, C1=0, C2=5,
+    W=2, PACKED=False, FRONT=False, SPAN=8, R=2, BC=32, num_warps=1, num_stages=1,
 )
 changes = [
     {}, {"x0_ptr": room[32:]}, {"x0_ptr": room[1:]}, {"y0_ptr": room[1:]}, {"x0_ptr": room.bfloat16()},

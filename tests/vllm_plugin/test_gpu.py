@@ -80,7 +80,9 @@ def test_captured_decode_steps_read_the_slots_of_each_replay(device: torch.devic
     layer = core_layer("grouped", torch.bfloat16, device)
     mixing, pools = mixing_of(layer), new_pools(layer, torch.float32)
     served(layer, tokens_of_requests(layer, torch.bfloat16, device), pools)
-    captured = Pools(*(None if pool is None else pool.clone() for pool in pools))  # type: ignore[arg-type]
+    captured = new_pools(layer, torch.float32)  # laid out as the others: kernels add in another order if not
+    for copied, pool in zip(captured, pools, strict=True):
+        copied.copy_(pool)
     slots = torch.full((4,), -1, dtype=torch.int32, device=device)
     inputs = [x.clone() for x in projected(layer, torch.zeros(4, layer.hidden_size, device=device).bfloat16())]
     out = torch.empty(4, layer.num_heads, layer.head_dim, device=device, dtype=torch.bfloat16)
