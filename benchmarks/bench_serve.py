@@ -92,8 +92,8 @@ def server(engine: str, folder: Path, options: argparse.Namespace) -> Iterator[A
     if engine == "vllm":
         command += ["--", *options.further]
     with tempfile.TemporaryFile("w+") as log:
-        threads = {"OMP_NUM_THREADS": str(options.threads)}
-        process = subprocess.Popen(command, env={**os.environ, **threads}, stdout=log, stderr=log)
+        settings = {"OMP_NUM_THREADS": str(options.threads), "TMPDIR": str(folder.parent)}  # removed at the end
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
         try:
             while True:

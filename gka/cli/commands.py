@@ -45,7 +45,7 @@ COMMANDS = {
     "serve": Command(
         "Start an OpenAI-compatible HTTP server for a model (`transformers serve`, or vLLM).",
         "  gka serve runs/first\n"
-        "  gka serve runs/first --engine vllm -- --enable-prefix-caching    options of `vllm serve` follow --\n"
+        "  gka serve runs/first --engine vllm -- --max-num-seqs 64    options of `vllm serve` follow --\n"
         "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
         '    -d \'{"prompt": "def main(", "max_tokens": 64, "stream": true}\'',
         "gka.cli.commands:ServeOptions",

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -196,7 +197,8 @@ def test_the_model_is_listed_and_others_refused(served: Served) -> None:
 
 @pytest.fixture
 def vllm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package named vllm that Python can find; nothing here imports it."""
+    """A package named vllm that Python can find; nothing here imports it. Temporary folders end with the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = tmp_path / "packages" / "vllm"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
