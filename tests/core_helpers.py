@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gka import GatedKalmaNet
 from gka.nn.projections import expand_heads
-from gka.vllm.core import Mixing, Pools, Requests, mix_tokens
+from gka.vllm.core import Mixing, Pools, Prefill, Requests, mix_tokens
 
 ROWS = 9  # of the pools
 LAYERS: dict[str, dict[str, Any]] = {
@@ -74,10 +74,18 @@ def step(layer: GatedKalmaNet, x: Tensor, pools: Pools, requests: Requests) -> T
 
 
 def requests_of(
-    decodes: list[int], prefills: list[tuple[int, int, bool]], device: Any = "cpu", dtype: Any = torch.int32
+    decodes: list[int],
+    prefills: list[tuple[int, int, bool]],
+    device: Any = "cpu",
+    dtype: Any = torch.int32,
+    width: int | None = None,
 ) -> Requests:
-    """From the slots of decode steps, and slot, tokens and whether there is a past of each prefill."""
+    """From the slots of decode steps, and slot, tokens and whether there is a past of each prefill.
+
+    width: of the convolutions, to make the places of the prefills here and not in the layer.
+    """
     lengths = torch.tensor([0, *(tokens for _, tokens, _ in prefills)]).cumsum(0)
+    places = Prefill.of(lengths.to(device), int(lengths[-1]), width) if width is not None else None
     return Requests(
         decodes=len(decodes),
         decode_slots=torch.tensor(decodes, dtype=dtype, device=device) if decodes else None,
@@ -85,6 +93,7 @@ def requests_of(
         prefill_slots=torch.tensor([slot for slot, _, _ in prefills], dtype=dtype, device=device),
         cu_seqlens=lengths.to(device, dtype),
         has_state=torch.tensor([past for _, _, past in prefills], device=device, dtype=torch.bool),
+        prefill=places,
     )
 
 
@@ -110,7 +119,8 @@ def served(layer: GatedKalmaNet, xs: list[Tensor], pools: Pools, padding: bool =
             prefills.insert(1, (-1, 3, False))
             tokens.insert(len(slots) + 1, torch.ones_like(xs[0][:3]))
             order.insert(len(slots) + 1, None)
-        requests = requests_of(slots, prefills, device)
+        width = layer.conv_size if number == 1 else None
+        requests = requests_of(slots, prefills, device, width=width)
         lengths = [len(part) for part in tokens]
         y = step(layer, torch.cat([*tokens, torch.ones_like(xs[0][:2])]), pools, requests)  # two rows too many
         for n, part in zip(order, y.split([*lengths, 2]), strict=False):

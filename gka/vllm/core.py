@@ -43,6 +43,31 @@ class Pools(NamedTuple):
     conv: Tensor
 
 
+class Prefill(NamedTuple):
+    """A row in which each request has the W - 1 inputs before its tokens in front of them.
+
+    length: number of places of the row, T + P (W - 1).
+    tokens: [T] int64, the places of the tokens.
+    before: [P (W - 1)] int64, those of the inputs before each request.
+    after: [P (W - 1)] int64, those of the last inputs of each request.
+    """
+
+    length: int
+    tokens: Tensor
+    before: Tensor
+    after: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int, width: int) -> Prefill:
+        """The places for `tokens` tokens, packed by `cu_seqlens` [P + 1] of int32 or int64."""
+        kept, place = width - 1, Gaps.of(cu_seqlens, tokens, width)
+        number = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+        within = torch.arange(kept, device=cu_seqlens.device)
+        before = (cu_seqlens[:-1].long() + kept * number).unsqueeze(1) + within
+        after = (cu_seqlens[1:].long() + kept * number).unsqueeze(1) + within
+        return cls(place.length, place.slots, before.flatten(), after.flatten())
+
+
 class Requests(NamedTuple):
     """Which tokens belong to which request, and where its states are.
 
@@ -52,6 +77,7 @@ class Requests(NamedTuple):
     prefill_slots: [P] int32 or int64, the rows of the other requests; None if there are none.
     cu_seqlens: [P + 1] int32 or int64, the first of these tokens of each, and their number.
     has_state: [P] bool, whether a request has a past; its states are else taken as zero.
+    prefill: the places of these tokens for the convolutions; None makes them anew in each layer.
     """
 
     decodes: int = 0
@@ -60,6 +86,7 @@ class Requests(NamedTuple):
     prefill_slots: Tensor | None = None
     cu_seqlens: Tensor | None = None
     has_state: Tensor | None = None
+    prefill: Prefill | None = None
 
 
 class Mixing(NamedTuple):
@@ -173,7 +200,8 @@ def _prefill(qkv: Tensor, gates: list[Any], pools: Pools, requests: Requests, mi
     """o [T, H, D] of the packed tokens of all other requests, as one call of the op."""
     slots, cu_seqlens, has_state = requests.prefill_slots, requests.cu_seqlens, requests.has_state
     assert slots is not None and cu_seqlens is not None and has_state is not None
-    convolved = _convolve_after(qkv, pools, slots, cu_seqlens, has_state, mixing.conv_weight)
+    places = requests.prefill or Prefill.of(cu_seqlens, qkv.shape[0], mixing.conv_weight.shape[1])
+    convolved = _convolve_after(qkv, pools, slots, has_state, places, mixing.conv_weight)
     q, k, v = _by_head(convolved, qkv, mixing)
     g, alpha, beta = (None if x is None else x.unsqueeze(0) for x in gates)
     assert g is not None
@@ -210,24 +238,19 @@ def _by_head(convolved: Tensor, qkv: Tensor, mixing: Mixing) -> tuple[Tensor, Te
 
 
 def _convolve_after(
-    qkv: Tensor, pools: Pools, slots: Tensor, cu_seqlens: Tensor, has_state: Tensor, weight: Tensor
+    qkv: Tensor, pools: Pools, slots: Tensor, has_state: Tensor, places: Prefill, weight: Tensor
 ) -> Tensor:
     """The convolutions of packed requests [T, C], each after its last inputs; those after it go to the pool.
 
     In one row, each request has its W - 1 last inputs before it. At the end of its part are then its new ones.
     """
-    (C, W), kept = weight.shape, weight.shape[1] - 1
-    place = Gaps.of(cu_seqlens, qkv.shape[0], W)
-    number = torch.arange(slots.shape[0], device=qkv.device)
-    within = torch.arange(kept, device=qkv.device)
-    before = (cu_seqlens[:-1].long() + kept * number).unsqueeze(1) + within
-    after = (cu_seqlens[1:].long() + kept * number).unsqueeze(1) + within
-    row = qkv.new_empty(place.length, C)
-    row.index_copy_(0, place.slots, qkv[:, :C])
+    C, W = weight.shape
+    row = qkv.new_empty(places.length, C)
+    row.index_copy_(0, places.tokens, qkv[:, :C])
     past = gather_rows(pools.conv, slots, has_state)
-    row.index_copy_(0, before.flatten(), past.flatten(0, 1).to(row.dtype))
-    scatter_rows_(pools.conv, slots, row.index_select(0, after.flatten()).view(*past.shape))
+    row.index_copy_(0, places.before, past.flatten(0, 1).to(row.dtype))
+    scatter_rows_(pools.conv, slots, row.index_select(0, places.after).view(*past.shape))
     if conv_kernels.usable(row.unsqueeze(0), W):
-        return conv_kernels.short_convs([row.unsqueeze(0)], weight)[0].squeeze(0).index_select(0, place.slots)
+        return conv_kernels.short_convs([row.unsqueeze(0)], weight)[0].squeeze(0).index_select(0, places.tokens)
     convolved = F.silu(F.conv1d(row.t().unsqueeze(0), weight.unsqueeze(1).to(row.dtype), groups=C))
-    return convolved.squeeze(0).t().index_select(0, place.slots - kept)
+    return convolved.squeeze(0).t().index_select(0, places.tokens - (W - 1))

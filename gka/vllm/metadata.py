@@ -16,7 +16,8 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
-from .core import Requests
+from .core import Prefill, Requests
+from .states import conv_width
 
 
 @dataclass
@@ -34,6 +35,7 @@ class GKAMetadataBuilder(BaseMambaAttentionMetadataBuilder[GKAMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.conv_width = conv_width(vllm_config.model_config.hf_config)
         rows = max(vllm_config.scheduler_config.max_num_seqs, self.decode_cudagraph_max_bs)
         self.decode_slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
 
@@ -44,13 +46,14 @@ class GKAMetadataBuilder(BaseMambaAttentionMetadataBuilder[GKAMetadata]):
         return metadata
 
     def _requests(self, metadata: GKAMetadata) -> Requests:
-        decode_slots = prefill_slots = None
+        decode_slots = prefill_slots = prefill = None
         if metadata.num_decodes:
             blocks = metadata.state_indices_tensor_d[:, 0]
             decode_slots = self.decode_slots[: blocks.shape[0]]
             decode_slots.copy_(slots_of(blocks))
         if metadata.num_prefills:
             prefill_slots = slots_of(metadata.state_indices_tensor_p)
+            prefill = Prefill.of(metadata.query_start_loc_p, metadata.num_prefill_tokens, self.conv_width)
         return Requests(
             decodes=metadata.num_decode_tokens,
             decode_slots=decode_slots,
@@ -58,6 +61,7 @@ class GKAMetadataBuilder(BaseMambaAttentionMetadataBuilder[GKAMetadata]):
             prefill_slots=prefill_slots,
             cu_seqlens=metadata.query_start_loc_p,
             has_state=metadata.has_initial_states_p,
+            prefill=prefill,
         )
 
 
