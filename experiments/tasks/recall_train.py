@@ -1,0 +1,232 @@
+"""One training of the recall experiment, as Zoology trains (arXiv 2312.04927): AdamW and epochs on fixed examples.
+
+    learning rate of epoch e    rate (1 + cos(pi e / epochs)) / 2, no warm-up, no clipping
+    end                         test accuracy above 99% after an epoch, all epochs, or the rule of `hopeless`
+
+The examples lie on the device and are read in the same order in every epoch, as in Zoology; the last incomplete
+batch is left out. Only the numbers of an epoch are read by the host. On a GPU a step (forward, backward, AdamW) is
+recorded once as a CUDA graph and replayed, since the host needs longer for its launches than the GPU for its work.
+A step that cannot be recorded runs without a graph, and the result says so.
+
+Differences from Zoology: the loss is computed at the queries alone, which changes nothing but the time; on a GPU
+in bfloat16 autocast; weight decay leaves out what a layer marks with `_no_weight_decay` (decays, ridges).
+
+Legend: N examples, B batch, T tokens, P pairs and queries of a sequence.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import set_seed
+
+from gka.hf.captured_step import record
+
+from .mqar import IGNORE, make_mqar
+from .recall_mixers import MIXERS, state_size
+from .recall_model import RecallModel
+
+SOLVED = 0.99
+WEIGHT_DECAY = 0.1
+_WARM_UP = 3  # steps before a graph is recorded: kernels compile, AdamW makes its state
+History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
+
+
+class Examples(NamedTuple):
+    """`inputs` [N, T] int32, `queries` [N, P] int64 positions of the queries, `values` [N, P] int64 answers."""
+
+    inputs: Tensor
+    queries: Tensor
+    values: Tensor
+
+    def batches(self, size: int) -> list[Examples]:
+        """Batches in order, the last one smaller where N is no multiple of the size."""
+        parts = zip(*(x.split(size) for x in self), strict=True)
+        return [Examples(*part) for part in parts]
+
+
+def make_examples(cell: dict[str, Any], split: str, device: torch.device) -> Examples:
+    """The examples of a cell: those of its place and seed, the same for every mixer, dim and rate."""
+    made = make_mqar(
+        cell[f"{split}_examples"],
+        seq_len=cell["seq_len"],
+        num_pairs=cell["num_pairs"],
+        vocab_size=cell["vocab_size"],
+        power_a=0.01,
+        random_non_queries=False,
+        seed=cell["seed"],
+        split=split,  # type: ignore[arg-type]
+        device=device,
+    )
+    queries = (made.labels != IGNORE).nonzero()[:, 1].view(-1, cell["num_pairs"])
+    return Examples(made.inputs.int(), queries, made.labels.gather(1, queries))
+
+
+def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs: int) -> str | None:
+    """Why a training shall end early, or None.
+
+    A model that answers with any value of the sequence is right in 1 of P cases. A training ends
+
+    * after a quarter of the epochs, if its accuracy is below 1 / (2 P): it does not even do that;
+    * from half of the epochs on, if its accuracy is below 1.5 / P and not 0.01 above that of an eighth of the
+      epochs before: it stays there;
+    * after a quarter of the epochs, if it is more than 0.3 below another learning rate at the same epoch, and from
+      half of the epochs on, if it is more than 0.1 below.
+
+    Args:
+        history: of this training so far.
+        rivals: histories of the other learning rates of the same mixer, dim and place.
+        num_pairs: P.
+        epochs: of a whole training.
+    """
+    done, accuracy = len(history), history[-1][1]
+    if done < epochs // 4:
+        return None
+    if accuracy < 0.5 / num_pairs:
+        return "learnt nothing"
+    late, back = done >= epochs // 2, max(1, epochs // 8)
+    if late and accuracy < 1.5 / num_pairs and done > back and accuracy < history[-1 - back][1] + 0.01:
+        return "stays at guessing"
+    best = max((rival[done - 1][1] for rival in rivals if len(rival) >= done), default=0.0)
+    return "behind another rate" if accuracy < best - (0.1 if late else 0.3) else None
+
+
+def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device) -> dict[str, Any]:
+    """Train the model of a cell.
+
+    Args:
+        cell: mixer, dim, seq_len, num_pairs, vocab_size, train_examples, test_examples, batch_size, epochs,
+            learning_rate, seed, dtype ("bfloat16" for autocast, or "float32").
+        rivals: as for `hopeless`.
+        device: device of the training.
+
+    Returns:
+        `accuracy` of the last test, `ended` ("solved", "all epochs", "not finite" or the reason of `hopeless`),
+        `history`, `seconds` of all epochs, `graph` (whether steps were replayed), `parameters`, `state_size`.
+    """
+    set_seed(cell["seed"])
+    positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
+    model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
+    data, test = (make_examples(cell, split, device) for split in ("train", "test"))
+    batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
+    run = _Steps(model, cell, batches[0])
+    history: History = []
+    ended, start = "all epochs", time.perf_counter()
+    for epoch in range(cell["epochs"]):
+        loss = run.epoch(batches)
+        if loss is None:
+            ended = "not finite"
+            break
+        history.append([epoch + 1, _accuracy(model, test, cell), round(loss, 5)])
+        if history[-1][1] > SOLVED:
+            ended = "solved"
+            break
+        if reason := hopeless(history, rivals, cell["num_pairs"], cell["epochs"]):
+            ended = reason
+            break
+    return {
+        "accuracy": history[-1][1] if history else 0.0,
+        "ended": ended,
+        "history": history,
+        "seconds": round(time.perf_counter() - start, 1),
+        "graph": run.graph,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_size": state_size(cell["mixer"], cell["dim"], cell["seq_len"]),
+    }
+
+
+class _Steps:
+    """The steps of a training.
+
+    Args:
+        model: the model, on its device.
+        cell: as for `train`.
+        example: a batch, for the shapes.
+    """
+
+    def __init__(self, model: RecallModel, cell: dict[str, Any], example: Examples) -> None:
+        self.model, self.cell, self.device = model, cell, example.inputs.device
+        on_gpu = self.device.type == "cuda"
+        rate = torch.tensor(float(cell["learning_rate"]), device=self.device)
+        self.optimiser = torch.optim.AdamW(
+            _groups(model), lr=rate if on_gpu else cell["learning_rate"], fused=True, capturable=on_gpu
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=cell["epochs"])
+        self.total = torch.zeros((), device=self.device)  # of the losses since it was read
+        self.batch = Examples(*(torch.empty_like(x) for x in example))
+        self.wants_graph, self.graph, self.done = on_gpu, False, 0
+        self.replay: Callable[[], object] = self._step
+
+    def epoch(self, batches: list[Examples]) -> float | None:
+        """Train an epoch; the mean loss, or None if it is not finite."""
+        self.model.train()
+        self.total.zero_()
+        try:
+            for batch in batches:
+                for place, values in zip(self.batch, batch, strict=True):
+                    place.copy_(values)
+                if self.wants_graph and self.done == _WARM_UP:
+                    self._record()
+                self.replay()
+                self.done += 1
+        except (
+            ValueError
+        ):  # off a GPU the op refuses gates that are not finite; shapes are those of the first step
+            if self.done == 0:
+                raise
+            return None
+        self.schedule.step()
+        loss = self.total.item() / len(batches)
+        return loss if torch.isfinite(torch.tensor(loss)) else None
+
+    def _step(self) -> Tensor:
+        loss = F.cross_entropy(*_logits_and_values(self.model, self.batch, self.cell))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.total += loss.detach()
+        return self.total
+
+    def _record(self) -> None:
+        """Record a step as a CUDA graph; if that fails, say so and continue without."""
+        self.wants_graph = False
+        self.optimiser.zero_grad(set_to_none=True)  # so that gradients get memory of the graph
+        torch.cuda.synchronize(self.device)
+        try:
+            self.replay, _ = record(self._step, self.device)
+            self.graph = True
+        except RuntimeError as error:
+            self.replay = self._step
+            torch.cuda.synchronize(self.device)
+            print(f"{self.cell['mixer']}: no CUDA graph, steps are slower: {error}", file=sys.stderr)
+
+
+def _logits_and_values(model: RecallModel, batch: Examples, cell: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """[B P, V] float32 and [B P]."""
+    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=cell["dtype"] == "bfloat16"):
+        logits = model(batch.inputs, batch.queries)
+    return logits.flatten(0, 1).float(), batch.values.flatten()
+
+
+@torch.no_grad()
+def _accuracy(model: RecallModel, test: Examples, cell: dict[str, Any]) -> float:
+    """The fraction of right answers to all queries."""
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=test.inputs.device)
+    for batch in test.batches(cell["batch_size"]):
+        logits, values = _logits_and_values(model, batch, cell)
+        right += (logits.argmax(-1) == values).sum()
+    return round(right.item() / test.values.numel(), 5)
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters with weight decay and without."""
+    kept = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
+    decayed = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
+    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
