@@ -25,61 +25,45 @@ from typing import Any
 import torch
 
 from ..tasks.recall_mixers import MIXERS
-from ..tasks.recall_train import SOLVED, train
+from ..tasks.recall_train import RATES, SOLVED, train
 from .recall_page import section as section
 from .record import Cell, Record
 
 SUMMARY = "recall in the setting of the paper's figure 3a"
 BY_MACHINE = False
 Entries = list[dict[str, Any]]
-RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # likeliest first
 SEEDS = (0, 1, 2)
 PLACES = ((64, 4), (128, 8), (256, 16), (512, 64), (512, 128))
 VERDICT = ("gka-paper", "gla", "attention", "mesa", "gdn")
 LEARNT = 0.05  # accuracy of a mixer that has learnt something
-_BATCH = {64: 512, 128: 512, 256: 256, 512: 128}
+_BATCH = {16: 32, 64: 512, 128: 512, 256: 256, 512: 128}
 _FULL: dict[str, Any] = dict(
     vocab_size=8192, train_examples=100_000, test_examples=3_000, epochs=64, dtype="bfloat16"
 )
-_SMALL: dict[str, Any] = dict(
-    vocab_size=32, train_examples=512, test_examples=64, epochs=4, dtype="float32", batch_size=32
-)
+_SMALL: dict[str, Any] = dict(vocab_size=32, train_examples=512, test_examples=64, epochs=4, dtype="float32")
 _GROUP = ("mixer", "dim", "seq_len", "num_pairs", "size")
 
 
 def cells(size: str) -> list[Cell]:
-    """All cells in their order; small: one dim, one place, two rates, two seeds, the mixers that run on a CPU."""
+    """All cells in their order; small: one dim, one short place, the mixers that run on a CPU."""
     if size == "small":
         mixers = ("gka-paper", "gka", "linear", "mamba2", "attention")
-        return [
-            *_part(mixers, (16,), RATES[:2], ((16, 2),), _SMALL),
-            *_part(mixers, (16,), None, ((16, 2),), _SMALL),
-        ]
+        return _part(mixers, (16,), ((16, 2),), _SMALL)
     others = tuple(mixer for mixer in MIXERS if mixer not in VERDICT)
     parts = ((VERDICT, (64, 128)), (others, (64, 128)), ((*VERDICT, *others), (256,)))
-    kinds = itertools.product(parts, (RATES, None))
-    return [cell for (mixers, dims), rates in kinds for cell in _part(mixers, dims, rates, PLACES, _FULL)]
+    return [cell for mixers, dims in parts for cell in _part(mixers, dims, PLACES, _FULL)]
 
 
 def _part(
-    mixers: Iterable[str],
-    dims: Iterable[int],
-    rates: tuple[float, ...] | None,
-    places: Iterable[tuple[int, int]],
-    rest: dict[str, Any],
+    mixers: Iterable[str], dims: Iterable[int], places: Iterable[tuple[int, int]], rest: dict[str, Any]
 ) -> list[Cell]:
-    """The cells of some mixers and dims: one for each rate with the first seed; without rates, the other seeds."""
-    found = []
-    last = SEEDS[1:2] if rest is _SMALL else SEEDS[1:]
-    kinds: list[dict[str, Any]] = (
-        [{"seed": SEEDS[0], "learning_rate": rate} for rate in rates]
-        if rates is not None
-        else [{"seed": seed, "rates": list(RATES[:2] if rest is _SMALL else RATES)} for seed in last]
-    )
-    for kind, (T, P), dim, mixer in itertools.product(kinds, places, dims, mixers):
-        sizes = {"batch_size": _BATCH[T]} if T in _BATCH else {}
-        found.append({"mixer": mixer, "dim": dim, "seq_len": T, "num_pairs": P, **kind, **rest, **sizes})
-    return found
+    """The cells of some mixers and dims: the learning rates one after the other, then the other seeds."""
+    kinds: list[dict[str, Any]] = [{"seed": SEEDS[0], "learning_rate": rate} for rate in RATES]
+    kinds += [{"seed": seed, "rates": list(RATES)} for seed in SEEDS[1:]]
+    return [
+        {"mixer": mixer, "dim": dim, "seq_len": T, "num_pairs": P, **kind, "batch_size": _BATCH[T], **rest}
+        for kind, (T, P), dim, mixer in itertools.product(kinds, places, dims, mixers)
+    ]
 
 
 def ready(cell: Cell, entries: Entries) -> bool | None:

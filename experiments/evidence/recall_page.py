@@ -8,14 +8,13 @@ Legend: T tokens of a sequence, P pairs. A setting is a place (T, P) with a dim.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..tasks.recall_mixers import MIXERS, heads
-from ..tasks.recall_train import SOLVED
+from ..tasks.recall_train import RATES, SOLVED
 from .picture import draw_band, new_panels, save
 from .table import markdown_table, spread
 
@@ -31,11 +30,6 @@ class Found(NamedTuple):
     accuracies: list[float]
     complete: bool
 
-    @property
-    def mean(self) -> float:
-        """The mean over the seeds."""
-        return statistics.mean(self.accuracies)
-
 
 Table = dict[tuple[Place, int, str], Found]  # place, dim, mixer
 
@@ -46,20 +40,19 @@ def best(entries: Entries) -> Table:
     for entry in entries:
         cell = entry["cell"]
         groups[(cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]].append(entry)
-    most = max(map(_rates, groups.values()))
     found = {}
     for key, group in groups.items():
         seeds: dict[int, float] = {}
         for entry in group:
             seed, accuracy = entry["cell"]["seed"], entry["result"]["accuracy"]
             seeds[seed] = max(accuracy, seeds.get(seed, 0.0))
-        found[key] = Found(list(seeds.values()), max(seeds.values()) > SOLVED or _rates(group) == most)
+        found[key] = Found(list(seeds.values()), max(seeds.values()) > SOLVED or _rates(group) == set(RATES))
     return found
 
 
-def _rates(group: Entries) -> int:
-    """The number of learning rates that were tried."""
-    return len({entry["cell"]["learning_rate"] for entry in group if "learning_rate" in entry["cell"]})
+def _rates(group: Entries) -> set[float]:
+    """The learning rates that were tried."""
+    return {entry["cell"]["learning_rate"] for entry in group if "learning_rate" in entry["cell"]}
 
 
 def section(entries: Entries, picture: Path) -> str:
@@ -75,7 +68,7 @@ def section(entries: Entries, picture: Path) -> str:
     cell = entries[0]["cell"]
     wide = max(dim for _, dim in settings)
     parts = "" if heads(wide) == 1 else f" Recurrent mixers have {heads(wide)} heads at dim {wide}."
-    without = sum(entry["result"]["graph"] for entry in entries)
+    replayed = sum(entry["result"]["graph"] for entry in entries)
     return "\n\n".join(
         (
             "Does the paper's figure 3a hold? It shows the recall of GKA without gates and without the alpha "
@@ -90,7 +83,7 @@ def section(entries: Entries, picture: Path) -> str:
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
             " ".join((_attention(found), _verdict(found, mixers))),
             f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
-            f"processes that share GPUs; {without} of them replayed a CUDA graph. Early ends: {_ends(entries)}.",
+            f"processes that share GPUs; {replayed} of them replayed a CUDA graph. Early ends: {_ends(entries)}.",
         )
     )
 
@@ -113,54 +106,65 @@ def _attention(found: Table) -> str:
     theirs = {key[:2]: value for key, value in found.items() if key[2] == REFERENCE}
     if not theirs:
         return "Softmax attention was not trained, so nothing shows that the training is right."
-    failed = [setting for setting, value in sorted(theirs.items()) if max(value.accuracies) <= SOLVED]
+    failed = [setting for setting, value in sorted(theirs.items()) if not _solved(value)]
     if not failed:
         return f"Softmax attention is above {100 * SOLVED:g} percent at all {len(theirs)} settings."
     where = "; ".join(f"{T} tokens, {P} pairs, dim {dim}" for (T, P), dim in failed)
     return f"Softmax attention fails at {where}: there the training is at fault, and other failures say little."
 
 
+def _solved(found: Found) -> bool:
+    return max(found.accuracies) > SOLVED
+
+
 def _verdict(found: Table, mixers: list[str]) -> str:
-    """Whether the layer of figure 3a recalls best among the mixers with a state."""
+    """Whether the layer of figure 3a recalls best among the mixers with a state, where attention shows that the
+    training is right.
+    """
     others = [mixer for mixer in mixers if mixer not in (*OURS, REFERENCE)]
-    if PAPER not in mixers or not others:
+    at: dict[tuple[Place, int], dict[str, Found]] = defaultdict(dict)
+    for (place, dim, mixer), value in found.items():
+        at[place, dim][mixer] = value
+    settings = [
+        s for s, all_of in at.items() if PAPER in all_of and REFERENCE in all_of and _solved(all_of[REFERENCE])
+    ]
+    if not settings or not others:
         return "There is nothing to compare yet."
-    counts, worse, open_settings = [], 0, 0
-    better_than_all = 0
+    counts, missing, behind = [], 0, 0
     for mixer in others:
-        pairs = [
-            (ours, found[place, dim, mixer])
-            for (place, dim, name), ours in found.items()
-            if name == PAPER and (place, dim, mixer) in found
-        ]
-        closed = [pair for pair in pairs if all(one.complete for one in pair)]
-        open_settings += len(pairs) - len(closed)
-        apart = [ours.mean - theirs.mean for ours, theirs in closed]
-        above, below = sum(x > APART for x in apart), sum(x < -APART for x in apart)
-        worse += below
-        counts.append(
-            f"{MIXERS[mixer].name}: better in {above}, equal in {len(apart) - above - below}, worse in {below}"
-        )
-    for (place, dim, name), ours in found.items():
-        rivals = [found.get((place, dim, mixer)) for mixer in others]
-        if name == PAPER and ours.complete and all(rival and rival.complete for rival in rivals):
-            better_than_all += all(rival and ours.mean > rival.mean + APART for rival in rivals)
+        pairs = [(at[setting][PAPER], at[setting].get(mixer)) for setting in settings]
+        signs = [compare(ours, theirs) for ours, theirs in pairs if theirs and ours.complete and theirs.complete]
+        missing += len(settings) - len(signs)
+        behind += signs.count(-1)
+        words = zip(("better", "equal", "worse"), (1, 0, -1), strict=True)
+        counts.append(f"{MIXERS[mixer].name}: {', '.join(f'{word} in {signs.count(s)}' for word, s in words)}")
     said = (
-        f"{MIXERS[PAPER].name} compared with each mixer that has a state, as numbers of settings (a difference of "
-        f"up to {100 * APART:g} point counts as equal): {'; '.join(counts)}."
+        f"{MIXERS[PAPER].name} compared with each mixer that has a state, as numbers of settings where softmax "
+        f"attention is above {100 * SOLVED:g} percent (better and worse: by more than {100 * APART:g} point with "
+        f"every seed): {'; '.join(counts)}."
     )
-    if open_settings:
-        return f"{said} {open_settings} comparisons miss learning rates: no verdict on figure 3a yet."
-    if worse:
+    if behind:
         return (
-            f"{said} Figure 3a does not hold in this setting: another mixer recalls more in {worse} comparisons."
+            f"{said} Figure 3a does not hold in this setting: another mixer recalls more in {behind} comparisons."
         )
-    if better_than_all:
+    if missing:
+        return f"{said} {missing} comparisons are incomplete: there is no verdict on figure 3a yet."
+    best_of_all = sum(all(compare(at[s][PAPER], at[s][m]) > 0 for m in others) for s in settings)
+    if best_of_all:
         return (
             f"{said} Figure 3a holds in this setting: no other mixer with a state recalls more anywhere, and "
-            f"{MIXERS[PAPER].name} is better than all of them at {better_than_all} settings."
+            f"{MIXERS[PAPER].name} recalls more than all of them in {best_of_all} of {len(settings)} settings."
         )
-    return f"{said} Figure 3a is neither confirmed nor refuted: no setting separates the mixers."
+    return (
+        f"{said} Figure 3a is neither confirmed nor refuted: in no setting does {MIXERS[PAPER].name} recall most."
+    )
+
+
+def compare(ours: Found, theirs: Found) -> int:
+    """1 if every seed of ours is more than APART above every seed of theirs, -1 if below, else 0."""
+    if min(ours.accuracies) > max(theirs.accuracies) + APART:
+        return 1
+    return -1 if max(ours.accuracies) < min(theirs.accuracies) - APART else 0
 
 
 def _draw(found: Table, mixers: list[str], path: Path) -> None:
@@ -183,8 +187,8 @@ def _draw(found: Table, mixers: list[str], path: Path) -> None:
         axes.set_ylim(-0.03, 1.04)
         axes.set_title(f"{place[0]} tokens, {place[1]} pairs", loc="left", fontsize=10)
     panels[0].set_ylabel("accuracy")
-    handles = dict(
-        itertools.chain.from_iterable(zip(*reversed(a.get_legend_handles_labels()), strict=True) for a in panels)
-    )
-    panels[0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+    labels: dict[str, Any] = {}
+    for axes in panels:
+        labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[0].legend(labels.values(), labels.keys(), frameon=False, fontsize=8)
     save(figure, path)

@@ -10,16 +10,17 @@ there. When the time is over, cells that still run are stopped; they have no res
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
 from .record import Cell, Record
@@ -28,6 +29,7 @@ Ready = Callable[[Cell, list[dict[str, Any]]], bool | None]
 
 
 class _Worker(NamedTuple):
+    number: int  # decides the GPU
     process: Any
     connection: Connection
 
@@ -64,28 +66,28 @@ def run_in_processes(
     Returns:
         The cells that failed.
     """
-    end = None if seconds is None else time.monotonic() + seconds
+    end = None if seconds is None else monotonic() + seconds
     pending, failed, running = list(cells), list[Cell](), dict[Connection, tuple[_Worker, Cell, float]]()
-    idle = [_start(number, processes, shared) for number in range(min(processes, len(cells)))]
+    idle, unused = list[_Worker](), list(range(processes))
     try:
-        while end is None or time.monotonic() < end:
-            while idle and (cell := take(pending, record.entries, ready)) is not None:
-                worker = idle.pop(0)
+        while end is None or monotonic() < end:
+            while (idle or unused) and (cell := take(pending, record.entries, ready)) is not None:
+                worker = idle.pop(0) if idle else _start(unused.pop(0), processes, shared)
                 worker.connection.send(cell)
-                running[worker.connection] = worker, cell, time.perf_counter()
+                running[worker.connection] = worker, cell, perf_counter()
             if not running:
                 break
-            left = None if end is None else max(0.0, end - time.monotonic())
+            left = None if end is None else max(0.0, end - monotonic())
             for connection in wait(list(running), left):
                 assert isinstance(connection, Connection)
                 worker, cell, start = running.pop(connection)
-                taken = time.perf_counter() - start
+                taken = perf_counter() - start
                 try:
                     result, error = connection.recv()
+                    idle.append(worker)
                 except EOFError:
                     result, error = None, f"its process ended with exit code {_code(worker.process)}"
-                    worker = _start(len(failed), processes, shared)
-                idle.append(worker)
+                    unused.append(worker.number)
                 if error is None:
                     record.add(cell, result, taken)
                 else:
@@ -115,12 +117,21 @@ def scratch_folder(folder: Path, cell: Cell) -> Path:
 
 
 def _start(number: int, processes: int, shared: Shared) -> _Worker:
-    context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process
+    context = _context(shared.module)
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, number, processes, shared), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(number, process, ours)
+
+
+def _context(module: str) -> Any:
+    """Processes forked from one that has imported the libraries and nothing else: CUDA is not in use there."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module, "gka.cli.quiet"])
+    return context
 
 
 def _code(process: Any) -> int | None:
@@ -153,6 +164,7 @@ def _work(connection: Connection, number: int, processes: int, shared: Shared) -
             answer = experiment.run(cell, scratch_folder(shared.folder, cell), device), None
         except Exception as error:  # after any error in one cell, the other cells still run
             answer = None, f"{type(error).__name__}: {error}"
+        gc.collect()  # frees the memory of the cell
         if device.type == "cuda":
             torch.cuda.empty_cache()
         connection.send(answer)

@@ -54,6 +54,8 @@ class RecallMixer(NamedTuple):
 class SoftmaxAttention(nn.Module):
     """Causal softmax attention as in Zoology: one head, biases, dropout 0.1 of the weights, no positions."""
 
+    dropout = 0.1
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -62,7 +64,8 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, dim=-1))
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0, is_causal=True)
+        dropout = self.dropout if self.training else 0.0
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.out_proj(o.squeeze(1))
 
 

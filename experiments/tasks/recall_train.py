@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import set_seed
 
-from gka.hf.captured_step import record
-
 from .mqar import IGNORE, make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
 
+RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
 WEIGHT_DECAY = 0.1
 _WARM_UP = 3  # steps before a graph is recorded: kernels compile, AdamW makes its state
@@ -110,12 +110,17 @@ def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device)
         `accuracy` of the last test, `ended` ("solved", "all epochs", "not finite" or the reason of `hopeless`),
         `history`, `seconds` of all epochs, `graph` (whether steps were replayed), `parameters`, `state_size`.
     """
+    with own_stream(device):
+        return _train(cell, rivals, device)
+
+
+def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device) -> dict[str, Any]:
     set_seed(cell["seed"])
     positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
     model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
     data, test = (make_examples(cell, split, device) for split in ("train", "test"))
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
-    run = _Steps(model, cell, batches[0])
+    run = Steps(model, cell, batches[0], graph=device.type == "cuda")
     history: History = []
     ended, start = "all epochs", time.perf_counter()
     for epoch in range(cell["epochs"]):
@@ -141,26 +146,34 @@ def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device)
     }
 
 
-class _Steps:
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """All work of a training runs in one stream that can be recorded, which the default stream cannot."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+class Steps:
     """The steps of a training.
 
     Args:
         model: the model, on its device.
         cell: as for `train`.
         example: a batch, for the shapes.
+        graph: whether to record a step as a CUDA graph; the caller is in `own_stream`.
     """
 
-    def __init__(self, model: RecallModel, cell: dict[str, Any], example: Examples) -> None:
+    def __init__(self, model: RecallModel, cell: dict[str, Any], example: Examples, *, graph: bool) -> None:
         self.model, self.cell, self.device = model, cell, example.inputs.device
-        on_gpu = self.device.type == "cuda"
-        rate = torch.tensor(float(cell["learning_rate"]), device=self.device)
         self.optimiser = torch.optim.AdamW(
-            _groups(model), lr=rate if on_gpu else cell["learning_rate"], fused=True, capturable=on_gpu
+            _groups(model, cell["learning_rate"], self.device), fused=True, capturable=graph
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=cell["epochs"])
         self.total = torch.zeros((), device=self.device)  # of the losses since it was read
         self.batch = Examples(*(torch.empty_like(x) for x in example))
-        self.wants_graph, self.graph, self.done = on_gpu, False, 0
+        self.wants_graph, self.graph, self.done = graph, False, 0
         self.replay: Callable[[], object] = self._step
 
     def epoch(self, batches: list[Examples]) -> float | None:
@@ -185,24 +198,26 @@ class _Steps:
         loss = self.total.item() / len(batches)
         return loss if torch.isfinite(torch.tensor(loss)) else None
 
-    def _step(self) -> Tensor:
+    def _step(self) -> None:
         loss = F.cross_entropy(*_logits_and_values(self.model, self.batch, self.cell))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
         self.total += loss.detach()
-        return self.total
 
     def _record(self) -> None:
         """Record a step as a CUDA graph; if that fails, say so and continue without."""
         self.wants_graph = False
         self.optimiser.zero_grad(set_to_none=True)  # so that gradients get memory of the graph
         torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
         try:
-            self.replay, _ = record(self._step, self.device)
-            self.graph = True
+            # "thread_local": the thread of the backward pass may allocate memory meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step()
+            self.replay, self.graph = graph.replay, True
         except RuntimeError as error:
-            self.replay = self._step
             torch.cuda.synchronize(self.device)
             print(f"{self.cell['mixer']}: no CUDA graph, steps are slower: {error}", file=sys.stderr)
 
@@ -225,8 +240,14 @@ def _accuracy(model: RecallModel, test: Examples, cell: dict[str, Any]) -> float
     return round(right.item() / test.values.numel(), 5)
 
 
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameters with weight decay and without."""
+def _groups(model: nn.Module, rate: float, device: torch.device) -> list[dict[str, Any]]:
+    """Parameters with weight decay and without; on a GPU the rates are tensors, which a graph reads anew."""
     kept = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
     decayed = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
-    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
+    return [group for group in groups if group["params"]]
