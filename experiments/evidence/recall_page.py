@@ -76,7 +76,9 @@ def section(entries: Entries, picture: Path) -> str:
             f"feed-forward part, {cell['train_examples']:,} training sequences, {cell['vocab_size']} tokens in "
             f"the vocabulary, up to {cell['epochs']} epochs, here in {cell['dtype']}. A training ends when its "
             f"accuracy is above {100 * SOLVED:g} percent, or early by the rules in "
-            f"`experiments/tasks/recall_train.py`. Learned positions are for softmax attention alone.{parts}",
+            f"`experiments/tasks/recall_train.py`. Learned positions are for softmax attention alone.{parts} "
+            "GLA is here the layer of flash-linear-attention, with a short convolution. Linear attention is the "
+            "layer of figure 3a without the solve.",
             "The table has the best accuracy in percent over the learning rates, on new sequences. With several "
             "seeds it has the median, with the smallest and largest in brackets. A star marks a number for which "
             "learning rates are missing.",

@@ -74,8 +74,9 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
     A model that answers with any value of the sequence is right in 1 of P cases. A training ends
 
     * after a quarter of the epochs, if its accuracy is below 1 / (2 P): it does not even do that;
-    * from half of the epochs on, if its accuracy is below 1.5 / P and not 0.01 above that of an eighth of the
-      epochs before: it stays there;
+    * from half of the epochs on, if its accuracy is below 1.5 / P and, in the last eighth of the epochs, has risen
+      by less than 0.01 and its loss has fallen by less than 2 percent: it stays there. Before softmax attention
+      solves the task, its accuracy rests at 1 / P for thousands of steps, but its loss falls;
     * after a quarter of the epochs, if it is more than 0.3 below another learning rate at the same epoch, and from
       half of the epochs on, if it is more than 0.1 below.
 
@@ -91,8 +92,10 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
     if accuracy < 0.5 / num_pairs:
         return "learnt nothing"
     late, back = done >= epochs // 2, max(1, epochs // 8)
-    if late and accuracy < 1.5 / num_pairs and done > back and accuracy < history[-1 - back][1] + 0.01:
-        return "stays at guessing"
+    if late and accuracy < 1.5 / num_pairs and done > back:
+        _, earlier, earlier_loss = history[-1 - back]
+        if accuracy < earlier + 0.01 and history[-1][2] > 0.98 * earlier_loss:
+            return "stays at guessing"
     best = max((rival[done - 1][1] for rival in rivals if len(rival) >= done), default=0.0)
     return "behind another rate" if accuracy < best - (0.1 if late else 0.3) else None
 

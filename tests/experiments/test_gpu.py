@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import relative_error
 
+from experiments.evidence.skeleton import skeleton
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import Steps, make_examples, own_stream, train
+from gka import GKAForCausalLM
 
 pytestmark = pytest.mark.gpu
 
@@ -53,3 +55,16 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
 def test_a_training_learns(mixer: str, device: torch.device) -> None:
     found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device)
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
+
+
+def test_language_models_of_mesanet_have_gradients(device: torch.device) -> None:
+    pytest.importorskip("fla")
+    config = skeleton("mesa", vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=2)
+    model = GKAForCausalLM(config).to(device)
+    tokens = torch.randint(128, (2, 100), device=device)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    with pytest.raises(ValueError, match='past_key_values is given; expected None with mixer "mesa"'):
+        model(tokens, use_cache=True)

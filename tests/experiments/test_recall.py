@@ -158,8 +158,8 @@ def test_numbers_that_are_not_finite_end_a_training() -> None:
         json.dumps(found, allow_nan=False)
 
 
-def curve(*accuracies: float) -> list[list[Any]]:
-    return [[epoch, accuracy, 1.0] for epoch, accuracy in enumerate(accuracies, 1)]
+def curve(*accuracies: float, fall: float = 0.0) -> list[list[Any]]:
+    return [[epoch, accuracy, 1.0 - fall * epoch] for epoch, accuracy in enumerate(accuracies, 1)]
 
 
 def test_hopeless_trainings() -> None:
@@ -169,6 +169,7 @@ def test_hopeless_trainings() -> None:
     rising = [0.012 * epoch for epoch in range(1, 65)]
     assert reason(curve(*[0.0] * 15)) is None and reason(curve(*[0.0] * 16)) == "learnt nothing"
     assert reason(curve(*[0.25] * 31)) is None and reason(curve(*[0.25] * 32)) == "stays at guessing"
+    assert reason(curve(*[0.25] * 32, fall=0.004)) is None, "its loss still falls"
     assert reason(curve(*rising[:32])) is None and reason(curve(*[0.4] * 60)) is None
     quick = curve(*[0.6] * 40)
     assert (
