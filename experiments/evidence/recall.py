@@ -90,7 +90,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         shared = {name: cell[name] for name in _GROUP if name in cell}
         rate = record.best_rate(shared, cell["rates"], lambda entry: -entry["result"]["accuracy"])
         rivals = []
-    return {"learning_rate": rate, **train({**cell, "learning_rate": rate}, rivals, device)}
+    return {"learning_rate": rate, **train({**cell, "learning_rate": rate}, rivals, device, folder)}
 
 
 def _group(cell: Cell, entries: Entries) -> Entries:

@@ -5,7 +5,8 @@ A cell that has to wait for others, or that others make needless, is told by the
     ready(cell, entries) -> bool | None     True: may run; False: later; None: needless
 
 The processes share the GPUs that CUDA_VISIBLE_DEVICES names, in turn. Every result is in the file as soon as it is
-there. When the time is over, cells that still run are stopped; they have no result and run again next time.
+there. When the time is over, cells that still run are stopped. They run again next time, from their checkpoint if
+they have written one into their folder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -90,6 +92,7 @@ def run_in_processes(
                     unused.append(worker.number)
                 if error is None:
                     record.add(cell, result, taken)
+                    shutil.rmtree(scratch_folder(shared.folder, cell), ignore_errors=True)
                 else:
                     failed.append(cell)
                 report(cell, f"{taken:.1f} s" if error is None else error)
@@ -117,7 +120,7 @@ def scratch_folder(folder: Path, cell: Cell) -> Path:
 
 
 def _start(number: int, processes: int, shared: Shared) -> _Worker:
-    context = _context(shared.module)
+    context = _context(shared)
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, number, processes, shared), daemon=True)
     process.start()
@@ -125,12 +128,15 @@ def _start(number: int, processes: int, shared: Shared) -> _Worker:
     return _Worker(number, process, ours)
 
 
-def _context(module: str) -> Any:
-    """Processes forked from one that has imported the libraries and nothing else: CUDA is not in use there."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+def _context(shared: Shared) -> Any:
+    """New processes for a GPU; else forks of one that has imported the libraries, which is quicker.
+
+    Imports ask whether there is a GPU, and after that CUDA refuses to work in a fork.
+    """
+    if shared.device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():  # not on Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module, "gka.cli.quiet"])
+    context.set_forkserver_preload([shared.module, "gka.cli.quiet"])
     return context
 
 
@@ -151,8 +157,7 @@ def _work(connection: Connection, number: int, processes: int, shared: Shared) -
     if device.type == "cuda":
         device = torch.device("cuda", number % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     experiment: Any = importlib.import_module(shared.module)
     while True:
         try:

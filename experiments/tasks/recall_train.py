@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from .recall_model import RecallModel
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
 WEIGHT_DECAY = 0.1
+SAVE_EVERY = 20.0  # seconds; a training takes up to some minutes
 _WARM_UP = 3  # steps before a graph is recorded: kernels compile, AdamW makes its state
 History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
 
@@ -100,33 +102,38 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
     return "behind another rate" if accuracy < best - (0.1 if late else 0.3) else None
 
 
-def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device) -> dict[str, Any]:
-    """Train the model of a cell.
+def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> dict[str, Any]:
+    """Train the model of a cell; resume where a training of the same cell was stopped.
 
     Args:
         cell: mixer, dim, seq_len, num_pairs, vocab_size, train_examples, test_examples, batch_size, epochs,
             learning_rate, seed, dtype ("bfloat16" for autocast, or "float32").
         rivals: as for `hopeless`.
         device: device of the training.
+        folder: for a checkpoint, at most one in SAVE_EVERY seconds.
 
     Returns:
         `accuracy` of the last test, `ended` ("solved", "all epochs", "not finite" or the reason of `hopeless`),
         `history`, `seconds` of all epochs, `graph` (whether steps were replayed), `parameters`, `state_size`.
     """
     with own_stream(device):
-        return _train(cell, rivals, device)
+        return _train(cell, rivals, device, folder / "training.pt")
 
 
-def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device) -> dict[str, Any]:
+def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, saved: Path) -> dict[str, Any]:
     set_seed(cell["seed"])
     positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
     model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
     data, test = (make_examples(cell, split, device) for split in ("train", "test"))
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
     run = Steps(model, cell, batches[0], graph=device.type == "cuda")
-    history: History = []
+    history, before = run.load(saved) if saved.exists() else ([], 0.0)
     ended, start = "all epochs", time.perf_counter()
-    for epoch in range(cell["epochs"]):
+    last_saved = start
+    for epoch in range(len(history), cell["epochs"]):
+        if time.perf_counter() - last_saved > SAVE_EVERY:
+            last_saved = time.perf_counter()
+            run.save(saved, history, before + last_saved - start)
         loss = run.epoch(batches)
         if loss is None:
             ended = "not finite"
@@ -142,7 +149,7 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         "accuracy": history[-1][1] if history else 0.0,
         "ended": ended,
         "history": history,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(before + time.perf_counter() - start, 1),
         "graph": run.graph,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_size": state_size(cell["mixer"], cell["dim"], cell["seq_len"]),
@@ -178,6 +185,23 @@ class Steps:
         self.batch = Examples(*(torch.empty_like(x) for x in example))
         self.wants_graph, self.graph, self.done = graph, False, 0
         self.replay: Callable[[], object] = self._step
+
+    def save(self, path: Path, history: History, seconds: float) -> None:
+        """Write a checkpoint, whole at every moment."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        torch.save({**parts, "history": history, "seconds": seconds}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> tuple[History, float]:
+        """Read a checkpoint, before the first step; returns its history and seconds."""
+        state = torch.load(path, map_location=self.device)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        return state["history"], state["seconds"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimiser": self.optimiser, "schedule": self.schedule}
 
     def epoch(self, batches: list[Examples]) -> float | None:
         """Train an epoch; the mean loss, or None if it is not finite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,8 +53,8 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("mixer", ["gka-paper", "attention"])
-def test_a_training_learns(mixer: str, device: torch.device) -> None:
-    found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device)
+def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> None:
+    found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path)
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
 
 

@@ -17,6 +17,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from experiments import __main__ as command_line
 from experiments.evidence import recall, recall_page, workers
 from experiments.evidence.record import Record
+from experiments.tasks import recall_model, recall_train
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
@@ -127,9 +128,9 @@ def test_examples_are_the_same_for_every_mixer_and_rate() -> None:
 
 
 @pytest.mark.parametrize("mixer", ["linear", "mamba2"])
-def test_a_training_that_solves_the_task_ends(mixer: str) -> None:
+def test_a_training_that_solves_the_task_ends(mixer: str, tmp_path: Path) -> None:
     easy = cell(mixer=mixer, dim=32, seq_len=8, num_pairs=2, vocab_size=12, train_examples=960, epochs=40)
-    found = train(easy, [], CPU)
+    found = train(easy, [], CPU, tmp_path)
     assert found["ended"] == "solved" and found["accuracy"] > 0.99 and len(found["history"]) < 40
     assert all(accuracy <= 0.99 for _, accuracy, _ in found["history"][:-1])
     assert found["history"][-1][2] < found["history"][0][2]
@@ -151,11 +152,34 @@ def test_the_rate_falls_by_epoch_and_what_layers_exclude_is_not_decayed() -> Non
     assert decayed["weight_decay"] == 0.1 and len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
-def test_numbers_that_are_not_finite_end_a_training() -> None:
+def test_numbers_that_are_not_finite_end_a_training(tmp_path: Path) -> None:
     for mixer in ("attention", "gka"):
-        found = train(cell(mixer=mixer, learning_rate=1e30), [], CPU)
+        found = train(cell(mixer=mixer, learning_rate=1e30), [], CPU, tmp_path)
         assert found["ended"] == "not finite" and len(found["history"]) < 4
         json.dumps(found, allow_nan=False)
+
+
+def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout, which draws other random numbers."""
+    monkeypatch.setattr(recall_train, "hopeless", lambda *_: None)
+    monkeypatch.setattr(recall_model, "DROPOUT", 0.0)
+    monkeypatch.setattr(recall_train, "SAVE_EVERY", 0.0)
+    whole = train(cell(mixer="linear"), [], CPU, tmp_path / "whole")
+    epoch, calls = Steps.epoch, []
+
+    def stop(self: Steps, batches: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return epoch(self, batches)
+
+    monkeypatch.setattr(Steps, "epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(cell(mixer="linear"), [], CPU, tmp_path / "part")
+    monkeypatch.setattr(Steps, "epoch", epoch)
+    resumed = train(cell(mixer="linear"), [], CPU, tmp_path / "part")
+    assert len(whole["history"]) == 4 and resumed["history"] == whole["history"]
+    assert resumed["accuracy"] == whole["accuracy"] and resumed["ended"] == whole["ended"]
 
 
 def curve(*accuracies: float, fall: float = 0.0) -> list[list[Any]]:
