@@ -49,7 +49,7 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
             torch.cuda.synchronize()
         outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     (loss, weights), (ref_loss, ref_weights) = outcomes
-    assert relative_error(loss, ref_loss) < 1e-3 and relative_error(weights, ref_weights) < 1e-2
+    assert relative_error(loss, ref_loss) < 3e-3 and relative_error(weights, ref_weights) < 5e-2
 
 
 @pytest.mark.parametrize("mixer", ["gka-paper", "attention"])
