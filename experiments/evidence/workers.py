@@ -86,15 +86,16 @@ def run_in_processes(
                 taken = perf_counter() - start
                 try:
                     result, error = connection.recv()
-                    idle.append(worker)
                 except EOFError:
                     result, error = None, f"its process ended with exit code {_code(worker.process)}"
-                    unused.append(worker.number)
                 if error is None:
                     record.add(cell, result, taken)
                     shutil.rmtree(scratch_folder(shared.folder, cell), ignore_errors=True)
+                    idle.append(worker)
                 else:
                     failed.append(cell)
+                    worker.process.kill()  # after some errors a GPU is of no use to the process
+                    unused.append(worker.number)
                 report(cell, f"{taken:.1f} s" if error is None else error)
     finally:
         for worker in [*idle, *(worker for worker, _, _ in running.values())]:
