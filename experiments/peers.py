@@ -3,13 +3,15 @@
     gdn      Gated DeltaNet (arXiv 2412.06464), Qwen3-Next's layer of transformers: its kernels are those of
              flash-linear-attention where that is installed, else PyTorch
     mamba2   Mamba-2 (arXiv 2405.21060), transformers' layer: kernels of mamba_ssm where installed, else PyTorch
+    mesa     MesaNet (arXiv 2506.05233), layer of flash-linear-attention, with an output gate; needs an NVIDIA GPU
 
 Gated DeltaNet has H heads with keys and values of head_dim D, as a GKA layer has. Mamba-2 has its usual expansion
 of 2, so 2 H heads of D where H D is the hidden size, and D numbers of state per channel, with B and C that all
-heads share: 2 H D^2 numbers of state, as many as S_kk and S_kv together.
+heads share: 2 H D^2 numbers of state, as many as S_kk and S_kv together. MesaNet keeps the same two sums as GKA
+and solves with a learned diagonal in place of the adaptive ridge, by up to 30 steps of conjugate gradient.
 
 For Gated DeltaNet, decays and time steps start as those of a GKA layer (`fresh_A_log`, `fresh_dt_bias`, which are
-its own authors' too); for Mamba-2 as in its paper. Convolutions start as a GKA layer's.
+its own authors' too); for Mamba-2 and MesaNet as in their papers. Convolutions start as a GKA layer's.
 
 Importing this module registers them.
 
@@ -18,6 +20,7 @@ Legend: B batch, T time.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, NoReturn
 
@@ -34,6 +37,7 @@ from gka.hf.cache_name import CACHE, NEW
 from gka.nn.first_weights import fresh_A_log, fresh_dt_bias
 
 MIXERS = ("gka", "gla", "gdn", "mamba2", "attention")  # attention: softmax attention in every block
+GPU_MIXERS = ("mesa",)  # run on an NVIDIA GPU alone
 PEER_CACHE = NEW if CACHE == NEW else "cache_params"  # what transformers' layers call a cache
 MAMBA_CHUNK = 64  # tokens; shorter than transformers' 256, for scores of [T, chunk, heads] in float32
 
@@ -84,8 +88,9 @@ class Peer(Mixer):
                     "pad on the left"
                 )
             attention_mask = attention_mask.to(hidden_states.dtype)
-        out: Tensor = self.inner(hidden_states, attention_mask=attention_mask, **{PEER_CACHE: past_key_values})
-        return out
+        cache = {} if past_key_values is None else {PEER_CACHE: past_key_values}
+        out: Tensor | tuple[Tensor, ...] = self.inner(hidden_states, attention_mask=attention_mask, **cache)
+        return out[0] if isinstance(out, tuple) else out  # layers of flash-linear-attention: (o, ...)
 
 
 class GatedDeltaNet(Peer):
@@ -160,8 +165,63 @@ class Mamba2(Peer):
             module.init_mamba2_weights()
 
 
+class MesaNet(Peer):
+    """MesaNet; without a cache, since its layer fits the caches of flash-linear-attention alone."""
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        try:
+            layer = importlib.import_module("fla.layers").MesaNet
+        except ImportError as error:
+            raise ImportError(
+                f'mixer is "mesa", a layer of flash-linear-attention, which cannot be imported: {error}; '
+                "expected its package, version 0.6, and an NVIDIA GPU"
+            ) from None
+        self.inner = layer(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            use_output_gate=True,
+            conv_size=config.conv_size,
+            norm_eps=config.rms_norm_eps,
+            layer_idx=layer_idx,
+        )
+
+    @classmethod
+    def check(cls, config: GKAConfig) -> None:
+        """Its kernels take heads of up to 128 dims."""
+        if config.head_dim > 128:
+            _refuse(config, "head_dim", "at most 128")
+        super().check(config)
+
+    @classmethod
+    @torch.no_grad()
+    def initialise(cls, module: nn.Module) -> None:
+        """The convolutions' weights, and the ridge: 1 at the start."""
+        if type(module).__name__ == "ShortConvolution":
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))  # type: ignore[arg-type]
+        if isinstance(ridge := getattr(module, "lambda_params", None), nn.Parameter):
+            init.constant_(ridge, math.log(math.expm1(1.0 - module.lambda_lower_bound)))  # type: ignore[operator]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """As Peer's.
+
+        Raises:
+            ValueError: as Peer's, or a cache is given.
+        """
+        if past_key_values is not None:
+            raise ValueError('past_key_values is given; expected None with mixer "mesa": pass use_cache=False')
+        return super().forward(hidden_states, attention_mask, None, cu_seqlens)
+
+
 def mixer_config(mixer: str, **fields: Any) -> GKAConfig:
-    """The configuration of a model of one of MIXERS; fields are GKAConfig's."""
+    """The configuration of a model of one of MIXERS or GPU_MIXERS; fields are GKAConfig's."""
     if mixer != "attention":
         return GKAConfig(mixer=mixer, **fields)
     blocks = fields.get("num_hidden_layers", GKAConfig.num_hidden_layers)
@@ -174,3 +234,4 @@ def _refuse(config: GKAConfig, name: str, expected: str) -> NoReturn:
 
 register_mixer("gdn", GatedDeltaNet)
 register_mixer("mamba2", Mamba2)
+register_mixer("mesa", MesaNet)

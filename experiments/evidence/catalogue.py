@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 EXPERIMENTS = {
-    name: f"experiments.evidence.{name}" for name in ("numerics", "mqar", "lm", "long", "ablations", "cost")
+    name: f"experiments.evidence.{name}"
+    for name in ("numerics", "mqar", "recall", "lm", "long", "ablations", "cost")
 }

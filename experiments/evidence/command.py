@@ -9,6 +9,8 @@ A cell is one measurement or one training. An experiment is a module with
     cells(size) -> list[Cell]         all cells; size is "small" (seconds to a minute on a laptop) or "full"
     run(cell, folder, device) -> Any  measure one cell; the folder is for this cell only, e.g. for checkpoints
     section(entries, picture) -> str  write the section of the page as markdown, and draw the picture
+    ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
+                                      needed for several processes
 
 and is listed in catalogue.py. Every cell has its size as a field, and the machine if BY_MACHINE is True. To resume
 an interrupted run, start the same command again. If a cell fails, the other cells still run; the next start of the
@@ -19,9 +21,7 @@ command repeats the failed ones.
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib
-import json
 import shutil
 import sys
 import time
@@ -58,6 +58,14 @@ class EvidenceOptions:
     data: list[str] | None = option(
         None, "text files or folders for the language models; default: Python's standard library", metavar="PATH"
     )
+    processes: int | None = option(
+        None,
+        "processes that run cells at the same time and share the GPUs of CUDA_VISIBLE_DEVICES; default: this one",
+        minimum=1,
+    )
+    minutes: float | None = option(
+        None, "time after which no cell starts; with --processes, cells that still run are stopped", above=0
+    )
     device: Device = shared.device("options")
 
 
@@ -77,15 +85,30 @@ def main(options: EvidenceOptions) -> None:
 
         print(f"written: {write_page(folder)}")
         return
-    measure(options.name, options.size, folder, options.only or [], options.device, options.data)
+    measure(
+        options.name,
+        options.size,
+        folder,
+        options.only or [],
+        options.device,
+        options.data,
+        processes=options.processes,
+        minutes=options.minutes,
+    )
 
 
 def measure(
-    name: str, size: str, folder: Path, only: list[str], device: str = "auto", data: list[str] | None = None
+    name: str,
+    size: str,
+    folder: Path,
+    only: list[str],
+    device: str = "auto",
+    data: list[str] | None = None,
+    *,
+    processes: int | None = None,
+    minutes: float | None = None,
 ) -> None:
     """Run the cells of an experiment that have no result yet; write each result at once."""
-    import torch
-
     from gka.cli.loading import choose_device
     from gka.cli.quiet import quiet
 
@@ -106,28 +129,101 @@ def measure(
     record = Record(folder / f"{name}.json", name)
     missing = record.missing(cells)
     print(f"{name}: {len(cells)} cells, {len(missing)} to run", file=sys.stderr)
-    failed = []
-    for number, cell in enumerate(missing, 1):
-        what = " ".join(f"{key}={value}" for key, value in cell.items() if key not in more)
-        gc.collect()  # frees the memory of the previous cell
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
-        start = time.perf_counter()
-        scratch = folder / name / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
-        try:
-            result = experiment.run(cell, scratch, place)
-        except Exception as error:  # after any error in one cell, the other cells still run
-            failed.append(what)
-            print(f"{number}/{len(missing)} {what}: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        seconds = time.perf_counter() - start
-        record.add(cell, result, seconds)
-        shutil.rmtree(scratch, ignore_errors=True)
-        print(f"{number}/{len(missing)} {what}: {seconds:.1f} s", file=sys.stderr)
+    run = _Cells(name, experiment, folder, place, list(more), len(missing))
+    seconds = None if minutes is None else 60 * minutes
+    if processes is None:
+        failed = run.one_by_one(record, missing, seconds)
+    else:
+        failed = run.in_processes(record, missing, seconds, processes)
     print(f"results: {record.path}")
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(missing)} cells failed, see the messages above; the first one is {failed[0]}"
+            f"{len(failed)} of {len(missing)} cells failed, see the messages above; the first one is "
+            f"{run.said(failed[0])}"
+        )
+    if left := len(run.open_cells(record, missing)):
+        print(f"{left} cells have no result; start the same command again to run them", file=sys.stderr)
+
+
+class _Cells:
+    """Runs cells of an experiment, and reports them.
+
+    Args:
+        name, experiment: of the experiment; the module.
+        folder: of the results.
+        device: for the cells.
+        shared: fields that all cells share, which messages leave out.
+        count: how many cells there are to run.
+    """
+
+    def __init__(
+        self, name: str, experiment: Any, folder: Path, device: Any, shared: list[str], count: int
+    ) -> None:
+        self.name, self.experiment, self.folder, self.device = name, experiment, folder, device
+        self.shared, self.count, self.reported = shared, count, 0
+
+    def said(self, cell: dict[str, Any]) -> str:
+        """A cell in a message."""
+        return " ".join(f"{key}={value}" for key, value in cell.items() if key not in self.shared)
+
+    def report(self, cell: dict[str, Any], outcome: str) -> None:
+        """Print what became of a cell."""
+        self.reported += 1
+        print(f"{self.reported}/{self.count} {self.said(cell)}: {outcome}", file=sys.stderr)
+
+    def open_cells(self, record: Any, cells: list[Any]) -> list[Any]:
+        """The cells that have no result and are not needless."""
+        return [cell for cell in record.missing(cells) if self.ready(cell, record.entries) is not None]
+
+    def ready(self, cell: dict[str, Any], entries: list[Any]) -> bool | None:
+        """Whether a cell may run: the experiment says it, else every cell may."""
+        may_run: bool | None = getattr(self.experiment, "ready", lambda *_: True)(cell, entries)
+        return may_run
+
+    def one_by_one(self, record: Any, cells: list[Any], seconds: float | None) -> list[Any]:
+        """Run the cells in this process; returns those that failed."""
+        import torch
+
+        from .workers import scratch_folder, take
+
+        begin, pending, failed = time.monotonic(), list(cells), []
+        while seconds is None or time.monotonic() - begin < seconds:
+            cell = take(pending, record.entries, self.ready)
+            if cell is None:
+                break
+            gc.collect()  # frees the memory of the previous cell
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            start, scratch = time.perf_counter(), scratch_folder(self.folder / self.name, cell)
+            try:
+                result = self.experiment.run(cell, scratch, self.device)
+            except Exception as error:  # after any error in one cell, the other cells still run
+                failed.append(cell)
+                self.report(cell, f"{type(error).__name__}: {error}")
+                continue
+            taken = time.perf_counter() - start
+            record.add(cell, result, taken)
+            shutil.rmtree(scratch, ignore_errors=True)
+            self.report(cell, f"{taken:.1f} s")
+        return failed
+
+    def in_processes(self, record: Any, cells: list[Any], seconds: float | None, processes: int) -> list[Any]:
+        """Run the cells in several processes; returns those that failed."""
+        from .workers import Shared, run_in_processes
+
+        if not hasattr(self.experiment, "ready"):
+            raise UserError(
+                f"--processes {processes}: the cells of {self.name} need each other in their order; leave it out"
+            )
+        shared = Shared(EXPERIMENTS[self.name], self.device.type, self.folder / self.name)
+        return run_in_processes(
+            record,
+            cells,
+            self.ready,
+            shared,
+            processes=processes,
+            seconds=seconds,
+            report=self.report,
         )
 
 

@@ -8,6 +8,7 @@ not measured.
 
 Gated DeltaNet uses the kernels of flash-linear-attention and Mamba-2 those of mamba_ssm, if these packages are
 installed. Otherwise they run in the PyTorch code of transformers, which says little about their possible speed.
+MesaNet is a layer of flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import DynamicCache
 from gka.cli.generate import ready_attention
 from gka.hf.model import GKAModel
 
-from ..peers import MIXERS
+from ..peers import GPU_MIXERS, MIXERS
 from ..tasks.mqar_report import STYLE
 from .picture import new_panels, save
 from .record import Cell
@@ -39,6 +40,7 @@ SUMMARY = "time and memory against length"
 BY_MACHINE = True
 WHAT = ("forward", "forward+backward", "decode step")
 Entries = list[dict[str, Any]]
+_ALL = (*MIXERS, *GPU_MIXERS)
 _WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
 _NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 _LIMIT = 60.0  # seconds per call; slower calls are measured once
@@ -47,11 +49,17 @@ _CALLS, _MORE_CALLS = 5, 50
 
 
 def cells(size: str) -> list[Cell]:
-    """Full: 1K to 1M tokens. Small: 256 and 512 tokens of a narrow block."""
-    lengths, sizes = ([256, 512], _NARROW) if size == "small" else ([1 << n for n in range(10, 21)], _WIDE)
+    """Full: 1K to 1M tokens. Small: 256 and 512 tokens of a narrow block, without mixers that need a GPU.
+
+    MesaNet has no decode step here, since it takes no cache of transformers.
+    """
+    small = size == "small"
+    lengths, sizes = ([256, 512], _NARROW) if small else ([1 << n for n in range(10, 21)], _WIDE)
+    mixers = MIXERS if small else _ALL
     return [
         {"mixer": mixer, "what": what, "tokens": T, **sizes}
-        for T, what, mixer in itertools.product(lengths, WHAT, MIXERS)
+        for T, what, mixer in itertools.product(lengths, WHAT, mixers)
+        if (mixer, what) != ("mesa", "decode step")
     ]
 
 
@@ -139,7 +147,7 @@ def _bytes(cache: DynamicCache) -> int:
 
 
 def _implementation(mixer: str, device: torch.device) -> str:
-    package = {"gdn": "fla", "mamba2": "mamba_ssm"}.get(mixer)
+    package = {"gdn": "fla", "mamba2": "mamba_ssm", "mesa": "fla"}.get(mixer)
     if package is not None:
         installed = device.type == "cuda" and importlib.util.find_spec(package) is not None
         return package if installed else "transformers' PyTorch code"
@@ -148,7 +156,7 @@ def _implementation(mixer: str, device: torch.device) -> str:
 
 def section(entries: Entries, picture: Path) -> str:
     """A table of milliseconds and a table of memory; the picture has one panel per quantity."""
-    mixers = [mixer for mixer in MIXERS if any(e["cell"]["mixer"] == mixer for e in entries)]
+    mixers = [mixer for mixer in _ALL if any(e["cell"]["mixer"] == mixer for e in entries)]
     _draw(entries, mixers, picture)
     head = ["what", "tokens", *(STYLE[mixer][0] for mixer in mixers)]
     times, memory = [], []

@@ -29,7 +29,7 @@ from transformers import set_seed
 from gka.cli.loading import write_checkpoint
 from gka.hf import GKAConfig, GKAForCausalLM
 
-from ..peers import MIXERS
+from ..peers import GPU_MIXERS, MIXERS
 from ..tasks.mqar_report import STYLE as MIXER_STYLE
 from . import corpus as text
 from .picture import draw_band, new_panels, save
@@ -44,6 +44,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 ROUNDS = 3  # of speed
 ALL = (*MIXERS, "hybrid")
+FULL = (*ALL, *GPU_MIXERS)  # those of the full size
 STYLE = {**MIXER_STYLE, "hybrid": ("GKA, every sixth block attention", "#7b4f9d", "P")}
 Entries = list[dict[str, Any]]
 BySeed = dict[str, dict[int, dict[str, Any]]]  # models by mixer and seed
@@ -78,7 +79,8 @@ def cells(size: str) -> list[Cell]:
     rates = RATES if size == "full" else RATES[1:3]
     rest = {**_SIZES[size], **training, "seed": SEEDS[0]}
     found: list[Cell] = []
-    for mixer in ALL:
+    mixers = FULL if size == "full" else ALL
+    for mixer in mixers:
         search = [
             {"mixer": mixer, "part": "rate", "learning_rate": rate, "tokens": search_tokens, **rest}
             for rate in rates
@@ -89,7 +91,7 @@ def cells(size: str) -> list[Cell]:
     speeds = [
         {"mixer": mixer, "part": "speed", "tokens": speed_tokens, "round": number, **rest}
         for number in range(ROUNDS if size == "full" else 1)
-        for mixer in ALL
+        for mixer in mixers
     ]
     others = SEEDS[1:] if size == "full" else ()
     return [*found, *speeds, *({**model, "seed": seed} for seed in others for model in models)]
@@ -171,7 +173,7 @@ def _loss(entry: dict[str, Any]) -> float:
 
 def section(entries: Entries, picture: Path) -> str:
     """Tables of the models, of recall by distance and of the learning rates; pictures of training and recall."""
-    by_seed = {mixer: found for mixer in ALL if (found := _by_seed(entries, mixer))}
+    by_seed = {mixer: found for mixer in FULL if (found := _by_seed(entries, mixer))}
     speeds: dict[str, Entries] = defaultdict(list)
     for entry in entries:
         if entry["cell"]["part"] == "speed":
@@ -285,7 +287,7 @@ def _rates(entries: Entries) -> str:
     rates = sorted({rate for _, rate in short})
     rows = [
         [STYLE[mixer][0], *(_shown(short.get((mixer, rate))) for rate in rates)]
-        for mixer in ALL
+        for mixer in FULL
         if any(name == mixer for name, _ in short)
     ]
     table = markdown_table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
@@ -341,7 +343,7 @@ def _findings(by_seed: BySeed, entries: Entries) -> str:
     }
     beside = ", ".join(f"{spread(found, '+.4f')} for {STYLE[mixer][0]}" for mixer, found in apart.items() if found)
     tried = {entry["cell"]["mixer"] for entry in entries}
-    missing = ", ".join(STYLE[mixer][0] for mixer in ALL if mixer in tried and mixer not in by_seed)
+    missing = ", ".join(STYLE[mixer][0] for mixer in FULL if mixer in tried and mixer not in by_seed)
     said = [f"Difference from the loss of GKA, in nats per token (positive: worse): {beside}." if beside else ""]
     if gdn := apart.get("gdn"):
         holds = sum(x >= 0 for x in gdn)

@@ -21,7 +21,7 @@ Legend: N examples, T tokens of a sequence, P pairs, V vocabulary size.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ def make_mqar(
     random_non_queries: bool = True,
     seed: int = 0,
     split: Literal["train", "test"] = "train",
+    device: torch.device | str = "cpu",
 ) -> MQAR:
     """Generate examples of MQAR; the same arguments give the same examples.
 
@@ -90,27 +91,28 @@ def make_mqar(
         random_non_queries: whether positions that are neither pair nor query hold random tokens; else 0.
         seed: of the examples, not negative.
         split: "train" and "test" never share a stream of random numbers, whatever the seeds.
+        device: where they are generated; another kind of device draws other examples.
 
     Returns:
-        MQAR(inputs [N, T], labels [N, T]), int64 on the CPU.
+        MQAR(inputs [N, T], labels [N, T]), int64 on the device.
 
     Raises:
         UserError: for settings that no sequence fits.
     """
     check_mqar(seq_len, num_pairs, vocab_size, power_a)
-    random = torch.Generator().manual_seed(2 * seed + _SEED_STEP[split])
+    random = torch.Generator(device).manual_seed(2 * seed + _SEED_STEP[split])
     half, context = vocab_size // 2, 2 * num_pairs
     keys = 1 + _distinct(num_examples, num_pairs, half - 1, random)
     values = half + _distinct(num_examples, num_pairs, vocab_size - half, random)
 
-    probabilities = slot_probabilities(seq_len, num_pairs, power_a).expand(num_examples, -1)
+    probabilities = slot_probabilities(seq_len, num_pairs, power_a).to(device).expand(num_examples, -1)
     slots = _draw_in_order(probabilities, num_pairs, random)
     positions = context + 2 * slots
 
     if random_non_queries:
         inputs = _fillers(keys, seq_len, vocab_size, random)
     else:
-        inputs = torch.zeros(num_examples, seq_len, dtype=torch.int64)
+        inputs = torch.zeros(num_examples, seq_len, dtype=torch.int64, device=device)
     inputs[:, 0:context:2] = keys
     inputs[:, 1:context:2] = values
     inputs.scatter_(1, positions, keys)
@@ -121,8 +123,8 @@ def make_mqar(
 def _draw_in_order(probabilities: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Draw without replacement, one after the other, by the largest of log p + Gumbel noise: [N, count]."""
     if probabilities.shape[0] == 0:
-        return torch.empty(0, count, dtype=torch.int64)
-    uniform = torch.rand(probabilities.shape, generator=random, dtype=torch.float64)
+        return torch.empty(0, count, dtype=torch.int64, device=random.device)
+    uniform = torch.rand(probabilities.shape, generator=random, dtype=torch.float64, device=random.device)
     noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float64).tiny)))
     return (probabilities.log() + noise).topk(count, dim=1).indices
 
@@ -133,13 +135,14 @@ def _distinct(num_examples: int, count: int, size: int, random: torch.Generator)
     Floyd's algorithm: the j-th draw is uniform on 0 .. size - count + j; where that number is taken
     already, its upper end, which cannot be, takes its place.
     """
-    drawn = torch.empty(num_examples, count, dtype=torch.int64)
+    place: dict[str, Any] = {"generator": random, "device": random.device}
+    drawn = torch.empty(num_examples, count, dtype=torch.int64, device=random.device)
     for j in range(count):
         top = size - count + j
-        candidate = torch.randint(top + 1, (num_examples, 1), generator=random)
+        candidate = torch.randint(top + 1, (num_examples, 1), **place)
         taken = (drawn[:, :j] == candidate).any(1, keepdim=True)
         drawn[:, j : j + 1] = torch.where(taken, top, candidate)
-    order = torch.rand(num_examples, count, generator=random).argsort(1)
+    order = torch.rand(num_examples, count, **place).argsort(1)
     return drawn.gather(1, order)
 
 
@@ -149,6 +152,9 @@ def _fillers(keys: Tensor, seq_len: int, vocab_size: int, random: torch.Generato
     Number r of the tokens that are left is token r + j, where j counts the keys that it has to jump.
     """
     num_examples, num_pairs = keys.shape
-    rank = torch.randint(vocab_size - num_pairs, (num_examples, seq_len), generator=random)
-    ahead = keys.sort(1).values - torch.arange(num_pairs)  # how many tokens are left before each key
+    device = random.device
+    rank = torch.randint(vocab_size - num_pairs, (num_examples, seq_len), generator=random, device=device)
+    ahead = keys.sort(1).values - torch.arange(
+        num_pairs, device=device
+    )  # how many tokens are left before each key
     return rank + torch.searchsorted(ahead, rank, right=True)

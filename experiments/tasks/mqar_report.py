@@ -19,6 +19,7 @@ STYLE = {
     "attention": ("softmax attention", "#8a8a8a", "^"),
     "gdn": ("Gated DeltaNet", "#2a9d8f", "D"),
     "mamba2": ("Mamba-2", "#b8860b", "v"),
+    "mesa": ("MesaNet", "#7b4f9d", "X"),
 }
 
 

@@ -111,7 +111,7 @@ def test_models_are_equal_in_size() -> None:
 
 def test_mixers_take_turns_in_the_measurement_of_speed() -> None:
     turns = [cell["mixer"] for cell in lm.cells("full") if cell["part"] == "speed"]
-    assert turns == [*lm.ALL] * lm.ROUNDS and lm.ROUNDS >= 3
+    assert turns == [*lm.FULL] * lm.ROUNDS and lm.ROUNDS >= 3
 
 
 def test_the_best_rate_trains_the_model_that_is_kept(
@@ -174,7 +174,7 @@ def test_the_page_names_mixers_that_are_not_trained_yet(tmp_path: Path) -> None:
 
 def test_other_seeds_are_shown_beside_the_first(tmp_path: Path) -> None:
     models = [cell for cell in lm.cells("full") if cell["part"] == "model"]
-    assert [(cell["mixer"], cell["seed"]) for cell in models] == [(m, seed) for seed in (0, 1, 2) for m in lm.ALL]
+    assert [(cell["mixer"], cell["seed"]) for cell in models] == [(m, seed) for seed in (0, 1, 2) for m in lm.FULL]
     losses = {("gka", 0): 2.0, ("gka", 1): 2.2, ("gka", 2): 2.1, ("gdn", 0): 1.9, ("gdn", 1): 2.4}
     entries = []
     for cell in models:

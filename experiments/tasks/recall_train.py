@@ -1,0 +1,280 @@
+"""One training of the recall experiment, as Zoology trains (arXiv 2312.04927): AdamW and epochs on fixed examples.
+
+    learning rate of epoch e    rate (1 + cos(pi e / epochs)) / 2, no warm-up, no clipping
+    end                         test accuracy above 99% after an epoch, all epochs, or the rule of `hopeless`
+
+The examples lie on the device and are read in the same order in every epoch, as in Zoology; the last incomplete
+batch is left out. Only the numbers of an epoch are read by the host. On a GPU a step (forward, backward, AdamW) is
+recorded once as a CUDA graph and replayed, since the host needs longer for its launches than the GPU for its work.
+A step that cannot be recorded runs without a graph, and the result says so.
+
+Differences from Zoology: the loss is computed at the queries alone, which changes nothing but the time; on a GPU
+in bfloat16 autocast; weight decay leaves out what a layer marks with `_no_weight_decay` (decays, ridges).
+
+Legend: N examples, B batch, T tokens, P pairs and queries of a sequence.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import set_seed
+
+from .mqar import IGNORE, make_mqar
+from .recall_mixers import MIXERS, state_size
+from .recall_model import RecallModel
+
+RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
+SOLVED = 0.99
+WEIGHT_DECAY = 0.1
+SAVE_EVERY = 20.0  # seconds; a training takes up to some minutes
+_WARM_UP = 3  # steps before a graph is recorded: kernels compile, AdamW makes its state
+History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
+
+
+class Examples(NamedTuple):
+    """`inputs` [N, T] int32, `queries` [N, P] int64 positions of the queries, `values` [N, P] int64 answers."""
+
+    inputs: Tensor
+    queries: Tensor
+    values: Tensor
+
+    def batches(self, size: int) -> list[Examples]:
+        """Batches in order, the last one smaller where N is no multiple of the size."""
+        parts = zip(*(x.split(size) for x in self), strict=True)
+        return [Examples(*part) for part in parts]
+
+
+def make_examples(cell: dict[str, Any], split: str, device: torch.device) -> Examples:
+    """The examples of a cell: those of its place and seed, the same for every mixer, dim and rate."""
+    made = make_mqar(
+        cell[f"{split}_examples"],
+        seq_len=cell["seq_len"],
+        num_pairs=cell["num_pairs"],
+        vocab_size=cell["vocab_size"],
+        power_a=0.01,
+        random_non_queries=False,
+        seed=cell["seed"],
+        split=split,  # type: ignore[arg-type]
+        device=device,
+    )
+    queries = (made.labels != IGNORE).nonzero()[:, 1].view(-1, cell["num_pairs"])
+    return Examples(made.inputs.int(), queries, made.labels.gather(1, queries))
+
+
+def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs: int) -> str | None:
+    """Why a training shall end early, or None.
+
+    A model that answers with any value of the sequence is right in 1 of P cases. A training ends
+
+    * after a quarter of the epochs, if its accuracy is below 1 / (2 P): it does not even do that;
+    * from half of the epochs on, if its accuracy is below 1.5 / P and, in the last eighth of the epochs, has risen
+      by less than 0.01 and its loss has fallen by less than 2 percent: it stays there. Before softmax attention
+      solves the task, its accuracy rests at 1 / P for thousands of steps, but its loss falls;
+    * after a quarter of the epochs, if it is more than 0.3 below another learning rate at the same epoch, and from
+      half of the epochs on, if it is more than 0.1 below.
+
+    Args:
+        history: of this training so far.
+        rivals: histories of the other learning rates of the same mixer, dim and place.
+        num_pairs: P.
+        epochs: of a whole training.
+    """
+    done, accuracy = len(history), history[-1][1]
+    if done < epochs // 4:
+        return None
+    if accuracy < 0.5 / num_pairs:
+        return "learnt nothing"
+    late, back = done >= epochs // 2, max(1, epochs // 8)
+    if late and accuracy < 1.5 / num_pairs and done > back:
+        _, earlier, earlier_loss = history[-1 - back]
+        if accuracy < earlier + 0.01 and history[-1][2] > 0.98 * earlier_loss:
+            return "stays at guessing"
+    best = max((rival[done - 1][1] for rival in rivals if len(rival) >= done), default=0.0)
+    return "behind another rate" if accuracy < best - (0.1 if late else 0.3) else None
+
+
+def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> dict[str, Any]:
+    """Train the model of a cell; resume where a training of the same cell was stopped.
+
+    Args:
+        cell: mixer, dim, seq_len, num_pairs, vocab_size, train_examples, test_examples, batch_size, epochs,
+            learning_rate, seed, dtype ("bfloat16" for autocast, or "float32").
+        rivals: as for `hopeless`.
+        device: device of the training.
+        folder: for a checkpoint, at most one in SAVE_EVERY seconds.
+
+    Returns:
+        `accuracy` of the last test, `ended` ("solved", "all epochs", "not finite" or the reason of `hopeless`),
+        `history`, `seconds` of all epochs, `graph` (whether steps were replayed), `parameters`, `state_size`.
+    """
+    with own_stream(device):
+        return _train(cell, rivals, device, folder / "training.pt")
+
+
+def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, saved: Path) -> dict[str, Any]:
+    set_seed(cell["seed"])
+    positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
+    model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
+    data, test = (make_examples(cell, split, device) for split in ("train", "test"))
+    batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
+    run = Steps(model, cell, batches[0], graph=device.type == "cuda")
+    history, before = run.load(saved) if saved.exists() else ([], 0.0)
+    ended, start = "all epochs", time.perf_counter()
+    last_saved = start
+    for epoch in range(len(history), cell["epochs"]):
+        if time.perf_counter() - last_saved > SAVE_EVERY:
+            last_saved = time.perf_counter()
+            run.save(saved, history, before + last_saved - start)
+        loss = run.epoch(batches)
+        if loss is None:
+            ended = "not finite"
+            break
+        history.append([epoch + 1, _accuracy(model, test, cell), round(loss, 5)])
+        if history[-1][1] > SOLVED:
+            ended = "solved"
+            break
+        if reason := hopeless(history, rivals, cell["num_pairs"], cell["epochs"]):
+            ended = reason
+            break
+    return {
+        "accuracy": history[-1][1] if history else 0.0,
+        "ended": ended,
+        "history": history,
+        "seconds": round(before + time.perf_counter() - start, 1),
+        "graph": run.graph,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_size": state_size(cell["mixer"], cell["dim"], cell["seq_len"]),
+    }
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """All work of a training runs in one stream that can be recorded, which the default stream cannot."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+class Steps:
+    """The steps of a training.
+
+    Args:
+        model: the model, on its device.
+        cell: as for `train`.
+        example: a batch, for the shapes.
+        graph: whether to record a step as a CUDA graph; the caller is in `own_stream`.
+    """
+
+    def __init__(self, model: RecallModel, cell: dict[str, Any], example: Examples, *, graph: bool) -> None:
+        self.model, self.cell, self.device = model, cell, example.inputs.device
+        self.optimiser = torch.optim.AdamW(
+            _groups(model, cell["learning_rate"], self.device), fused=True, capturable=graph
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=cell["epochs"])
+        self.total = torch.zeros((), device=self.device)  # of the losses since it was read
+        self.batch = Examples(*(torch.empty_like(x) for x in example))
+        self.wants_graph, self.graph, self.done = graph, False, 0
+        self.replay: Callable[[], object] = self._step
+
+    def save(self, path: Path, history: History, seconds: float) -> None:
+        """Write a checkpoint, whole at every moment."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        torch.save({**parts, "history": history, "seconds": seconds}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path) -> tuple[History, float]:
+        """Read a checkpoint, before the first step; returns its history and seconds."""
+        state = torch.load(path, map_location=self.device)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        return state["history"], state["seconds"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimiser": self.optimiser, "schedule": self.schedule}
+
+    def epoch(self, batches: list[Examples]) -> float | None:
+        """Train an epoch; the mean loss, or None if it is not finite."""
+        self.model.train()
+        self.total.zero_()
+        try:
+            for batch in batches:
+                for place, values in zip(self.batch, batch, strict=True):
+                    place.copy_(values)
+                if self.wants_graph and self.done == _WARM_UP:
+                    self._record()
+                self.replay()
+                self.done += 1
+        except (
+            ValueError
+        ):  # off a GPU the op refuses gates that are not finite; shapes are those of the first step
+            if self.done == 0:
+                raise
+            return None
+        self.schedule.step()
+        loss = self.total.item() / len(batches)
+        return loss if torch.isfinite(torch.tensor(loss)) else None
+
+    def _step(self) -> None:
+        loss = F.cross_entropy(*_logits_and_values(self.model, self.batch, self.cell))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.total += loss.detach()
+
+    def _record(self) -> None:
+        """Record a step as a CUDA graph; if that fails, say so and continue without."""
+        self.wants_graph = False
+        self.optimiser.zero_grad(set_to_none=True)  # so that gradients get memory of the graph
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
+        try:
+            # "thread_local": the thread of the backward pass may allocate memory meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step()
+            self.replay, self.graph = graph.replay, True
+        except RuntimeError as error:
+            torch.cuda.synchronize(self.device)
+            print(f"{self.cell['mixer']}: no CUDA graph, steps are slower: {error}", file=sys.stderr)
+
+
+def _logits_and_values(model: RecallModel, batch: Examples, cell: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """[B P, V] float32 and [B P]."""
+    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=cell["dtype"] == "bfloat16"):
+        logits = model(batch.inputs, batch.queries)
+    return logits.flatten(0, 1).float(), batch.values.flatten()
+
+
+@torch.no_grad()
+def _accuracy(model: RecallModel, test: Examples, cell: dict[str, Any]) -> float:
+    """The fraction of right answers to all queries."""
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=test.inputs.device)
+    for batch in test.batches(cell["batch_size"]):
+        logits, values = _logits_and_values(model, batch, cell)
+        right += (logits.argmax(-1) == values).sum()
+    return round(right.item() / test.values.numel(), 5)
+
+
+def _groups(model: nn.Module, rate: float, device: torch.device) -> list[dict[str, Any]]:
+    """Parameters with weight decay and without; on a GPU the rates are tensors, which a graph reads anew."""
+    kept = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
+    decayed = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
+    return [group for group in groups if group["params"]]

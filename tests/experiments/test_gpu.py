@@ -1,0 +1,71 @@
+"""The recall experiment on a CUDA device: steps that are replayed, and the layers of flash-linear-attention."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+
+from experiments.evidence.skeleton import skeleton
+from experiments.tasks.recall_mixers import MIXERS
+from experiments.tasks.recall_model import RecallModel
+from experiments.tasks.recall_train import Steps, make_examples, own_stream, train
+from gka import GKAForCausalLM
+
+pytestmark = pytest.mark.gpu
+
+
+def cell(mixer: str, **changes: Any) -> dict[str, Any]:
+    sizes = dict(
+        mixer=mixer, dim=64, seq_len=64, num_pairs=4, vocab_size=128, train_examples=512, test_examples=64
+    )
+    rest = dict(batch_size=64, epochs=2, learning_rate=2e-3, seed=0, dtype="bfloat16")
+    return {**sizes, **rest, **changes}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> None:
+    """The same losses and weights over two epochs; without dropout, since graphs draw other random numbers."""
+    if mixer in ("gla", "gdn", "mesa", "delta") and importlib.util.find_spec("fla") is None:
+        pytest.skip("flash-linear-attention is not installed")
+    outcomes = []
+    for graph in (False, True):
+        this = cell(mixer)
+        with own_stream(device):
+            torch.manual_seed(0)
+            model = RecallModel(MIXERS[mixer].build, 128, 64, 64 if mixer == "attention" else 0).to(device)
+            batches = make_examples(this, "train", device).batches(64)
+            steps = Steps(model, this, batches[0], graph=graph)
+            model.dropout.p = 0.0
+            if mixer == "attention":
+                for block in model.blocks:
+                    block.mixer.dropout = 0.0
+            losses = [steps.epoch(batches) for _ in range(2)]
+            assert steps.graph == graph and None not in losses
+            torch.cuda.synchronize()
+        outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (loss, weights), (ref_loss, ref_weights) = outcomes
+    assert relative_error(loss, ref_loss) < 3e-3 and relative_error(weights, ref_weights) < 5e-2
+
+
+@pytest.mark.parametrize("mixer", ["gka-paper", "attention"])
+def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> None:
+    found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path)
+    assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
+
+
+def test_language_models_of_mesanet_have_gradients(device: torch.device) -> None:
+    pytest.importorskip("fla")
+    config = skeleton("mesa", vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=2)
+    model = GKAForCausalLM(config).to(device)
+    tokens = torch.randint(128, (2, 100), device=device)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    with pytest.raises(ValueError, match='past_key_values is given; expected None with mixer "mesa"'):
+        model(tokens, use_cache=True)

@@ -1,0 +1,332 @@
+"""Recall in Zoology's setting: model, training, the rules that save trainings, processes, and the page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from pages import assert_drawn, rows_of
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from experiments import __main__ as command_line
+from experiments.evidence import recall, recall_page, workers
+from experiments.evidence.record import Record
+from experiments.tasks import recall_model, recall_train
+from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
+from experiments.tasks.recall_model import RecallModel
+from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
+from gka.training.errors import UserError
+
+CPU = torch.device("cpu")
+HERE = ("gka-paper", "gka", "linear", "mamba2", "attention")  # those that run on a CPU
+Cell = dict[str, Any]
+
+
+def cell(**changes: Any) -> Cell:
+    tiny = dict(mixer="attention", dim=16, seq_len=16, num_pairs=2, vocab_size=16, train_examples=100)
+    rest = dict(test_examples=30, batch_size=32, epochs=4, learning_rate=1e-2, seed=0, dtype="float32")
+    return {**tiny, **rest, **changes}
+
+
+def model(mixer: str, dim: int = 16, T: int = 11) -> RecallModel:
+    torch.manual_seed(0)
+    return RecallModel(MIXERS[mixer].build, 16, dim, T if mixer == "attention" else 0).eval()
+
+
+# The model
+
+
+@pytest.mark.parametrize("mixer", HERE)
+def test_models_are_causal_and_every_parameter_has_a_gradient(mixer: str) -> None:
+    made, inputs = model(mixer), torch.randint(16, (2, 11))
+    made.tokens.weight.data.mul_(20)  # so that the solve has something to do
+    logits = made(inputs, torch.tensor([[3, 7], [3, 7]]))
+    assert logits.shape == (2, 2, 16)
+    changed = inputs.clone()
+    changed[:, 5:] = 0
+    other = made(changed, torch.tensor([[3, 7], [3, 7]]))
+    assert torch.allclose(logits[:, 0], other[:, 0], atol=1e-5) and not torch.allclose(logits[:, 1], other[:, 1])
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in made.parameters())
+
+
+def test_a_block_adds_the_mixer_and_then_its_own_norm() -> None:
+    made, inputs = model("attention"), torch.randint(16, (1, 11))
+    norm, queries = torch.nn.functional.layer_norm, torch.arange(11)[None]
+    r = made.tokens.weight[inputs] + made.positions.weight  # type: ignore[union-attr]
+    for block in made.blocks:
+        r = r + block.mixer(norm(r, (16,)))  # type: ignore[operator]
+        r = r + norm(r, (16,))
+    assert relative_error(made(inputs, queries), norm(r, (16,)) @ made.tokens.weight.T) < 1e-5
+
+
+def test_first_weights_are_zoologys() -> None:
+    for mixer in HERE:
+        made = model(mixer, 64, 64)
+        linear = {
+            name: x for name, x in made.named_modules() if isinstance(x, torch.nn.Linear) and len(x.weight) > 2
+        }
+        assert made.tokens.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        for name, module in linear.items():
+            out = name.endswith(("o_proj", "out_proj"))
+            assert module.weight.std().item() == pytest.approx(0.01 if out else 0.02, rel=0.1), (mixer, name)
+            assert module.bias is None or not module.bias.any()
+        assert (made.positions is None) == (mixer != "attention")
+
+
+def test_mamba2_equals_transformers() -> None:
+    """Outputs and all gradients, at a length that is no multiple of a chunk."""
+    ours = MIXERS["mamba2"].build(12, 0)
+    assert isinstance(ours, Mamba2)
+    x = torch.randn(2, 21, 12, requires_grad=True)
+    outcomes = []
+    for out in (ours(x), Mamba2Mixer.forward(ours, x)):
+        w = torch.linspace(-1, 1, out.numel()).view_as(out)
+        leaves = [x, *ours.parameters()]
+        outcomes.append([out, *torch.autograd.grad((out * w).sum(), leaves)])
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(*outcomes, strict=True))
+
+
+def test_the_paper_layer_has_no_gates_and_linear_attention_no_solve() -> None:
+    paper, plain, ours = (MIXERS[mixer].build(16, 0) for mixer in ("gka-paper", "linear", "gka"))
+    for gate in ("a_proj", "b_proj", "alpha_proj"):
+        assert getattr(paper, gate) is getattr(plain, gate) is None and getattr(ours, gate) is not None
+    assert paper.solves and not plain.solves
+    assert [heads(dim) for dim in (64, 128, 256)] == [1, 1, 2]
+    assert state_size("gka", 256, 9) == 2 * 2 * 128**2 and state_size("attention", 64, 9) == 2 * 64 * 9
+
+
+def test_layers_of_other_packages_are_named_when_missing() -> None:
+    pytest.importorskip("triton")
+    try:
+        import fla  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="MesaNet is a layer of flash-linear-attention"):
+            MIXERS["mesa"].build(16, 0)
+
+
+# The training
+
+
+def test_examples_are_the_same_for_every_mixer_and_rate() -> None:
+    first, other = (make_examples(c, "train", CPU) for c in (cell(), cell(mixer="gka", dim=64, learning_rate=1)))
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    inputs, queries, values = first
+    assert queries.shape == values.shape == (100, 2) and inputs.dtype == torch.int32
+    for row, at, answer in zip(inputs.tolist(), queries.tolist(), values.tolist(), strict=True):
+        pairs = dict(zip(row[0:4:2], row[1:4:2], strict=True))
+        assert [pairs[row[position]] for position in at] == answer
+        assert {row[t] for t in range(4, 16) if t not in at} == {0}
+    assert not torch.equal(inputs[:30], make_examples(cell(), "test", CPU).inputs)
+    assert not torch.equal(inputs, make_examples(cell(seed=1), "train", CPU).inputs)
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mamba2"])
+def test_a_training_that_solves_the_task_ends(mixer: str, tmp_path: Path) -> None:
+    easy = cell(mixer=mixer, dim=32, seq_len=8, num_pairs=2, vocab_size=12, train_examples=960, epochs=40)
+    found = train(easy, [], CPU, tmp_path)
+    assert found["ended"] == "solved" and found["accuracy"] > 0.99 and len(found["history"]) < 40
+    assert all(accuracy <= 0.99 for _, accuracy, _ in found["history"][:-1])
+    assert found["history"][-1][2] < found["history"][0][2]
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_rate_falls_by_epoch_and_what_layers_exclude_is_not_decayed() -> None:
+    made = model("gka")
+    steps = Steps(made, cell(), make_examples(cell(), "train", CPU).batches(32)[0], graph=False)
+    rates = []
+    for _ in range(4):
+        rates.append(steps.optimiser.param_groups[0]["lr"])
+        steps.optimiser.step()
+        steps.schedule.step()
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
+    decayed, kept = steps.optimiser.param_groups
+    names = {id(p): name.split(".")[-1] for name, p in made.named_parameters()}
+    assert {names[id(p)] for p in kept["params"]} == {"A_log", "dt_bias"} and kept["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.1 and len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_numbers_that_are_not_finite_end_a_training(tmp_path: Path) -> None:
+    for mixer in ("attention", "gka"):
+        found = train(cell(mixer=mixer, learning_rate=1e30), [], CPU, tmp_path)
+        assert found["ended"] == "not finite" and len(found["history"]) < 4
+        json.dumps(found, allow_nan=False)
+
+
+def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout, which draws other random numbers."""
+    monkeypatch.setattr(recall_train, "hopeless", lambda *_: None)
+    monkeypatch.setattr(recall_model, "DROPOUT", 0.0)
+    monkeypatch.setattr(recall_train, "SAVE_EVERY", 0.0)
+    whole = train(cell(mixer="linear"), [], CPU, tmp_path / "whole")
+    epoch, calls = Steps.epoch, []
+
+    def stop(self: Steps, batches: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return epoch(self, batches)
+
+    monkeypatch.setattr(Steps, "epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(cell(mixer="linear"), [], CPU, tmp_path / "part")
+    monkeypatch.setattr(Steps, "epoch", epoch)
+    resumed = train(cell(mixer="linear"), [], CPU, tmp_path / "part")
+    assert len(whole["history"]) == 4 and resumed["history"] == whole["history"]
+    assert resumed["accuracy"] == whole["accuracy"] and resumed["ended"] == whole["ended"]
+
+
+def curve(*accuracies: float, fall: float = 0.0) -> list[list[Any]]:
+    return [[epoch, accuracy, 1.0 - fall * epoch] for epoch, accuracy in enumerate(accuracies, 1)]
+
+
+def test_hopeless_trainings() -> None:
+    def reason(ours: list[Any], *rivals: list[Any]) -> str | None:
+        return hopeless(ours, rivals, num_pairs=4, epochs=64)
+
+    rising = [0.012 * epoch for epoch in range(1, 65)]
+    assert reason(curve(*[0.0] * 15)) is None and reason(curve(*[0.0] * 16)) == "learnt nothing"
+    assert reason(curve(*[0.25] * 31)) is None and reason(curve(*[0.25] * 32)) == "stays at guessing"
+    assert reason(curve(*[0.25] * 32, fall=0.004)) is None, "its loss still falls"
+    assert reason(curve(*rising[:32])) is None and reason(curve(*[0.4] * 60)) is None
+    quick = curve(*[0.6] * 40)
+    assert (
+        reason(curve(*[0.31] * 16), quick) is None and reason(curve(*[0.29] * 16), quick) == "behind another rate"
+    )
+    assert (
+        reason(curve(*[0.49] * 31), quick) is None and reason(curve(*[0.49] * 32), quick) == "behind another rate"
+    )
+    assert reason(curve(*[0.4] * 50), quick) is None, "the other rate ended before"
+
+
+# The cells
+
+
+def test_the_order_brings_the_verdict_first() -> None:
+    cells = recall.cells("full")
+    rates = [c for c in cells if "learning_rate" in c]
+    assert len(rates) == 9 * 3 * 5 * 4 and len(cells) - len(rates) == 9 * 3 * 5 * 2
+    assert {c["learning_rate"] for c in rates} == set(RATES)
+    first = cells[: 5 * 2 * 5 * 6]
+    assert {c["mixer"] for c in first} == set(recall.VERDICT) and {c["dim"] for c in first} == {64, 128}
+    assert {c["learning_rate"] for c in cells[:50]} == {RATES[0]}
+    by_mixer = [[{**c, "mixer": ""} for c in rates if c["mixer"] == mixer] for mixer in MIXERS]
+    grids = [sorted(json.dumps(c, sort_keys=True) for c in grid) for grid in by_mixer]
+    assert all(grid == grids[0] for grid in grids)
+    assert all(c["seq_len"] >= 4 * c["num_pairs"] for c in cells)
+
+
+def test_rates_and_seeds_that_are_needless_do_not_run() -> None:
+    small = [{**c, "size": "small"} for c in recall.cells("small") if c["mixer"] == "gka"]
+    rates, seeds = small[:4], small[4:]
+
+    def entries(*accuracies: float) -> list[Any]:
+        return [{"cell": c, "result": {"accuracy": x}} for c, x in zip(rates, accuracies, strict=False)]
+
+    assert recall.ready(rates[1], entries(0.5)) and recall.ready(rates[1], entries(0.995)) is None
+    assert recall.ready(seeds[0], entries(0.5, 0.4, 0.3)) is False
+    assert recall.ready(seeds[0], entries(0.5, 0.4, 0.3, 0.2)) is True
+    assert recall.ready(seeds[0], entries(0.04, 0.04, 0.01, 0.0)) is None
+    assert recall.ready(seeds[0], entries(0.04, 0.992)) is None
+    other = [{"cell": {**rates[0], "mixer": "linear"}, "result": {"accuracy": 1.0}}]
+    assert recall.ready(rates[1], other) is True
+    pending = [seeds[0], rates[3], rates[2]]
+    assert workers.take(pending, entries(0.5, 0.4), recall.ready) is rates[3] and pending == [seeds[0], rates[2]]
+
+
+def test_processes_run_all_cells_once_and_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evidence", "recall", "--output", str(tmp_path), "--device", "cpu", "--only", "mixer=attention"]
+    assert command_line.main([*arguments, "--processes", "2", "--minutes", "1e-9"]) == 0
+    assert "6 cells have no result" in capfd.readouterr().err and not (tmp_path / "recall.json").exists()
+    assert command_line.main([*arguments, "learning_rate=0.01"]) == 0
+    assert command_line.main([*arguments, "--processes", "2"]) == 0
+    entries = Record(tmp_path / "recall.json", "recall").entries
+    assert len(entries) >= 4 and {e["cell"].get("learning_rate") for e in entries} >= set(RATES)
+    best = max(e["result"]["accuracy"] for e in entries if "learning_rate" in e["cell"])
+    assert len(entries) == (6 if best > recall.LEARNT else 4)
+    content = (tmp_path / "recall.json").read_text()
+    assert command_line.main([*arguments, "--processes", "1"]) == 0
+    assert (tmp_path / "recall.json").read_text() == content
+
+
+STUB = """
+import os, time
+def run(cell, folder, device):
+    if cell["n"] == 0:
+        raise RuntimeError("no kernel")
+    if cell["n"] == 1:
+        os._exit(7)
+    time.sleep(600 * (cell["n"] == 3))
+    return cell["n"]
+"""
+
+
+def test_processes_survive_errors_and_stop_when_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stub_experiment.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    cells, said = [{"n": n} for n in (3, 0, 1, 2)], list[Any]()
+    monkeypatch.setattr(workers, "monotonic", lambda: 60.0 * (len(said) == 3))
+    record = Record(tmp_path / "it.json", "it")
+    shared = workers.Shared("stub_experiment", "cpu", tmp_path)
+    always: Any = lambda *_: True  # noqa: E731
+    failed = workers.run_in_processes(
+        record, cells, always, shared, processes=2, seconds=50, report=lambda *what: said.append(what)
+    )
+    assert failed == cells[1:3] and [entry["result"] for entry in record.entries] == [2]
+    outcomes = [outcome for _, outcome in said]
+    assert outcomes[0] == "RuntimeError: no kernel" and outcomes[1] == "its process ended with exit code 7"
+    assert len(said) == 3
+
+
+# The page
+
+
+def entry(mixer: str, dim: int, accuracy: float, rate: float = RATES[0], seed: int = 0) -> dict[str, Any]:
+    kind = {"learning_rate": rate} if seed == 0 else {"rates": list(RATES)}
+    result = {"accuracy": accuracy, "ended": "all epochs", "graph": True, "learning_rate": rate}
+    return {"cell": {**cell(mixer=mixer, dim=dim), **kind, "seed": seed}, "result": result, "seconds": 60.0}
+
+
+def all_rates(mixer: str, dim: int, *accuracies: float) -> list[dict[str, Any]]:
+    return [entry(mixer, dim, x, rate) for x, rate in itertools.zip_longest(accuracies, RATES, fillvalue=0.1)]
+
+
+def test_the_page_has_the_best_accuracy_and_marks_what_is_missing(tmp_path: Path) -> None:
+    entries = [entry("attention", 64, 0.995), *all_rates("gka-paper", 64, 0.5, 0.7), entry("gla", 64, 0.6)]
+    entries += [entry("gka-paper", 64, 0.75, seed=1), entry("gka-paper", 64, 0.8, seed=2), entry("gla", 128, 0.3)]
+    text = recall_page.section(entries, tmp_path / "picture.png")
+    rows = rows_of(text)
+    assert rows[0][3:] == ["GKA, no gates", "GLA", "softmax attention"]
+    assert ["16", "2", "64", "75.0 (70.0 to 80.0)", "60.0 *", "99.5"] in rows
+    assert ["16", "2", "128", "", "30.0 *", ""] in rows
+    assert "9 trainings took 9 minutes" in text and "9 of them replayed" in text
+    assert_drawn(tmp_path / "picture.png")
+
+
+def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
+    right = [entry("attention", dim, 0.995) for dim in (64, 128)]
+    ours = [*all_rates("gka-paper", 64, 0.7), entry("gka-paper", 128, 0.995)]
+
+    def said(*more: dict[str, Any]) -> str:
+        return recall_page.section([*right, *ours, *more], tmp_path / "picture.png")
+
+    worse, equal = all_rates("gla", 64, 0.5), [entry("gla", 128, 0.998)]
+    assert "Figure 3a holds" in said(*worse, *equal) and "in 1 of 2 settings" in said(*worse, *equal)
+    assert "GLA: better in 1, equal in 1, worse in 0" in said(*worse, *equal)
+    assert "1 comparisons are incomplete" in said(*worse) and "Figure 3a holds" not in said(*worse)
+    assert "Figure 3a does not hold" in said(*all_rates("gla", 64, 0.8), *equal)
+    spread = [*all_rates("gla", 64, 0.8), entry("gla", 64, 0.6, seed=1)]
+    assert "neither confirmed nor refuted" in said(*spread, *equal), "one seed is better, one is worse"
+    assert "above 99 percent at all 2 settings" in said(*worse)
+    assert "GKA: " not in said(*all_rates("gka", 64, 0.9)), "the layer with gates is not a rival"
+    right[0] = entry("attention", 64, 0.5)
+    text = said(*all_rates("gla", 64, 0.8), *equal)
+    assert "fails at 16 tokens, 2 pairs, dim 64" in text and "worse in 0" in text
