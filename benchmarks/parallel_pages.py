@@ -50,30 +50,22 @@ def sources(results: Sequence[Result]) -> str:
 
 
 def shared_rows_table(results: Sequence[Result]) -> str:
-    """Milliseconds of op and layer by the number of ranks, and how much faster than one rank."""
-    rows = [row for row in rows_of(results) if row["layout"] in ("contiguous", "one rank")]
-    ranks = sorted({row["ranks"] for row in rows})
-    table = []
-    for part, what in dict.fromkeys((row["part"], row["what"]) for row in rows):
-        found: dict[int, list[float]] = {}
+    """Milliseconds of op and layer by the number of ranks, and how much faster than one rank of the same run."""
+    runs = [result for result in results if result["date"] == results[-1]["date"]]
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for run in sorted(runs, key=lambda run: max(row["ranks"] for row in run["rows"])):
+        rows = [row for row in run["rows"] if row["layout"] in ("contiguous", "one rank")]
+        alone = {(row["part"], row["what"]): row["seconds"]["median"] for row in rows if row["ranks"] == 1}
         for row in rows:
-            if (row["part"], row["what"]) == (part, what):
-                found.setdefault(row["ranks"], []).append(row["seconds"]["median"])
-        line = [f"{part}, {what}"]
-        for n in ranks:
-            if n not in found:
-                line.append("")
-                continue
-            # One rank is measured in every file: the middle of these.
-            median = sorted(found[n])[len(found[n]) // 2]
-            alone = sorted(found[1])[len(found[1]) // 2] if 1 in found else None
-            faster = "" if n == 1 or alone is None else f" ({alone / median:.2f})"
-            line.append(f"{median * 1e3:.2f}{faster}")
-        table.append(line)
+            key, median = (row["part"], row["what"]), row["seconds"]["median"]
+            faster = "" if row["ranks"] == 1 or key not in alone else f" ({alone[key] / median:.2f})"
+            cells.setdefault(key, {})[row["ranks"]] = f"{median * 1e3:.2f}{faster}"
+    ranks = sorted({n for found in cells.values() for n in found})
+    table = [[f"{part}, {what}", *(found.get(n, "") for n in ranks)] for (part, what), found in cells.items()]
     header = ["", *(f"{n} GPU{'s' * (n > 1)}, ms" for n in ranks)]
-    first = rows[0]
+    first = runs[0]["rows"][0]
     shape = f"T {first['T']:,}, {first['H']} heads of {first['D']}, {first['dtype']}; layer: hidden size 2,048"
-    told = f"{shape}. In brackets: times faster than one GPU."
+    told = f"{shape}. In brackets: times faster than one GPU in the same run."
     return f"{told}\n\n{markdown_table(header, table)}\n\n{sources(results)}"
 
 

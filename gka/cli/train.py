@@ -165,6 +165,7 @@ def training_arguments(
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=2 * options.batch_size,
         gradient_accumulation_steps=options.accumulation,
+        ddp_find_unused_parameters=False,  # every parameter has a gradient in every step
         learning_rate=learning_rate,
         weight_decay=options.weight_decay,
         max_grad_norm=1.0,
