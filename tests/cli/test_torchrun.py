@@ -17,7 +17,7 @@ from tiny_run import SETTINGS, command, logged, train, write_texts
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 RUN = {**SETTINGS, "max_steps": 4, "save_every": 2, "eval_every": 4, "sample_tokens": 0}
-KILLED = ("gka.distributed.op:exchanged", "6")  # the last of two layers in step 3, after checkpoint 2
+KILLED = ("gka.distributed.op:states_before", "6")  # the last of two layers in step 3, after checkpoint 2
 
 
 def torchrun(*options: str, kill: tuple[str, str] | None = None, arguments: list[str]) -> Done:
