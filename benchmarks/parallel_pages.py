@@ -30,9 +30,14 @@ MIXERS = {
 }
 
 
+def of_newest_day(results: Sequence[Result]) -> list[Result]:
+    """The results of the newest day."""
+    return [result for result in results if result["date"] == results[-1]["date"]]
+
+
 def rows_of(results: Sequence[Result]) -> list[Row]:
     """The rows of the results of the newest day."""
-    return [row for result in results if result["date"] == results[-1]["date"] for row in result["rows"]]
+    return [row for result in of_newest_day(results) for row in result["rows"]]
 
 
 def last_rows(results: Sequence[Result]) -> list[Row]:
@@ -44,14 +49,14 @@ def last_rows(results: Sequence[Result]) -> list[Row]:
 
 def sources(results: Sequence[Result]) -> str:
     """Machine, day, and the files with their commands."""
-    newest = [result for result in results if result["date"] == results[-1]["date"]]
+    newest = of_newest_day(results)
     files = ", ".join(f"[`{r['command']}`](../benchmarks/results/{r['file']})" for r in newest)
     return f"{newest[-1]['machine']['gpu'] or 'CPU'}, {newest[-1]['date']}: {files}."
 
 
 def shared_rows_table(results: Sequence[Result]) -> str:
     """Milliseconds of op and layer by the number of ranks, and how much faster than one rank of the same run."""
-    runs = [result for result in results if result["date"] == results[-1]["date"]]
+    runs = of_newest_day(results)
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for run in sorted(runs, key=lambda run: max(row["ranks"] for row in run["rows"])):
         rows = [row for row in run["rows"] if row["layout"] in ("contiguous", "one rank")]

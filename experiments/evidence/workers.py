@@ -94,7 +94,7 @@ def run_in_processes(
                     idle.append(worker)
                 else:
                     failed.append(cell)
-                    worker.process.kill()  # after some errors a GPU is of no use to the process
+                    worker.process.kill()  # after some CUDA errors a process cannot use its GPU any more
                     unused.append(worker.number)
                 report(cell, f"{taken:.1f} s" if error is None else error)
     finally:

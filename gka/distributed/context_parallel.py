@@ -111,6 +111,11 @@ class ContextParallel:
         """The numbers of the pieces of the global row that a rank holds, in its order."""
         return (rank,) if self.layout == "contiguous" else (rank, 2 * self.size - 1 - rank)
 
+    def holders(self) -> list[tuple[int, int]]:
+        """For each piece of the global row the rank that holds it, and its place among this rank's pieces."""
+        found = {piece: (rank, n) for rank in range(self.size) for n, piece in enumerate(self.pieces(rank))}
+        return [found[piece] for piece in range(len(found))]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
         return self
 

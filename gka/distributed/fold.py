@@ -55,12 +55,9 @@ class _StatesBefore(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.reach, ctx.context = reach, context
         gathered = gathered_pieces(own, context.group)
-        order = [context.pieces(rank) for rank in range(context.size)]
-        row = _places([piece for pieces in order for piece in pieces])
-        ctx.row = None if row == sorted(row) else row
         pieces = gathered.flatten(0, 1)  # of the ranks one after the other
-        if ctx.row is not None:
-            pieces = torch.cat([pieces[n : n + 1] for n in ctx.row])
+        if len(reach) > 1:
+            pieces = torch.stack([gathered[rank, place] for rank, place in context.holders()])
         ctx.weights = [_weights(pieces[first:stop, ..., -1]) for first, stop in reach]
         ctx.save_for_backward(pieces)
         folded = (
@@ -81,19 +78,15 @@ class _StatesBefore(torch.autograd.Function):
             d_weight = (pieces[first:stop, ..., :-1] * d_state).sum(-1, keepdim=True)
             total[first:stop, ..., :-1] += weight * d_state
             total[first:stop, ..., -1:] += sums_before(d_weight * weight, 0)
-        if ctx.row is not None:
-            total = torch.cat([total[n : n + 1] for n in _places(ctx.row)])
+        if len(ctx.reach) > 1:
+            ranks = range(ctx.context.size)
+            total = torch.stack([total[piece] for rank in ranks for piece in ctx.context.pieces(rank)])
         return scattered_sum(total.unflatten(0, (ctx.context.size, -1)), ctx.context.group), None, None, None
 
 
 def _weights(log_decays: Tensor) -> Tensor:
     """e^{L_{r+1} + ...} of the pieces r, [p, B, H, 1], from their L [p, B, H]."""
     return sums_after(finite(log_decays), 0).exp().unsqueeze(-1)
-
-
-def _places(order: Sequence[int]) -> list[int]:
-    """The places of 0, 1, ... in a permutation."""
-    return sorted(range(len(order)), key=lambda place: order[place])
 
 
 def carried(sums: SpanSums, initial: State) -> SpanSums:

@@ -198,7 +198,7 @@ def _copies(shard: Shard, kept: int) -> Iterator[_Copy]:
     """The inputs of the same sequence before each segment: several tails where pieces are shorter than W - 1."""
     plan, context = shard.sequences, shard.context
     pieces = pieces_of(shard.tokens, context.size * len(shard.segments))
-    holder = {piece: (r, place) for r in range(context.size) for place, piece in enumerate(context.pieces(r))}
+    holders = context.holders()
     for segment, (start, _) in enumerate(shard.segments):
         first = max(plan.begins[sum(plan.counts[:segment])], start - kept)
         for piece in range(plan.pieces[segment]):
@@ -206,7 +206,7 @@ def _copies(shard: Shard, kept: int) -> Iterator[_Copy]:
             if begin < end:
                 tail = slice(kept - (end - begin), kept)
                 to = slice(kept - (start - begin), kept - (start - end))
-                yield _Copy(segment, *holder[piece], tail, to)
+                yield _Copy(segment, *holders[piece], tail, to)
 
 
 def _places(shard: Shard, kept: int) -> list[tuple[int, int]]:
@@ -239,12 +239,7 @@ def _fronts_that_count(rows: Sequence[Tensor], width: int, shard: Shard, lengths
 
 def _by_piece(gathered: Tensor, shard: Shard) -> list[Tensor]:
     """[ranks, B, s, channels, W - 1] -> the tails of all pieces in the order of the row, [B, channels, W - 1]."""
-    found = {
-        piece: gathered[rank, :, place]
-        for rank in range(shard.context.size)
-        for place, piece in enumerate(shard.context.pieces(rank))
-    }
-    return [found[piece] for piece in range(len(found))]
+    return [gathered[rank, :, place] for rank, place in shard.context.holders()]
 
 
 def _last_that_count(earlier: list[Tensor], own: Tensor, kept: int) -> Tensor:

@@ -41,6 +41,9 @@ class Ranks(Protocol):
     def pieces(self, rank: int) -> tuple[int, ...]:
         """The numbers of the pieces that a rank holds, in its order."""
 
+    def holders(self) -> list[tuple[int, int]]:
+        """For each piece of the global row the rank that holds it, and its place among this rank's pieces."""
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -116,11 +119,8 @@ class Shard:
         rows = x.movedim(dim, 0)
         padding = rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])
         everyone = all_gather(torch.cat([rows, padding]), self.context.group)
-        found: dict[int, Tensor] = {}
-        for rank, of_rank in enumerate(lengths):
-            parts = everyone[rank, : sum(of_rank)].split(of_rank)
-            found.update(zip(self.context.pieces(rank), parts, strict=True))
-        return torch.cat([found[piece] for piece in range(size * pieces)]).movedim(0, dim)
+        parts = [everyone[rank, : sum(of_rank)].split(of_rank) for rank, of_rank in enumerate(lengths)]
+        return torch.cat([parts[rank][place] for rank, place in self.context.holders()]).movedim(0, dim)
 
     def positions(self, device: torch.device | str) -> Tensor:
         """[t] int64, the position of each local token in its sequence; a row that is not packed is one sequence.

@@ -18,7 +18,7 @@ OPERATOR = "gka_mix_tokens"  # in the namespace vllm, as its own
 def register() -> None:
     """Make model, attention backend and checks known to vLLM, and the configurations to transformers.
 
-    Where that cannot be, a warning says why: vLLM goes on without these models, for it may serve others.
+    If that fails, a warning says why. vLLM then starts without these models, because it may serve others.
     """
     from importlib import import_module
 
