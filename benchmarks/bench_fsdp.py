@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,14 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row
 
 
+HEADER = (
+    "million parameters", "mixer", "GPUs", "sequences of a GPU", "blocks checkpointed", "blocks compiled",
+    "tokens/s", "MFU", "peak GB of a GPU",
+)  # fmt: skip
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """The cells of a row under HEADER."""
     peak, mfu = row["peak bytes"], row["mfu"]
     return [
         f"{row['parameters'] / 1e6:,.1f}",
@@ -113,13 +119,14 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def sharding_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows under HEADER."""
+    return markdown_table(HEADER, [cells(row) for row in rows])
+
+
 def fsdp_table(result: dict[str, Any]) -> str:
     """Tokens per second, MFU and peak memory by size and mixer."""
-    header = [
-        "million parameters", "mixer", "ranks", "rows of a rank", "blocks checkpointed", "blocks compiled",
-        "tokens/s", "MFU", "peak GB of a rank",
-    ]  # fmt: skip
-    return f"Training steps with FSDP2\n\n{markdown_table(header, [cells(row) for row in result['rows']])}"
+    return f"Training steps with FSDP2\n\n{sharding_table(result['rows'])}"
 
 
 def parse() -> argparse.Namespace:

@@ -214,7 +214,7 @@ def parallel_table(result: dict[str, Any]) -> str:
             [
                 f"{row['part']}, T {row['T']}, H {row['H']}, D {row['D']}, {row['dtype']}",
                 row["what"],
-                row["layout"],
+                "whole" if row["layout"] == "one rank" else row["layout"],
                 str(row["ranks"]),
                 f"{median * 1e3:.2f}",
                 "" if reference is None else f"{reference / median:.2f}",
@@ -225,10 +225,10 @@ def parallel_table(result: dict[str, Any]) -> str:
         "part",
         "what",
         "layout",
-        "ranks",
+        "GPUs",
         "median ms",
-        "times faster than one rank",
-        "MB received by a rank",
+        "times faster than one GPU",
+        "MB received by a GPU",
     ]
     return markdown_table(header, lines)
 

@@ -24,7 +24,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -227,25 +227,34 @@ def line(row: dict[str, Any]) -> str:
     return f"{what}  {speed}{peak}  loss {row['loss']:.4f}"
 
 
-def parallel_model_table(result: dict[str, Any]) -> str:
-    """Tokens per second of all ranks and of one, and their ratio, by length and mixer."""
-    rows = result["rows"]
+def speed_table(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> str:
+    """Tokens per second by length, mixer and number of GPUs, and how much faster than one GPU of the same rows.
+
+    names: the names of mixers in the table; a mixer that is not in it keeps its own.
+    """
     alone = {(row["mixer"], row["T"]): row["tokens per second"] for row in rows if row["ranks"] == 1}
     table = []
     for row in rows:
         again = "yes" if row["checkpointing"] else "no"
-        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"]), again]
+        cells = [f"{row['T']:,}", names.get(row["mixer"], row["mixer"]), str(row["ranks"]), again]
         if row["seconds"] is None:
             table.append([*cells, row["note"], "", ""])
             continue
         one, speed = alone.get((row["mixer"], row["T"])), row["tokens per second"]
-        peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.1f}"
-        table.append([*cells, f"{speed:,.0f}", f"{speed / one:.2f}" if one else "", peak])
+        faster = f"{speed / one:.2f}" if one and row["ranks"] > 1 else ""
+        peak = f"{row['peak bytes'] / 1e9:.1f}" if row["peak bytes"] else ""
+        table.append([*cells, f"{speed:,.0f}", faster, peak])
     header = [
-        "tokens of a row", "mixer", "ranks", "blocks checkpointed", "tokens/s", "compared with one rank",
-        "peak GB of a rank",
+        "tokens of a sequence", "mixer", "GPUs", "blocks checkpointed", "tokens/s", "times faster than one GPU",
+        "peak GB of a GPU",
     ]  # fmt: skip
-    return f"Training steps ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
+    return markdown_table(header, table)
+
+
+def parallel_model_table(result: dict[str, Any]) -> str:
+    """The table of one result."""
+    rows = result["rows"]
+    return f"Training steps ({rows[0]['layers']} layers)\n\n{speed_table(rows, {})}"
 
 
 def parse() -> argparse.Namespace:
