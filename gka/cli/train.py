@@ -368,7 +368,7 @@ def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: 
     write_whole(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(
         f"\nvalidation  {score.bits_per_byte:.3f} bits per byte, {score.loss:.3f} nats per token "
-        f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files)\n"
+        f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files, each read from its start)\n"
         f"loss curve  {output / 'loss.png'}\n"
         f"checkpoint  {output / MODEL_FOLDER}"
         "    (load it with: import gka; AutoModelForCausalLM.from_pretrained)"
