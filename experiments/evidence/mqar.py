@@ -350,7 +350,7 @@ def _findings(found: list[dict[str, Any]]) -> str:
         said.append(
             "These results do not test figure 3a of the paper. That figure shows the layer without gates and "
             "without the alpha connection; here both are on. Models, schedule and number of examples differ too. "
-            "The experiment has not been repeated in the paper's setting yet."
+            "The experiment `recall` is in the setting of that figure."
         )
     return " ".join(said) + _lost(found)
 

@@ -83,7 +83,7 @@ def section(entries: Entries, picture: Path) -> str:
             "seeds it has the median, with the smallest and largest in brackets. A star marks a number for which "
             "learning rates are missing.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
-            " ".join((_attention(found), _verdict(found, mixers))),
+            " ".join((_attention(found), _verdict(found, mixers), _epochs(entries, mixers))),
             f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
             f"processes that share GPUs; {replayed} of them replayed a CUDA graph. Early ends: {_ends(entries)}.",
         )
@@ -101,6 +101,26 @@ def _ends(entries: Entries) -> str:
     for entry in entries:
         counts[entry["result"]["ended"]] += 1
     return ", ".join(f"{ended} {count}" for ended, count in sorted(counts.items()))
+
+
+def _epochs(entries: Entries, mixers: list[str]) -> str:
+    """How soon the mixers solve what they solve: the fewest epochs of any learning rate at each setting."""
+    fewest: dict[str, dict[tuple[int, ...], int]] = {mixer: {} for mixer in mixers}
+    for entry in entries:
+        cell, result = entry["cell"], entry["result"]
+        if result["ended"] == "solved":
+            setting, of = (cell["seq_len"], cell["num_pairs"], cell["dim"]), fewest[cell["mixer"]]
+            of[setting] = min(len(result["history"]), of.get(setting, len(result["history"])))
+    medians = [
+        f"{MIXERS[mixer].name} {statistics.median(of.values()):g} (at {len(of)})"
+        for mixer, of in fewest.items()
+        if of
+    ]
+    if not medians:
+        return ""
+    return (
+        f"Median epochs to {100 * SOLVED:g} percent, over the settings that a mixer solves: {', '.join(medians)}."
+    )
 
 
 def _attention(found: Table) -> str:
@@ -170,13 +190,15 @@ def compare(ours: Found, theirs: Found) -> int:
 
 
 def _draw(found: Table, mixers: list[str], path: Path) -> None:
-    """Accuracy against dim, one panel per place, as in figure 3a."""
-    places = sorted({place for place, _, _ in found})
+    """Accuracy against dim, one panel per place, as in figure 3a; only where no learning rate is missing."""
+    places, every_dim = sorted({key[0] for key in found}), sorted({key[1] for key in found})
     figure, panels = new_panels(1, len(places), (max(5.0, 3.4 * len(places)), 4.0), 130, sharey=True)
     for axes, place in zip(panels, places, strict=True):
         for mixer in mixers:
             points = sorted(
-                (dim, value.accuracies) for (at, dim, name), value in found.items() if (at, name) == (place, mixer)
+                (dim, value.accuracies)
+                for (at, dim, name), value in found.items()
+                if (at, name) == (place, mixer) and value.complete
             )
             if points:
                 dims, accuracies = zip(*points, strict=True)
@@ -185,6 +207,7 @@ def _draw(found: Table, mixers: list[str], path: Path) -> None:
                     axes, dims, accuracies, kind.colour, statistics.median, marker=kind.marker, label=kind.name
                 )
         axes.set_xscale("log", base=2)
+        axes.set_xticks(every_dim, [str(dim) for dim in every_dim])
         axes.set_xlabel("model dim")
         axes.set_ylim(-0.03, 1.04)
         axes.set_title(f"{place[0]} tokens, {place[1]} pairs", loc="left", fontsize=10)
