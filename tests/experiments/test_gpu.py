@@ -13,7 +13,8 @@ from helpers import relative_error
 from experiments.evidence.skeleton import skeleton
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
-from experiments.tasks.recall_train import Steps, make_examples, own_stream, train
+from experiments.tasks.recall_train import Steps, make_examples, train
+from experiments.tasks.replay import own_stream
 from gka import GKAForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -39,13 +40,13 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
             torch.manual_seed(0)
             model = RecallModel(MIXERS[mixer].build, 128, 64, 64 if mixer == "attention" else 0).to(device)
             batches = make_examples(this, "train", device).batches(64)
-            steps = Steps(model, this, batches[0], graph=graph)
+            steps = Steps(model, this, device, graph=graph)
             model.dropout.p = 0.0
             if mixer == "attention":
                 for block in model.blocks:
                     block.mixer.dropout = 0.0
             losses = [steps.epoch(batches) for _ in range(2)]
-            assert steps.graph == graph and None not in losses
+            assert steps.step.graph == graph and None not in losses
             torch.cuda.synchronize()
         outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     (loss, weights), (ref_loss, ref_weights) = outcomes
