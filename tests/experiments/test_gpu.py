@@ -1,8 +1,9 @@
-"""The recall experiment on a CUDA device: steps that are replayed, and the layers of flash-linear-attention."""
+"""The experiments on recall on a CUDA device: steps that are replayed, and layers of flash-linear-attention."""
 
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from helpers import relative_error
 
+from experiments.evidence import parts
 from experiments.evidence.skeleton import skeleton
+from experiments.tasks import mqar_replay
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import Steps, make_examples, train
-from experiments.tasks.replay import own_stream
+from experiments.tasks.replay import ReplayedSteps, own_stream
 from gka import GKAForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +60,36 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
 def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> None:
     found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path)
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
+
+
+@pytest.mark.parametrize("variant", [parts.BASE, parts.NO_SOLVE, parts.PAPER, "conjugate gradient", "bfloat16"])
+def test_replayed_steps_of_several_shapes_train_as_others(
+    variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five lengths take turns, so that graphs share their memory; losses and weights are those without graphs."""
+    (small,) = (c for c in parts.cells("small") if c["variant"] == parts.BASE and c["seed"] and "rates" in c)
+    this = {**small, "variant": variant, "dtype": parts.VARIANTS[variant].dtype, "dim": 64, "steps": 60}
+    outcomes = []
+    for graph in (False, True):
+        if not graph:
+            monkeypatch.setattr(mqar_replay, "ReplayedSteps", partial(_without_graph, ReplayedSteps))
+        model = parts.build(this).to(device)
+        batches = list(parts._batches(this, device))
+        assert len({batch.inputs.shape for batch in batches}) == 5
+        found = mqar_replay.train(
+            model, batches, steps=60, learning_rate=1e-3, dtype=this["dtype"], device=device, name=variant
+        )
+        monkeypatch.undo()
+        assert found["graph"] == graph and found["diverged"] is None
+        losses = torch.tensor([loss for _, loss in found["loss"]])
+        outcomes.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (loss, weights), (ref_loss, ref_weights) = outcomes
+    bound = 3e-3 if this["dtype"] == "bfloat16" else 1e-3
+    assert relative_error(loss, ref_loss) < bound and relative_error(weights, ref_weights) < 5e-2
+
+
+def _without_graph(made: Any, *arguments: Any, graph: bool, **settings: Any) -> Any:
+    return made(*arguments, graph=False, **settings)
 
 
 def test_language_models_of_mesanet_have_gradients(device: torch.device) -> None:
