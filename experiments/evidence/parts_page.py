@@ -149,9 +149,10 @@ def answer(table: Table) -> str:
         said = "No single change is clearly better than the default there"
     if better:
         safe = [name for name in better if not _worse_somewhere(table, name)]
+        at_all = "all of them" if safe == better else _listed(safe) or "none"
         said += (
-            f" (at no setting clearly worse than the default: {_listed(safe) if safe else 'none'}; with "
-            '`ablations --only variant="..."` they train a language model)'
+            f" (at no setting clearly worse than the default: {at_all}; the section `ablations` has language "
+            "models with such changes)"
         )
     few = [name for name in (BASE, NO_SOLVE, *single) if len(at[name]) < 2]
     tail = f"; clearly worse: {_listed(worse)}" if worse else "; no change is clearly worse"
