@@ -92,11 +92,12 @@ def section(entries: Entries, picture: Path) -> str:
     return "\n\n".join(
         (
             "Why does the default layer recall less than the same layer without the solve? The models of the "
-            f"experiment `mqar` train again, {cell['steps']} steps of {cell['batch_tokens']:,} tokens, each with "
-            "one change of the layer. The table has the accuracy in percent on new sequences, the median of the "
-            "seeds with the smallest and largest in brackets: at the hardest setting, and in the mean over the "
-            f"settings. It shows the default, the layer without the solve, and up to {_ROWS - 2} variants that "
-            "differ most from the default; the picture shows all. [All settings, learning rates and gates]"
+            f"experiment `mqar` train again, {cell['steps']} steps of {cell['batch_tokens']:,} tokens, in "
+            "bfloat16, each with one change of the layer. The table has the accuracy in percent on new sequences, "
+            "the median of the seeds with the smallest and largest in brackets: at the hardest setting, and in "
+            "the mean over the settings. Besides the default and the layer without the solve it has up to "
+            f"{_ROWS - 2} variants that differ most from the default; the picture shows all. "
+            "[All settings, learning rates and gates]"
             f"({picture.parent.name}/{picture.stem}.md).",
             markdown_table(["variant", *heads], rows),
             answer(table),

@@ -59,8 +59,9 @@ def test_every_variant_differs_from_the_default_in_what_its_name_says(models: di
     assert torch.allclose(layer["A starts 10 times smaller"].A_log.exp() * 10, base.A_log.exp())
     softplus = torch.nn.functional.softplus
     assert torch.allclose(softplus(layer["dt starts 10 times smaller"].dt_bias) * 10, softplus(base.dt_bias))
+    assert [name for name, part in VARIANTS.items() if part.dtype != "bfloat16"] == ["float32"]
     assert [layer[f"a = {a:g}"].ridge_ratio for a in (0.01, 0.05, 0.1)] == [0.01, 0.05, 0.1]
-    assert layer["steps (16, 16)"].solver_steps == (16, 16) and layer["conjugate gradient"].solver == "cg"
+    assert layer["steps (31,)"].solver_steps == (31,) and layer["conjugate gradient"].solver == "cg"
     wide = layer["first weights 1 / sqrt(dim)"].q_proj.weight
     assert relative_error(wide * 0.02 * 32**0.5, base.q_proj.weight) < 1e-5, "the same random numbers"
 
@@ -127,7 +128,7 @@ def test_the_default_trains_as_in_the_mqar_experiment(tmp_path: Path, monkeypatc
     monkeypatch.setattr(RecallTrainer, "_get_train_sampler", in_order)
     (theirs,) = (c for c in mqar.cells("small") if c["mixer"] == "gka" and c.get("learning_rate") == RATES[0])
     ref = mqar.run({**theirs, "size": "small"}, tmp_path / "mqar" / "it", CPU)
-    found = parts.run(cell(), tmp_path / "parts" / "it", CPU)
+    found = parts.run(cell("float32", dtype="float32"), tmp_path / "parts" / "it", CPU)
     losses, ref_losses = (torch.tensor([loss for _, loss in x["loss"]]) for x in (found, ref))
     assert len(losses) == 8 and relative_error(losses, ref_losses) < 1e-4
     assert found["accuracy"] == ref["accuracy"] and not found["graph"]
