@@ -120,12 +120,25 @@ def answer(groups: Groups, first_tokens: int) -> str:
     linear = [found for name, found in others.items() if name != OTHERS[-1]]
     if linear and whole <= max(linear):
         said += "That is no more than another linear layer has, so there is nothing special to explain. "
+    since = parting_step(groups[OURS])
+    said += "" if since is None else f"They have half of their last spread from step {since} on. "
     lost = sum(entry["result"]["diverged"] is not None for group in groups.values() for entry in group)
     said += _cause(groups, whole)
     taking, ruled = _parts(groups, whole, first_tokens)
     said += f" Part of the cause: {', '.join(taking)}." if taking else ""
     said += f" Ruled out: {', '.join(ruled)}." if ruled else ""
     return said + (f" {lost} trainings diverged and are left out." if lost else "")
+
+
+def parting_step(group: Entries) -> int | None:
+    """The first step from which on the spread stays at least half of the last one; None if it is not known."""
+    widths = {step: found for step, losses in at_steps(group).items() if (found := width(losses)) is not None}
+    since = None
+    for step in sorted(widths, reverse=True):
+        if widths[step] < widths[max(widths)] / 2:
+            break
+        since = step
+    return since
 
 
 def _cause(groups: Groups, whole: float) -> str:

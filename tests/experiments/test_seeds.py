@@ -224,6 +224,17 @@ def test_the_answer_names_what_takes_part_and_what_is_ruled_out() -> None:
     assert "A_log" in alike.split("Ruled out")[1]
 
 
+def test_when_the_seeds_part() -> None:
+    """At the first of the steps from which on the spread is at least half of the last."""
+    ours = own("GKA", 2.0, 2.06)
+    for each, ends in zip(ours, ((5.0, 4.0, 3.0, 2.0), (5.3, 4.01, 3.04, 2.06)), strict=True):
+        each["result"]["held out"] = [[step, loss] for step, loss in zip((10, 20, 40, 80), ends, strict=True)]
+    assert seeds_page.parting_step(ours) == 40 and "from step 40 on" in said(*ours)
+    ours[1]["result"]["held out"][1] = [20, 4.2]
+    assert seeds_page.parting_step(ours) == 10
+    assert seeds_page.parting_step(ours[:1]) is None
+
+
 def test_norms_are_summed_over_blocks_and_lost_ones_left_out() -> None:
     assert seeds_page.norms_of(entry("GKA", 2.0), "A_log") == [[1, 5.0]]
     assert seeds_page.norms_of(entry("GKA", 2.0), "rest") == [[1, 9.0], [2, 9.0]]
