@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import set_seed
@@ -188,7 +188,7 @@ def _means(loss: list[list[float]]) -> list[list[float]]:
 
 def section(entries: Entries, picture: Path) -> str:
     """A table with one row per variant; the picture has the differences from the base and the gradient norms."""
-    by_name = {name: _by_seed(entries, name) for name in TRIALS}
+    by_name = {name: results_of(entries, name) for name in TRIALS}
     by_name = {name: results for name, results in by_name.items() if results}
     _draw(by_name, picture)
     cell = entries[-1]["cell"]
@@ -233,7 +233,7 @@ _HEAD = [
 Results = dict[int, dict[str, Any]]  # by seed
 
 
-def _by_seed(entries: Entries, name: str) -> Results:
+def results_of(entries: Entries, name: str) -> Results:
     return {e["cell"]["seed"]: e["result"] for e in entries if e["cell"]["variant"] == name}
 
 
@@ -245,9 +245,9 @@ def _row(name: str, by_name: dict[str, Results]) -> list[str]:
 
     return [
         name,
-        of(lambda r: _held_out(r, "loss"), ".4f"),
-        spread(list(_beside(name, by_name).values()), "+.4f") if name != BASE else "",
-        of(lambda r: _held_out(r, "recall_loss"), ".4f"),
+        of(lambda r: held_out(r, "loss"), ".4f"),
+        spread(list(beside(name, by_name).values()), "+.4f") if name != BASE else "",
+        of(lambda r: held_out(r, "recall_loss"), ".4f"),
         of(_last_loss, ".4f"),
         of(lambda r: statistics.median(_finite(r)) if _finite(r) else None, ".3f"),
         of(lambda r: max(_finite(r), default=None), ".3g"),
@@ -255,7 +255,7 @@ def _row(name: str, by_name: dict[str, Results]) -> list[str]:
     ]
 
 
-def _held_out(result: dict[str, Any], name: str) -> float | None:
+def held_out(result: dict[str, Any], name: str) -> float | None:
     return None if result["held out"] is None else result["held out"][name]
 
 
@@ -268,32 +268,53 @@ def _finite(result: dict[str, Any]) -> list[float]:
     return [norm for norm in result["gradient norms"] if norm is not None]
 
 
-def _beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
+def beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
     """The held-out loss minus that of the base, by seed; None if one of the two diverged."""
     base = by_name.get(BASE, {})
     found = {}
     for seed, result in by_name[name].items():
         if seed in base:
-            ours, theirs = _held_out(result, "loss"), _held_out(base[seed], "loss")
+            ours, theirs = held_out(result, "loss"), held_out(base[seed], "loss")
             found[seed] = None if ours is None or theirs is None else ours - theirs
     return found
 
 
-def _findings(by_name: dict[str, Results]) -> str:
-    """The variants that differ from the base by more than chance, if there are several seeds; expectations."""
+class Differences(NamedTuple):
+    """Median differences of the held-out loss from the base, over the seeds; infinite if a training diverged.
+
+    medians: of all variants; alike: those that solve the base's system, whose differences are chance;
+    single, middle: the largest difference of those, of one seed and of a median.
+    """
+
+    medians: dict[str, float]
+    alike: list[str]
+    single: float
+    middle: float
+
+
+def differences(by_name: dict[str, Results]) -> Differences | None:
+    """None without several seeds of the base and of a variant that solves its system."""
     apart: dict[str, list[float]] = {}
     for name in by_name:
-        found = [math.inf if x is None else x for x in _beside(name, by_name).values()]
+        found = [math.inf if x is None else x for x in beside(name, by_name).values()]
         if name != BASE and len(found) > 1:
             apart[name] = found
     alike = [name for name in _ALIKE if name in apart]
     seeds = [abs(x) for name in alike for x in apart[name] if math.isfinite(x)]
     if not seeds:
+        return None
+    medians = {name: statistics.median(found) for name, found in apart.items()}
+    middle = max((abs(medians[name]) for name in alike if math.isfinite(medians[name])), default=0.0)
+    return Differences(medians, alike, max(seeds), middle)
+
+
+def _findings(by_name: dict[str, Results]) -> str:
+    """The variants that differ from the base by more than chance, if there are several seeds; expectations."""
+    found = differences(by_name)
+    if found is None:
         return ""
-    middle = {name: statistics.median(found) for name, found in apart.items()}
-    single = max(seeds)
-    median = max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0)
-    others = {name: middle[name] for name in middle if name not in alike}
+    alike, single, median = found.alike, found.single, found.middle
+    others = {name: x for name, x in found.medians.items() if name not in alike}
     sides = {
         "worse than the base by more than any of these seeds": [n for n, x in others.items() if x > single],
         "better than the base by more than any of these seeds": [n for n, x in others.items() if -x > single],
@@ -327,7 +348,7 @@ def _verdicts(by_name: dict[str, Results], chance: float) -> str:
     said = f"Expected: no spikes with the base, whose ridge is adaptive. Result: {verdict}"
     if _CONSTANT in by_name:
         said += f". A constant lambda has {'spikes' if spiked(_CONSTANT) else 'no spikes here either'}"
-    wide = [-x for x in _beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
+    wide = [-x for x in beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
     if wide:
         more = statistics.median(wide)
         verdict = "no difference beyond chance" if abs(more) <= chance else "refuted" if more > 0 else "confirmed"
@@ -353,7 +374,7 @@ def _draw(by_name: dict[str, Results], path: Path) -> None:
     figure, (losses, norms) = new_panels(1, 2, (13, 5.0), 120)
     others = [name for name in by_name if name != BASE]
     for place, name in enumerate(others):
-        found = [x for x in _beside(name, by_name).values() if x is not None]
+        found = [x for x in beside(name, by_name).values() if x is not None]
         losses.plot(found, [place] * len(found), "o", color="#c8553d", markersize=4, alpha=0.7)
         if found:
             losses.plot([statistics.median(found)], [place], "|", color="#1d3557", markersize=14)

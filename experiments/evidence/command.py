@@ -8,13 +8,13 @@ A cell is one measurement or one training. An experiment is a module with
                                       all cells
     cells(size) -> list[Cell]         all cells; size is "small" (seconds to a minute on a laptop) or "full"
     run(cell, folder, device) -> Any  measure one cell; the folder is for this cell only, e.g. for checkpoints
-    section(entries, picture) -> str  write the section of the page as markdown, and draw the picture
+    section(entries, picture) -> str  all tables and the text about them as markdown; draws the picture
     ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
                                       needed for several processes
 
-and is listed in catalogue.py. Every cell has its size as a field, and the machine if BY_MACHINE is True. To resume
-an interrupted run, start the same command again. If a cell fails, the other cells still run; the next start of the
-command repeats the failed ones.
+and is listed in catalogue.py. overview.py has its short section of the page. Every cell has its size as a field,
+and the machine if BY_MACHINE is True. To resume an interrupted run, start the same command again. If a cell fails,
+the other cells still run; the next start of the command repeats the failed ones.
 """
 
 # ruff: noqa: RUF009  (option() makes a dataclass field)

@@ -22,7 +22,7 @@ import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -247,7 +247,7 @@ def section(entries: Entries, picture: Path) -> str:
     _draw(found, [task for task in tasks if 4 * task[1] == task[0]], mixers, picture)
     at = {(row["dim"], row["mixer"]): row for row in found}
     dims = sorted({dim for dim, _ in at})
-    means = [[str(dim), *(_percent(_over_tasks(at.get((dim, mixer)))) for mixer in mixers)] for dim in dims]
+    means = [[str(dim), *(_percent(over_tasks(at.get((dim, mixer)))) for mixer in mixers)] for dim in dims]
     rows = [
         [str(T), str(P), str(dim), *(_percent(_of_task(at.get((dim, mixer)), (T, P))) for mixer in mixers)]
         for (T, P), dim in itertools.product(tasks, dims)
@@ -305,12 +305,16 @@ def _is_lost(row: dict[str, Any]) -> bool:
     return statistics.mean(row["accuracies"][min(row["accuracies"])]) < _LEARNT
 
 
-def _lost(found: list[dict[str, Any]]) -> str:
-    """A sentence about the mixers that did not learn the task, with the dims; "" if there are none."""
+def lost(found: list[dict[str, Any]]) -> str:
+    """The mixers that did not learn the task, with the dims."""
     dims: dict[str, list[str]] = defaultdict(list)
     for row in filter(_is_lost, found):
         dims[row["mixer"]].append(str(row["dim"]))
-    said = "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
+    return "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
+
+
+def _about_lost(found: list[dict[str, Any]]) -> str:
+    said = lost(found)
     return said and (
         f" Failed training: {said}. Even with the best learning rate, the accuracy is below {100 * _LEARNT:g} "
         "percent at the easiest setting. These numbers show that the training failed with these steps and "
@@ -318,26 +322,43 @@ def _lost(found: list[dict[str, Any]]) -> str:
     )
 
 
-def _findings(found: list[dict[str, Any]]) -> str:
-    """The number of settings where GKA is better or worse than each other mixer; failed trainings."""
+class Compared(NamedTuple):
+    """GKA and another mixer, as numbers of settings that both have learnt."""
+
+    better: int
+    equal: int
+    worse: int
+    clearly_worse: int  # every seed of GKA is more than _APART below every seed of the other
+
+
+def compared(found: list[dict[str, Any]]) -> dict[str, Compared]:
+    """GKA compared with each other mixer, without trainings that failed."""
     learnt = [row for row in found if not _is_lost(row)]
     seeds = {(row["mixer"], row["dim"], task): a for row in learnt for task, a in row["accuracies"].items()}
-    parts, holds, fails = [], [], []
-    for other in ALL_MIXERS:
+    counts = {}
+    for other in (mixer for mixer in ALL_MIXERS if mixer != "gka"):
         pairs = [
             (seeds["gka", dim, task], theirs)
             for (mixer, dim, task), theirs in seeds.items()
             if mixer == other and ("gka", dim, task) in seeds
         ]
-        if other == "gka" or not pairs:
-            continue
+        if pairs:
+            apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
+            above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
+            clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
+            counts[other] = Compared(above, len(apart) - above - below, below, clear)
+    return counts
+
+
+def _findings(found: list[dict[str, Any]]) -> str:
+    """The number of settings where GKA is better or worse than each other mixer; failed trainings."""
+    parts, holds, fails = [], [], []
+    for other, (better, equal, worse, clear) in compared(found).items():
         name = STYLE[other][0]
-        apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
-        above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
-        parts.append(f"{name}: better in {above}, equal in {len(apart) - above - below}, worse in {below}")
-        clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
+        parts.append(f"{name}: better in {better}, equal in {equal}, worse in {worse}")
         if other != "attention":
-            fails.append(f"{name} ({clear} of {len(pairs)} settings)") if clear else holds.append(name)
+            settings = f"{name} ({clear} of {better + equal + worse} settings)"
+            fails.append(settings) if clear else holds.append(name)
     said = []
     if parts:
         said.append(
@@ -357,10 +378,10 @@ def _findings(found: list[dict[str, Any]]) -> str:
             "without the alpha connection; here both are on. Models, schedule and number of examples differ too. "
             "The experiment `recall` is in the setting of that figure."
         )
-    return " ".join(said) + _lost(found)
+    return " ".join(said) + _about_lost(found)
 
 
-def _over_tasks(row: dict[str, Any] | None) -> list[float]:
+def over_tasks(row: dict[str, Any] | None) -> list[float]:
     """The mean over all tasks, for each seed that has all tasks."""
     return (
         [] if row is None else [statistics.mean(seed) for seed in zip(*row["accuracies"].values(), strict=False)]

@@ -1,4 +1,4 @@
-"""The section of the experiment `parts`, and a page of its own with all settings and the gates.
+"""The sections of the experiment `parts`: the short one with the answer, and all settings with the gates.
 
 A variant is clearly better than another one at a setting if each of its seeds is more than half a percent above
 each seed of the other; for this both need two seeds.
@@ -19,7 +19,8 @@ from .table import markdown_table, spread
 
 BASE, NO_SOLVE, OTHERS = "default", "no solve (GLA)", ("figure 3a", "figure 3a, no solve")
 APART = 0.005  # smaller differences count as equal
-_ROWS = 10
+_ROWS = 10  # of the short table
+_NOTHING = "No variant has been trained with the first seed yet."
 Entries = list[dict[str, Any]]
 Task = tuple[int, int]
 
@@ -73,32 +74,27 @@ def compare(ours: list[float], theirs: list[float]) -> int:
     return -1 if max(ours) < min(theirs) - APART else 0
 
 
-def section(entries: Entries, picture: Path) -> str:
-    """Question, table and answer; draws the picture and writes the page of all settings."""
+def overview(entries: Entries) -> str:
+    """Question, table of at most ten rows, and answer."""
     table = best(entries)
     if not table:
-        return "No variant has been trained with the first seed yet."
+        return _NOTHING
     dim, cell = next(iter(table)), entries[0]["cell"]
     hardest = max(next(iter(table[dim].values())).accuracies)
-    _draw(table, hardest, picture)
-    picture.with_suffix(".md").write_text(_all_settings(table, entries, picture), encoding="utf-8")
+    T, P = hardest
+    heads = [head for d in table for head in (f"{T} tokens, {P} pairs, dim {d}", f"mean, dim {d}")]
     rows = [
-        [name, *(text for d in table for text in _numbers(table[d].get(name), hardest))]
+        [name, *(text for found in table.values() for text in _numbers(found.get(name), hardest))]
         for name in _chosen(table[dim], hardest)
-    ]
-    heads = [
-        head for d in table for head in (f"{hardest[0]} tokens, {hardest[1]} pairs, dim {d}", f"mean, dim {d}")
     ]
     return "\n\n".join(
         (
             "Why does the default layer recall less than the same layer without the solve? The models of the "
             f"experiment `mqar` train again, {cell['steps']} steps of {cell['batch_tokens']:,} tokens, in "
-            "bfloat16, each with one change of the layer. The table has the accuracy in percent on new sequences, "
-            "the median of the seeds with the smallest and largest in brackets: at the hardest setting, and in "
-            "the mean over the settings. Besides the default and the layer without the solve it has up to "
-            f"{_ROWS - 2} variants that differ most from the default; the picture shows all. "
-            "[All settings, learning rates and gates]"
-            f"({picture.parent.name}/{picture.stem}.md).",
+            "bfloat16, each with one change of the layer. The numbers are percent of right answers on new "
+            "sequences, the median of the seeds with the smallest and largest in brackets: at the hardest "
+            "setting, and in the mean over the settings. Besides the default and the layer without the solve the "
+            f"table has up to {_ROWS - 2} variants that differ most from the default; the picture has all.",
             markdown_table(["variant", *heads], rows),
             answer(table),
         )
@@ -174,12 +170,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _all_settings(table: Table, entries: Entries, picture: Path) -> str:
-    """The page with every setting, the rates, and the gates before and after the training."""
+def section(entries: Entries, picture: Path) -> str:
+    """Every setting, the rates, and the gates before and after the training; draws the picture."""
+    table = best(entries)
+    if not table:
+        return _NOTHING
+    hardest = max(next(iter(next(iter(table.values())).values())).accuracies)
+    _draw(table, hardest, picture)
     parts = [
-        "# parts: all settings",
-        f"The full tables of the section `parts` of [the evidence page](../{picture.parent.name}.md). Accuracies "
-        "are in percent: the median of the seeds, with the smallest and largest in brackets.",
+        "Accuracies are in percent: the median of the seeds, with the smallest and largest in brackets. A variant "
+        f"is clearly better than another one if each of its seeds is more than {100 * APART:g} points above each "
+        "seed of the other. Every variant starts with the weights of the default, where it has the same parts."
     ]
     for dim, found in table.items():
         tasks = sorted(next(iter(found.values())).accuracies)
@@ -204,7 +205,7 @@ def _all_settings(table: Table, entries: Entries, picture: Path) -> str:
         f"{len(entries)} trainings took {sum(entry['seconds'] for entry in entries) / 60:,.0f} minutes, summed "
         f"over processes; {replayed} of them replayed CUDA graphs."
     )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _training(name: str, found: Found) -> list[str]:

@@ -1,4 +1,4 @@
-"""The section of the experiment `seeds`, and a page of its own with every training.
+"""The sections of the experiment `seeds`: the short one with the answer, and all trainings.
 
 A spread is the largest minus the smallest value of a group of trainings, in nats per token. A spread counts as
 smaller than another one if it is at most half of it: with three trainings each, less says nothing.
@@ -69,11 +69,9 @@ def at_steps(group: Entries) -> dict[int, list[float]]:
     return dict(sorted(found.items()))
 
 
-def section(entries: Entries, picture: Path) -> str:
-    """Question, table and answer; draws the picture and writes the page of all trainings."""
+def overview(entries: Entries) -> str:
+    """Question, table of at most ten rows, and answer."""
     groups, cell = groups_of(entries), entries[0]["cell"]
-    _draw(groups, picture)
-    picture.with_suffix(".md").write_text(_all_trainings(entries, picture), encoding="utf-8")
     first = cell["first_tokens"]
     steps = sorted({step for group in groups.values() for step in at_steps(group)})
     early = steps[len(steps) // 2] if steps else 0
@@ -96,8 +94,7 @@ def section(entries: Entries, picture: Path) -> str:
             "loss in nats per token, the median with the smallest and largest in brackets. The spread is the "
             "largest minus the smallest loss of a group: of all tokens, of the first tokens of a window, of the "
             "later ones, and of all tokens in the middle of the training. A group has one seed for the first "
-            "weights and the order of the text, unless its name says something else. "
-            f"[Every training]({picture.parent.name}/{picture.stem}.md).",
+            "weights and the order of the text, unless its name says something else.",
             markdown_table(heads, rows),
             answer(groups, first),
         )
@@ -206,8 +203,9 @@ def _median_norm(entry: dict[str, Any], group: str) -> float | None:
     return statistics.median(norms) if norms else None
 
 
-def _all_trainings(entries: Entries, picture: Path) -> str:
-    """The page with the losses of every training, and the gradient norms of its gates by block."""
+def section(entries: Entries, picture: Path) -> str:
+    """The losses of every training, and the gradient norms of its gates; draws the picture."""
+    _draw(groups_of(entries), picture)
     steps = sorted({step for entry in entries for step, _ in entry["result"]["held out"]})
     heads = ["model", "weights", "order", "change", "loss", "first tokens", "later tokens", *map(str, steps)]
     rows, norms = [], []
@@ -220,22 +218,16 @@ def _all_trainings(entries: Entries, picture: Path) -> str:
         medians = [_median_norm(entry, group) for group in (*GATES, "beta and decay", "rest")]
         norms.append([*name, *("" if norm is None else f"{norm:.3g}" for norm in medians)])
     taken = sum(entry["seconds"] for entry in entries) / 60
-    return (
-        "\n\n".join(
-            (
-                "# seeds: every training",
-                f"The full tables of the section `seeds` of [the evidence page](../{picture.parent.name}.md). "
-                "Weights and order are random seeds; change is the seed of the change by 1e-6, 0 for none. Losses "
-                "are in nats per token on held-out text: at the end, and after some steps, there on a quarter of "
-                "the text.",
-                markdown_table(heads, rows),
-                "Gradient norms before clipping, of all blocks together, median over the training; decay, "
-                "beta and alpha are the projections of the gates:",
-                markdown_table([*heads[:4], *GATES, "beta and decay", "rest"], norms),
-                f"{len(entries)} trainings took {taken:,.0f} minutes, summed over processes that may share GPUs.",
-            )
+    return "\n\n".join(
+        (
+            "Weights and order are random seeds; change is the seed of the change by 1e-6, 0 for none. Losses are "
+            "in nats per token on held-out text: at the end, and after some steps, there on a quarter of it.",
+            markdown_table(heads, rows),
+            "Gradient norms before clipping, of all blocks together, median over the training; decay, beta and "
+            "alpha are the projections of the gates:",
+            markdown_table([*heads[:4], *GATES, "beta and decay", "rest"], norms),
+            f"{len(entries)} trainings took {taken:,.0f} minutes, summed over processes that may share GPUs.",
         )
-        + "\n"
     )
 
 

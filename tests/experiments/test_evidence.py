@@ -401,7 +401,7 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch, 
         entry["result"].pop("cache bytes", None)
     text = cost.section(entries, tmp_path / "picture.png")
     assert "18 bytes" not in text
-    assert cost._points(entries, "gka", "forward", memory=True) == [(256, 5e6), (512, 5e6)]
+    assert cost.points_of(entries, "gka", "forward", memory=True) == [(256, 5e6), (512, 5e6)]
     assert_drawn(tmp_path / "picture.png")
 
 

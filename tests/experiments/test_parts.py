@@ -228,7 +228,7 @@ def test_a_small_run_by_the_command(tmp_path: Path) -> None:
         )
     assert command_line.main(["evidence", "page", "--output", str(tmp_path / "out")]) == 0
     page, more = ((tmp_path / name).read_text() for name in ("out.md", "out/parts.md"))
-    assert "(out/parts.md)" in page and "## Dim 32" in more
+    assert "128 tokens, 32 pairs and dim 32 the default has" in page and "## Dim 32" in more
     gates = {tuple(row[:2]): row[2:] for row in rows_of(more) if len(row) == 5}
     assert len(gates[BASE, "0"]) == 3 and gates[NO_SOLVE, "1"][1] == ""
     assert_drawn(tmp_path / "out/parts.png")
@@ -276,15 +276,16 @@ def test_the_table_has_the_best_rate_and_at_most_ten_rows(tmp_path: Path) -> Non
     entries = [*seeds(BASE, 0.4, 0.5), entry(BASE, 0.3, RATES[1]), *seeds(NO_SOLVE, 0.7, 0.6)]
     entries += [entry(name, 0.41 + 0.02 * n) for n, name in enumerate(list(VARIANTS)[2:])]
     entries += seeds(BASE, 0.9, 0.8, dim=16)
-    text = parts_page.section(entries, tmp_path / "evidence" / "parts.png")
-    table = rows_of(text)
+    table = rows_of(parts_page.overview(entries))
     assert len(table) == 12 and table[2][0] == BASE and table[3][0] == NO_SOLVE
     assert table[2][1:] == ["45.0 (40.0 to 50.0)"] * 2 + ["85.0 (80.0 to 90.0)"] * 2
     assert table[4][0] == list(VARIANTS)[-1], "the best of the others first"
-    more = (tmp_path / "evidence" / "parts.md").read_text()
+    more = parts_page.section(entries, tmp_path / "parts.png")
     assert "## Dim 32" in more and "## Dim 16" in more
     assert [BASE, "0", "9.5 to 9.5", "0.50 to 0.75", "0.40 to 0.40"] in rows_of(more)
-    assert parts_page.section([entry(BASE, 0.4, seed=1)], tmp_path / "it.png").startswith("No variant")
+    assert_drawn(tmp_path / "parts.png")
+    alone = [entry(BASE, 0.4, seed=1)]
+    assert parts_page.section(alone, tmp_path / "it.png") == parts_page.overview(alone) == parts_page._NOTHING
 
 
 def test_the_experiment_runs_in_processes() -> None:

@@ -351,7 +351,7 @@ def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
     worse, equal = all_rates("gla", 64, 0.5), [entry("gla", 128, 0.998)]
     assert "Figure 3a holds" in said(*worse, *equal) and "in 1 of 2 settings" in said(*worse, *equal)
     assert "GLA: better in 1, equal in 1, worse in 0" in said(*worse, *equal)
-    assert "1 comparisons are incomplete" in said(*worse) and "Figure 3a holds" not in said(*worse)
+    assert "incomplete comparisons: 1." in said(*worse) and "Figure 3a holds" not in said(*worse)
     assert "Figure 3a does not hold" in said(*all_rates("gla", 64, 0.8), *equal)
     spread = [*all_rates("gla", 64, 0.8), entry("gla", 64, 0.6, seed=1)]
     assert "neither confirmed nor refuted" in said(*spread, *equal), "one seed is better, one is worse"
@@ -359,4 +359,7 @@ def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
     assert "GKA: " not in said(*all_rates("gka", 64, 0.9)), "the layer with gates is not a rival"
     right[0] = entry("attention", 64, 0.5)
     text = said(*all_rates("gla", 64, 0.8), *equal)
-    assert "fails at 16 tokens, 2 pairs, dim 64" in text and "worse in 0" in text
+    assert "attention are missing at 16 tokens, 2 pairs, dim 64." in text and "fails at" not in text
+    assert "worse in 0" in text
+    right[:1] = all_rates("attention", 64, 0.5)
+    assert "fails at 16 tokens, 2 pairs, dim 64:" in said(*all_rates("gla", 64, 0.8), *equal)

@@ -245,8 +245,11 @@ def test_the_table_has_the_spreads(tmp_path: Path) -> None:
     entries = [*own("GKA", 2.0, 2.06), entry("GKA", 2.01, weights=1), entry("GKA", 2.05, nudge=1)]
     entries += own("GLA (no solve)", 2.1, None)
     entries[0]["result"]["first tokens"] = 2.5
-    table = {row[0]: row[1:] for row in rows_of(seeds_page.section(entries, tmp_path / "evidence" / "seeds.png"))}
+    table = {row[0]: row[1:] for row in rows_of(seeds_page.overview(entries))}
     assert table[OURS] == ["2", "2.0300 (2.0000 to 2.0600)", "0.0600", "0.4400", "0.0600", "0.0600"]
     assert table[WEIGHTS][2] == "0.0100" and table[NUDGED][2] == "0.0500"
     assert table["GLA (no solve)"] == ["2", "2.1000", "", "", "", ""] and ORDER in table
-    assert_drawn(tmp_path / "evidence" / "seeds.png")
+    rows = rows_of(seeds_page.section(entries, tmp_path / "seeds.png"))
+    assert ["GKA", "0", "0", "0", "2.0000", "2.5000", "2.0000", "2.0000"] in rows
+    assert ["GKA", "0", "0", "0", "5", "", "", "", "", "", "9"] in rows
+    assert_drawn(tmp_path / "seeds.png")
