@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import relative_error
 
-from experiments.evidence import parts
+from experiments.evidence import parts, workers
+from experiments.evidence.record import Record
 from experiments.evidence.skeleton import skeleton
 from experiments.tasks import mqar_replay
 from experiments.tasks.recall_mixers import MIXERS
@@ -90,6 +91,29 @@ def test_replayed_steps_of_several_shapes_train_as_others(
 
 def _without_graph(made: Any, *arguments: Any, graph: bool, **settings: Any) -> Any:
     return made(*arguments, graph=False, **settings)
+
+
+STUB = """
+import time, torch
+def run(cell, folder, device):
+    time.sleep(2)  # so that both processes get a cell
+    x = torch.ones(1, device="cuda:0")
+    return [str(torch.cuda.get_device_properties(device).uuid), torch.cuda.device_count(), x.item()]
+"""
+
+
+def test_every_process_sees_its_own_gpu(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stub_on_gpus.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_on_gpus", "cuda", tmp_path)
+    failed = workers.run_in_processes(
+        record, [{"n": 0}, {"n": 1}], lambda *_: True, shared, processes=2, seconds=120, report=lambda *_: None
+    )
+    results = [entry["result"] for entry in record.entries]
+    assert not failed and len(results) == 2 and all(found[1:] == [1, 1.0] for found in results)
+    assert len({found[0] for found in results}) == min(2, torch.cuda.device_count())
 
 
 def test_language_models_of_mesanet_have_gradients(device: torch.device) -> None:
