@@ -53,7 +53,9 @@ class EvidenceOptions:
     )
     output: str = option("runs/evidence", "folder of the results, one JSON file per experiment", metavar="DIR")
     only: list[str] | None = option(
-        None, "run only the cells with these values, e.g. mixer=gka seed=0", metavar="KEY=VALUE"
+        None,
+        "run only the cells with these values, e.g. mixer=gka 'seed=0|1' for either seed",
+        metavar="KEY=VALUE",
     )
     data: list[str] | None = option(
         None, "text files or folders for the language models; default: Python's standard library", metavar="PATH"
@@ -237,8 +239,8 @@ def _machine(device: Any) -> str:
 
 
 def _fits(cell: dict[str, Any], text: str) -> bool:
-    """Whether the cell matches a filter "key=value"."""
+    """Whether the cell matches a filter "key=value", or "key=value|value" for either."""
     key, found, value = text.partition("=")
     if not found:
         raise UserError(f"--only {text}: expected KEY=VALUE")
-    return key in cell and str(cell[key]) == value
+    return key in cell and str(cell[key]) in value.split("|")

@@ -97,9 +97,13 @@ def cells(size: str) -> list[Cell]:
     return [*found, *speeds, *({**model, "seed": seed} for seed in others for model in models)]
 
 
-def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
-    """The configuration of the model with a mixer or of "hybrid"; `end` is the end-of-text token."""
+def language_model(mixer: str, size: str, vocab_size: int, end: int, **changes: Any) -> GKAConfig:
+    """The configuration of the model with a mixer or of "hybrid"; `end` is the end-of-text token.
+
+    changes: fields of GKAConfig besides those of the experiment.
+    """
     fields: dict[str, Any] = dict(
+        **changes,
         **_SIZES[size],
         vocab_size=vocab_size,
         max_position_embeddings=_TRAINING[size]["seq_len"],

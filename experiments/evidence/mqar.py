@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from gka.hf import GKAForCausalLM
+from gka.hf import GKAConfig, GKAForCausalLM
 from gka.training.trainer import on_one_gpu
 
 from ..tasks.mqar import IGNORE, make_mqar
@@ -51,10 +51,10 @@ _LEARNT = 0.2  # accuracy of a model that has begun to learn the task
 SEEDS = (0, 1, 2)
 Entries = list[dict[str, Any]]
 Task = tuple[int, int]  # T, P
-_FULL: dict[str, Any] = dict(
+FULL: dict[str, Any] = dict(
     vocab_size=8192, longest=1024, steps=4000, batch_tokens=16_384, pool=64, test_tokens=65_536
 )
-_SMALL: dict[str, Any] = dict(vocab_size=256, longest=128, steps=8, batch_tokens=256, pool=2, test_tokens=256)
+SMALL: dict[str, Any] = dict(vocab_size=256, longest=128, steps=8, batch_tokens=256, pool=2, test_tokens=256)
 
 
 def training_tasks(longest: int) -> list[Task]:
@@ -73,7 +73,7 @@ def cells(size: str) -> list[Cell]:
     """For every dim and mixer, first the rates, then the other seeds. Small: one dim, two rates, two seeds."""
     small = size == "small"
     dims, rates, seeds = ((32,), RATES[1:3], SEEDS[:2]) if small else ((32, 64, 128, 256), RATES, SEEDS)
-    rest = _SMALL if small else _FULL
+    rest = SMALL if small else FULL
     found: list[Cell] = []
     for dim, mixer in itertools.product(dims, ALL_MIXERS):
         place = {"mixer": mixer, "dim": dim, **rest}
@@ -86,18 +86,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and test it on new sequences."""
     rate = cell["learning_rate"] if "learning_rate" in cell else _best_rate(folder.parents[1], cell)
     set_seed(cell["seed"])
-    config = skeleton(
-        cell["mixer"],
-        vocab_size=cell["vocab_size"],
-        hidden_size=cell["dim"],
-        intermediate_size=2 * cell["dim"],
-        num_hidden_layers=LAYERS,
-        num_attention_heads=max(HEADS, cell["dim"] // WIDEST_HEAD),
-        max_position_embeddings=cell["longest"],
-        initializer_range=FIRST_WEIGHTS,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = model_config(cell, cell["mixer"])
     model = GKAForCausalLM(config)
     trainer = RecallTrainer(
         model=model,
@@ -122,6 +111,22 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         "parameters": model.num_parameters(),
         "state_size": state_size(config, cell["longest"]),
     }
+
+
+def model_config(cell: Cell, mixer: str, **fields: Any) -> GKAConfig:
+    """The model of a cell with a mixer; fields of GKAConfig replace those of the experiment."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=cell["vocab_size"],
+        hidden_size=cell["dim"],
+        intermediate_size=2 * cell["dim"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=max(HEADS, cell["dim"] // WIDEST_HEAD),
+        max_position_embeddings=cell["longest"],
+        initializer_range=FIRST_WEIGHTS,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return skeleton(mixer, **(sizes | fields))
 
 
 class Batches(Dataset[dict[str, Tensor]]):

@@ -18,7 +18,7 @@ from . import cost as costs
 from . import lm as models
 from . import long as contexts
 from . import mqar as mixed
-from . import recall_page
+from . import parts_page, recall_page, seeds_page
 from .numerics import SOLVERS
 from .numerics_page import values
 from .table import markdown_table, spread
@@ -269,8 +269,10 @@ def _milliseconds(seconds: float | None) -> str:
 OVERVIEWS: dict[str, Callable[[Entries], str]] = {
     "numerics": numerics,
     "mqar": mqar,
+    "parts": parts_page.overview,
     "recall": recall,
     "lm": lm,
+    "seeds": seeds_page.overview,
     "long": long,
     "ablations": ablations,
     "cost": cost,

@@ -152,6 +152,8 @@ def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
     assert [cell["seed"] for cell in counted] == [1]
     assert command_line.main([*arguments, "seed=9"]) == command_line.main([*arguments, "seed"]) == 2
     assert len(counted) == 1
+    assert command_line.main([*arguments, "seed=1|3"]) == 0
+    assert [cell["seed"] for cell in counted] == [1, 3]
 
 
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

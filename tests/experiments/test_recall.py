@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_a_training_that_solves_the_task_ends(mixer: str, tmp_path: Path) -> Non
 
 def test_the_rate_falls_by_epoch_and_what_layers_exclude_is_not_decayed() -> None:
     made = model("gka")
-    steps = Steps(made, cell(), make_examples(cell(), "train", CPU).batches(32)[0], graph=False)
+    steps = Steps(made, cell(), CPU, graph=False)
     rates = []
     for _ in range(4):
         rates.append(steps.optimiser.param_groups[0]["lr"])
@@ -285,6 +286,22 @@ def test_processes_survive_errors_and_stop_when_the_time_is_over(
     outcomes = [outcome for _, outcome in said]
     assert outcomes[0] == "RuntimeError: no kernel" and outcomes[1] == "its process ended with exit code 7"
     assert len(said) == 3
+
+
+def test_a_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    seen = []
+    for number in range(3):
+        with workers._one_gpu(number, "cuda"):
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["3", "5", "3"] and os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    with workers._one_gpu(1, "cpu"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with workers._one_gpu(3, "cuda"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 # The page
