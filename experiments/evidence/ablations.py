@@ -200,12 +200,11 @@ def section(entries: Entries, picture: Path) -> str:
     )  # fmt: skip
     return "\n\n".join(
         (
-            "Which parts of the layer help? Each variant changes one part of the base. The base is the layer with "
-            "its defaults in bfloat16: forget gate, alpha connection, a = 0.02, solver steps (16, 16). All models "
-            f"have {cell['num_hidden_layers']} blocks of hidden size {cell['hidden_size']} with heads of "
+            "Which parts of the layer help? Each variant changes one part of the base. The base is the layer "
+            "with its defaults in bfloat16: forget gate, alpha connection, a = 0.02, solver steps (16, 16). All "
+            f"models have {cell['num_hidden_layers']} blocks of hidden size {cell['hidden_size']} with heads of "
             f"{cell['hidden_size'] // cell['num_attention_heads']} dims. They train on {cell['tokens']:,} tokens "
-            "in "
-            f"{steps_of(cell)} steps, in windows of {cell['seq_len']}, with learning rate "
+            f"in {steps_of(cell)} steps, in windows of {cell['seq_len']}, with learning rate "
             f"{cell['learning_rate']:g}; seeds: {span(seeds)}.{read}",
             "Losses are in nats per token: the median over the seeds, with the smallest and largest in "
             "brackets. The difference from the base is computed seed by seed. The training loss is the mean "

@@ -265,12 +265,11 @@ def section(entries: Entries, picture: Path) -> str:
     names = [STYLE[mixer][0] for mixer in mixers]
     return "\n\n".join(
         (
-            "How many key/value pairs can a model recall? A sequence lists pairs, then asks for the value of each "
-            f"key. The models have {LAYERS} layers with {HEADS} heads; wider models have more heads, since no "
-            "head "
-            f"has more than {WIDEST_HEAD} dims. The vocabulary has {cell['vocab_size']} tokens. One training has "
-            f"{cell['steps']} steps of {cell['batch_tokens']:,} tokens, in float32, with sequences of "
-            f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens. The gates and the alpha "
+            "How many key/value pairs can a model recall? A sequence lists pairs, then asks for the value of "
+            f"each key. The models have {LAYERS} layers with {HEADS} heads; wider models have more heads, since "
+            f"no head has more than {WIDEST_HEAD} dims. The vocabulary has {cell['vocab_size']} tokens. One "
+            f"training has {cell['steps']} steps of {cell['batch_tokens']:,} tokens, in float32, with sequences "
+            f"of {training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens. The gates and the alpha "
             "connection of GKA are on.",
             "The tables have the accuracy in percent on new sequences: the mean over the seeds "
             f"({_counts(found)}), with the smallest and largest in brackets. A difference between two mixers "

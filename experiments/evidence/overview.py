@@ -53,13 +53,11 @@ def numerics(entries: Entries) -> str:
         best.append(f"{name} ({known[name]:.1e})" if name else "no solver yet")
     return _joined(
         "How exact are the solvers after 30 products? The numbers are relative errors of the solution x, and of "
-        "the "
-        "gradients through five layers, compared with an exact solve in float64 (a = 0.02; median of the seeds). "
-        "The columns name the dtype of the products.",
+        "the gradients through five layers, compared with an exact solve in float64 (a = 0.02; median of the "
+        "seeds). The columns name the dtype of the products.",
         markdown_table(head, rows),
         f"With float32 products the smallest error of x is that of {best[0]}. With bfloat16 products it is that "
-        f"of "
-        f"{best[1]}, and the smallest error of gradients is that of {best[2]}.",
+        f"of {best[1]}, and the smallest error of gradients is that of {best[2]}.",
     )
 
 
@@ -103,11 +101,9 @@ def recall(entries: Entries) -> str:
     rows = [[f"{T}, {P}", *(cell((T, P), mixer) for mixer in mixers)] for T, P in places]
     return _joined(
         "Does the paper's figure 3a hold, in its own setting? The figure shows the recall of GKA without gates "
-        "and "
-        "without the alpha connection; the setting is that of Zoology's figure 2, with one training for each "
-        "place. "
-        f"The numbers are percent of right answers with the best of four learning rates, at model dims "
-        f"{' / '.join(map(str, dims))}. A question mark stands for trainings that have not run.",
+        "and without the alpha connection; the setting is that of Zoology's figure 2, with one training for "
+        "each place. The numbers are percent of right answers with the best of four learning rates, at model "
+        f"dims {' / '.join(map(str, dims))}. A question mark stands for trainings that have not run.",
         markdown_table(["tokens, pairs", *names], rows),
         f"{recall_page.verdict(found, mixers)[1]} {recall_page.epochs(entries, mixers)}".strip(),
     )
@@ -141,10 +137,9 @@ def lm(entries: Entries) -> str:
     words = {1: "lower than with", -1: "higher than with", 0: "not different for every seed from"}
     said = "; ".join(f"{words[sign]} {', '.join(names)}" for sign, names in signs.items() if names)
     return _joined(
-        "Which mixer gives the best small language model? All models have the same size and read the same source "
-        "code in the same order. Losses are in nats per held-out token, the median of the seeds, with the "
-        "smallest "
-        "and largest in brackets. A recall token is one whose bigram occurs earlier in the window.",
+        "Which mixer gives the best small language model? All models have the same size and read the same "
+        "source code in the same order. Losses are in nats per held-out token, the median of the seeds, with "
+        "the smallest and largest in brackets. A recall token is one whose bigram occurs earlier in the window.",
         markdown_table(["mixer", "held-out loss", "loss of recall tokens", "tokens/s in training"], rows),
         f"For every seed, the loss with GKA is {said}." if said else "",
         "Models this small wait for Python, so their speeds vary with the machine."
@@ -177,8 +172,8 @@ def long(entries: Entries) -> str:
     said += [f"within two standard errors of that of {', '.join(unclear)}"] * bool(unclear)
     return _joined(
         f"Can small models use a long context? The models of `lm` are trained further on rows of {trained:,} "
-        f"tokens, "
-        "and then search needles in noise and text. The numbers are percent found, the mean over the tasks.",
+        "tokens, and then search needles in noise and text. The numbers are percent found, the mean over the "
+        "tasks.",
         markdown_table(["tokens", *(models.STYLE[mixer][0] for mixer in mixers)], rows) if scores else "",
         f"At {trained:,} tokens the score of GKA is {', and '.join(said)}, in percentage points." if said else "",
         "Longer lengths than that were not seen in training." if lengths and lengths[-1] > trained else "",
@@ -209,15 +204,13 @@ def ablations(entries: Entries) -> str:
         better = [name for name, x in found.medians.items() if -x > found.single and name not in found.alike]
         said = (
             f"Variants that solve the same system as the base differ from it by up to {found.single:.3f} in one "
-            f"seed: "
-            f"that is chance. More than that, it is worse with {_quoted(worse)} and better with {_quoted(better)}."
+            f"seed: that is chance. More than that, it is worse with {_quoted(worse)} and better with "
+            f"{_quoted(better)}."
         )
     return _joined(
-        "Which parts of the layer help? Small language models differ from the base, the layer with its defaults, "
-        "in "
-        "one thing each. The numbers are differences of the held-out loss from the base in nats (positive: "
-        "worse), "
-        "and steps whose gradient norm jumps (spikes).",
+        "Which parts of the layer help? Small language models differ from the base, the layer with its "
+        "defaults, in one thing each. The numbers are differences of the held-out loss from the base in nats "
+        "(positive: worse), and steps whose gradient norm jumps (spikes).",
         markdown_table(["variant", "difference from the base", "spikes of all seeds"], rows),
         said,
     )
