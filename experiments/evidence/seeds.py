@@ -1,4 +1,4 @@
-"""Why the language models of GKA differ from seed to seed: what scatters, when, and what does not cause it.
+"""Why the language models of GKA differ from seed to seed: what scatters, and when.
 
 In the lm experiment the held-out losses of three seeds differ by 0.06 nats with GKA, 0.026 with Gated DeltaNet and
 0.004 with softmax attention. Here the same models train on fewer tokens, with the best learning rate of lm.json,
@@ -9,8 +9,9 @@ which is 0.003 for all four mixers. Controls change one thing each:
     changed by 1e-6        weights and order of seed 0; every first weight times 1 + 1e-6 z, z normal
     no forget gate, no alpha connection       three seeds of weights and order, as for the mixers
 
-If a change by 1e-6 scatters the loss as much as another seed, the training amplifies small differences, and
-neither the weights nor the order of a seed are the cause. A training records the gradient norms of A_log, dt_bias,
+If a change by 1e-6 scatters the loss as much as another seed, the training may amplify any small difference, and
+neither the weights nor the order of a seed need be the cause. Three seeds leave much to chance: seeds_page.py has
+the rules and how often they err. A training records the gradient norms of A_log, dt_bias,
 the projections of the gates and the rest of every block before clipping, the held-out loss at five steps, and at
 the end the loss of the first 64 tokens of the windows apart from that of later ones.
 

@@ -1,7 +1,17 @@
 """The sections of the experiment `seeds`: the short one with the answer, and all trainings.
 
-A spread is the largest minus the smallest value of a group of trainings, in nats per token. A spread counts as
-smaller than another one if it is at most half of it: with three trainings each, less says nothing.
+A spread is the largest minus the smallest value of a group of trainings, in nats per token. Two groups are
+compared only with equally many trainings, at least three. Then a spread is
+
+    comparable         with another one, if it is at least half of it
+    clearly smaller    if it is at most a fifth of it
+    not told apart     between these
+
+If two groups of three scatter alike (normal losses with the same variance), the first spread is at most half of
+the second in 20% of all cases, at most 0.22 of it in 5%, at most a fifth of it in 4%. The answer makes up to eight
+comparisons: two other linear layers, the change by 1e-6, weights with order and order with weights, two parts of
+the layer, early with later tokens. If nothing differs, at least one spread comes out as clearly smaller in 25% of
+all cases. So the answer says what the spreads are consistent with, not what the cause is.
 """
 
 from __future__ import annotations
@@ -9,7 +19,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .picture import new_panels, save
 from .table import markdown_table, spread
@@ -21,8 +31,17 @@ NUDGED_GDN = "Gated DeltaNet, weights changed by 1e-6"
 OTHERS = ("GLA (no solve)", "Gated DeltaNet", "softmax attention")
 PARTS = {"the forget gate": "GKA, no forget gate", "the alpha connection": "GKA, no alpha connection"}
 GATES = ("A_log", "dt_bias", "decay", "beta", "alpha")  # groups of gradients
+CLEARLY, COMPARABLE, LEAST = 0.2, 0.5, 3  # fractions of a spread; trainings of a group
+NOISE = (0.04, 0.25)  # the chance of "clearly apart" where nothing differs: one comparison, any of eight
 Entries = list[dict[str, Any]]
+Verdict = Literal["clearly smaller", "comparable", "not told apart"]
 Groups = dict[str, Entries]
+_RULE = (
+    f"Spreads are compared between groups of equally many trainings, at least {LEAST}. A spread is clearly "
+    "smaller than another one if it is at most a fifth of it. If two groups of three scatter alike, this happens "
+    f"in {NOISE[0]:.0%} of all cases. The answer makes up to eight such comparisons: if nothing differs, at least "
+    f"one spread is clearly smaller in {NOISE[1]:.0%} of all cases."
+)
 _COLOURS = {
     OURS: "#c8553d", OTHERS[0]: "#3d7ea6", OTHERS[1]: "#2a9d8f", OTHERS[2]: "#8a8a8a", WEIGHTS: "#7b4f9d",
     ORDER: "#b8860b", NUDGED: "#1d3557",
@@ -60,10 +79,20 @@ def width(numbers: list[float]) -> float | None:
     return max(numbers) - min(numbers) if len(numbers) > 1 else None
 
 
+def compare(ours: list[float], theirs: list[float]) -> Verdict | None:
+    """What the spread of some losses is, compared with another one; None without enough or equally many losses."""
+    if len(ours) != len(theirs) or len(ours) < LEAST:
+        return None
+    spread_of_ours, spread_of_theirs = max(ours) - min(ours), max(theirs) - min(theirs)
+    if spread_of_ours >= COMPARABLE * spread_of_theirs:
+        return "comparable"
+    return "clearly smaller" if spread_of_ours <= CLEARLY * spread_of_theirs else "not told apart"
+
+
 def at_steps(group: Entries) -> dict[int, list[float]]:
-    """The held-out losses at the steps where they were measured."""
+    """The held-out losses of the trainings that did not diverge, at the steps where they were measured."""
     found: dict[int, list[float]] = {}
-    for entry in group:
+    for entry in (entry for entry in group if entry["result"]["diverged"] is None):
         for step, loss in entry["result"]["held out"]:
             found.setdefault(step, []).extend([] if loss is None else [loss])
     return dict(sorted(found.items()))
@@ -75,8 +104,13 @@ def overview(entries: Entries) -> str:
     first = cell["first_tokens"]
     steps = sorted({step for group in groups.values() for step in at_steps(group)})
     early = steps[len(steps) // 2] if steps else 0
-    columns = ("spread", f"first {first} tokens", "later tokens", f"at step {early}")
+    columns = ("spread", f"first {first} tokens", "later tokens", f"at step {early:,}")
     heads = ["trainings", "number", "held-out loss", *columns]
+    at_early = (
+        f", and of all tokens after {early:,} of {steps[-1]:,} steps, there on the first quarter of the text"
+        if steps
+        else ""
+    )
     rows = [
         [
             name,
@@ -93,10 +127,11 @@ def overview(entries: Entries) -> str:
             f"train on {cell['tokens'] / 1e6:g} million tokens, in {cell['dtype']}. The table has the held-out "
             "loss in nats per token, the median with the smallest and largest in brackets. The spread is the "
             "largest minus the smallest loss of a group: of all tokens, of the first tokens of a window, of the "
-            "later ones, and of all tokens in the middle of the training. A group has one seed for the first "
-            "weights and the order of the text, unless its name says something else.",
+            f"later ones{at_early}. A group has one seed for the first weights and the order of the text, unless "
+            "its name says something else.",
             markdown_table(heads, rows),
             answer(groups, first),
+            _RULE,
         )
     )
 
@@ -107,24 +142,41 @@ def _width(numbers: list[float]) -> str:
 
 
 def answer(groups: Groups, first_tokens: int) -> str:
-    """What scatters the loss of GKA, what takes part in it, and what is ruled out."""
-    whole = width(values(groups.get(OURS, [])))
+    """The spreads, and what they are consistent with."""
+    ours = values(groups.get(OURS, []))
+    whole = width(ours)
     if whole is None:
         return "There are not two trainings of GKA with different seeds yet, so there is no answer."
     others = {name: found for name in OTHERS if (found := width(values(groups.get(name, [])))) is not None}
     beside = ", ".join(f"{found:.4f} with {name}" for name, found in others.items())
-    said = f"The seeds of GKA spread by {whole:.4f} nats" + (f" ({beside})" if beside else "") + ". "
-    linear = [found for name, found in others.items() if name != OTHERS[-1]]
-    if linear and whole <= max(linear):
-        said += "That is no more than another linear layer has, so there is nothing special to explain. "
+    said = [f"The seeds of GKA spread by {whole:.4f} nats" + (f" ({beside})" if beside else "") + "."]
+    for name in OTHERS[:2]:
+        said += _beside_another(name, values(groups.get(name, [])), ours)
     since = parting_step(groups[OURS])
-    said += "" if since is None else f"They have half of their last spread from step {since} on. "
-    lost = sum(entry["result"]["diverged"] is not None for group in groups.values() for entry in group)
-    said += _cause(groups, whole)
-    taking, ruled = _parts(groups, whole, first_tokens)
-    said += f" Part of the cause: {', '.join(taking)}." if taking else ""
-    said += f" Ruled out: {', '.join(ruled)}." if ruled else ""
-    return said + (f" {lost} trainings diverged and are left out." if lost else "")
+    said += [] if since is None else [f"They have half of their last spread from step {since} on."]
+    if len(ours) < LEAST:
+        said.append("With two seeds a spread says too little for a comparison with the controls.")
+    else:
+        said += [*_cause(groups, ours), *_parts(groups, ours, first_tokens)]
+    said += _gradients(groups[OURS])
+    lost = {
+        _cell(entry) for group in groups.values() for entry in group if entry["result"]["diverged"] is not None
+    }
+    if lost:
+        count = "One training has" if len(lost) == 1 else f"{len(lost)} trainings have"
+        said.append(f"{count} diverged and {'is' if len(lost) == 1 else 'are'} left out.")
+    return " ".join(said)
+
+
+def _cell(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry["cell"][name] for name in ("kind", "weights", "order", "nudge"))
+
+
+def _beside_another(name: str, theirs: list[float], ours: list[float]) -> list[str]:
+    """A sentence about another linear layer, if it can be compared."""
+    verdict = compare(theirs, ours)
+    clearly = "clearly" if verdict == "clearly smaller" else "not clearly"
+    return [] if verdict is None else [f"That is {clearly} more than with {name}."]
 
 
 def parting_step(group: Entries) -> int | None:
@@ -138,48 +190,71 @@ def parting_step(group: Entries) -> int | None:
     return since
 
 
-def _cause(groups: Groups, whole: float) -> str:
-    """Whether first weights, order or any small difference scatter the loss."""
-    weights, order, nudged = (width(values(groups.get(name, []))) for name in (WEIGHTS, ORDER, NUDGED))
-    if nudged is not None and nudged > whole / 2:
-        return (
-            f"A change of the first weights by 1e-6 alone spreads the loss by {nudged:.4f}: the training "
-            "amplifies any small difference, so no single property of a seed is the cause."
-        )
-    if weights is None or order is None:
-        return "The controls of weights and order have not been trained yet."
-    numbers = f"other weights spread it by {weights:.4f}, another order by {order:.4f}"
-    if order <= weights / 2:
-        return f"The first weights scatter the loss, not the order of the text: {numbers}."
-    if weights <= order / 2:
-        return f"The order of the text scatters the loss, not the first weights: {numbers}."
-    return f"First weights and order of the text scatter the loss alike: {numbers}."
+def _cause(groups: Groups, ours: list[float]) -> list[str]:
+    """Sentences: whether any small difference, the first weights or the order reproduce the spread of GKA."""
+    nudged = values(groups.get(NUDGED, []))
+    words = f"A change of the first weights by 1e-6 alone spreads the loss by {_width(nudged)}"
+    match compare(nudged, ours):
+        case "comparable":
+            return [
+                f"{words}, at least half as much: consistent with a training that amplifies small differences."
+            ]
+        case "clearly smaller":
+            return [f"{words}, clearly less: consistent with no amplified rounding.", _source(groups, ours)]
+        case "not told apart":
+            return [f"{words}, neither half as much nor clearly less.", _source(groups, ours)]
+        case _:
+            return ["The change by 1e-6 has not as many trainings as GKA.", _source(groups, ours)]
 
 
-def _parts(groups: Groups, whole: float, first_tokens: int) -> tuple[list[str], list[str]]:
-    """What takes part in the scatter, and what is ruled out."""
-    taking, ruled = list[str](), list[str]()
-    nudged = width(values(groups.get(NUDGED, [])))
-    if nudged is not None and nudged <= whole / 2:
-        ruled.append(f"amplified rounding (a change by 1e-6 spreads the loss by {nudged:.4f})")
-    for part, name in PARTS.items():
-        without = width(values(groups.get(name, [])))
-        if without is not None:
-            words = f"{part} (spread without it {without:.4f})"
-            (taking if without <= whole / 2 else ruled).append(words)
-    first, later = (width(values(groups[OURS], part)) for part in ("first tokens", "later tokens"))
-    if first is not None and later is not None:
-        words = f"{first:.4f} in the first {first_tokens} tokens of a window, {later:.4f} after them"
-        if first <= later / 2:
-            taking.append(f"the use of a long past ({words})")
-        else:
-            ruled.append(f"the use of a long past alone ({words})")
-    for group in ("A_log", "dt_bias"):
-        factor = _factor([_median_norm(entry, group) for entry in groups[OURS]])
-        if factor is not None:
-            words = f"the gradient of {group} (its median norm differs by a factor of {factor:.2f} between seeds)"
-            (taking if factor > 2 else ruled).append(words)
-    return taking, ruled
+def _source(groups: Groups, ours: list[float]) -> str:
+    """Whether the first weights or the order alone reproduce the spread of GKA."""
+    weights, order = (values(groups.get(name, [])) for name in (WEIGHTS, ORDER))
+    alone = compare(weights, ours), compare(order, ours)
+    if None in alone:
+        return "The controls of weights and order have not as many trainings as GKA, so they have no verdict."
+    numbers = f"other weights spread the loss by {_width(weights)}, another order by {_width(order)}"
+    if "comparable" not in alone:
+        return f"Neither the first weights nor the order of the text alone makes half of the spread: {numbers}."
+    if compare(order, weights) == "clearly smaller":
+        return f"Consistent with the first weights as the source, and not the order of the text: {numbers}."
+    if compare(weights, order) == "clearly smaller":
+        return f"Consistent with the order of the text as the source, and not the first weights: {numbers}."
+    if alone == ("comparable", "comparable"):
+        return f"The first weights alone and the order of the text alone make half of the spread: {numbers}."
+    which = "the first weights" if alone[0] == "comparable" else "the order of the text"
+    return f"Only {which} alone makes half of the spread, but the two are not clearly apart: {numbers}."
+
+
+def _parts(groups: Groups, ours: list[float], first_tokens: int) -> list[str]:
+    """Sentences: what the spreads are consistent with as a part of the scatter."""
+    first, later = (values(groups[OURS], part) for part in ("first tokens", "later tokens"))
+    compared = [
+        (f"{part} (spread without it {_width(without)})", compare(without, ours))
+        for part, name in PARTS.items()
+        if (without := values(groups.get(name, [])))
+    ]
+    if later:
+        words = f"{_width(first)} in the first {first_tokens} tokens of a window, {_width(later)} after them"
+        compared.append((f"the use of a long past ({words})", compare(first, later)))
+    heads: dict[Verdict | None, str] = {
+        "clearly smaller": "Consistent with a part in the scatter",
+        "comparable": "Consistent with no part in it",
+        "not told apart": "Not told apart",
+        None: "Not compared, for too few or not equally many trainings",
+    }
+    by_verdict = {
+        head: [words for words, found in compared if found == verdict] for verdict, head in heads.items()
+    }
+    return [f"{head}: {', '.join(words)}." for head, words in by_verdict.items() if words]
+
+
+def _gradients(group: Entries) -> list[str]:
+    """A sentence with the gradient norms that were measured, of trainings that did not diverge."""
+    group = [entry for entry in group if entry["result"]["diverged"] is None]
+    factors = {name: _factor([_median_norm(entry, name) for entry in group]) for name in ("A_log", "dt_bias")}
+    words = [f"a factor of {factor:.2f} for {name}" for name, factor in factors.items() if factor is not None]
+    return [f"The median gradient norms of the seeds differ by {' and '.join(words)}."] if words else []
 
 
 def _factor(norms: list[float | None]) -> float | None:
@@ -221,7 +296,8 @@ def section(entries: Entries, picture: Path) -> str:
     return "\n\n".join(
         (
             "Weights and order are random seeds; change is the seed of the change by 1e-6, 0 for none. Losses are "
-            "in nats per token on held-out text: at the end, and after some steps, there on a quarter of it.",
+            "in nats per token on held-out text: at the end, and after some steps, there on the first quarter "
+            "of it.",
             markdown_table(heads, rows),
             "Gradient norms before clipping, of all blocks together, median over the training; decay, beta and "
             "alpha are the projections of the gates:",
