@@ -2,12 +2,9 @@
 
 In the mqar experiment GKA is clearly worse than GLA, the same layer without the solve, with 1024 tokens, 256
 pairs and dim 128. Here the same models train on the same batches, in another order, with the same schedule. They
-train in bfloat16, as the layer is used; that experiment has float32. Each variant changes one thing; whatever it
-shares with the default starts with the weights of the default. So the first decays, which are random and differ
-widely between the few heads, are the same. Two variants are for orientation: the layer of the paper's figure 3a,
-which has no gates and no alpha connection, and the same without the solve. Options of the layer are options here;
-other initial values of gates are set on the built model (starts.py). The default solver steps are (16, 16) in
-bfloat16 and (31,) in float32.
+train in bfloat16, as the layer is used; that experiment has float32. changes.py has the variants. Whatever a
+variant shares with the default starts with the weights of the default. So the first decays, which are random and
+differ widely between the few heads, are the same.
 
 On a GPU, steps are replayed (experiments/tasks/mqar_replay.py). There are two learning rates: the best two of GKA
 at dim 128 in mqar.json, which are also the best of GKA and the best of GLA at dim 64. All variants are first
@@ -22,7 +19,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,48 +31,15 @@ from gka.hf import GKAForCausalLM
 from ..tasks.mqar import make_mqar
 from ..tasks.mqar_replay import Asked, accuracy, asked, gates_of, train
 from . import mqar
+from .changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from .parts_page import section as section
 from .record import Cell, Record
-from .starts import Start, start_from
+from .starts import start_from
 
 SUMMARY = "which part of the layer costs recall"
 BY_MACHINE = False
 Entries = list[dict[str, Any]]
 DIMS, SEEDS, RATES = (128, 64), (0, 1, 2), (1e-3, 3e-3)
-BASE, NO_SOLVE, PAPER, LINEAR = "default", "no solve (GLA)", "figure 3a", "figure 3a, no solve"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One change: the mixer, fields of GKAConfig, initial values, or the dtype of the training."""
-
-    mixer: str = "gka"
-    fields: dict[str, Any] = field(default_factory=dict)
-    start: Start = Start()  # noqa: RUF009  (frozen)
-    dtype: str = "bfloat16"
-
-
-_NO_GATES = {"use_forget_gate": False, "use_beta_gate": False}
-VARIANTS = {
-    BASE: Part(),
-    NO_SOLVE: Part(mixer="gla"),
-    "no forget gate": Part(fields={"use_forget_gate": False}),
-    "no beta gate": Part(fields={"use_beta_gate": False}),
-    "no alpha connection": Part(fields={"use_alpha_connection": False}),
-    "alpha starts at 0.88": Part(start=Start(alpha_bias=2.0)),
-    "alpha starts at 0.12": Part(start=Start(alpha_bias=-2.0)),
-    "A starts 10 times smaller": Part(start=Start(rate=0.1)),
-    "dt starts 10 times smaller": Part(start=Start(step=0.1)),
-    PAPER: Part(fields={**_NO_GATES, "use_alpha_connection": False}),
-    LINEAR: Part("gla", _NO_GATES),
-    "a = 0.01": Part(fields={"ridge_ratio": 0.01}),
-    "a = 0.05": Part(fields={"ridge_ratio": 0.05}),
-    "a = 0.1": Part(fields={"ridge_ratio": 0.1}),
-    "steps (31,)": Part(fields={"solver_steps": [31]}),
-    "conjugate gradient": Part(fields={"solver": "cg"}),
-    "first weights 1 / sqrt(dim)": Part(fields={"initializer_range": None}),
-    "float32": Part(dtype="float32"),
-}
 _SMALL = (BASE, NO_SOLVE, "no forget gate", "alpha starts at 0.88", "dt starts 10 times smaller", PAPER, "float32")
 _GROUP = ("variant", "dim", "size")
 _DATA = ("seed", "vocab_size", "longest", "steps", "batch_tokens", "pool")

@@ -38,7 +38,8 @@ Verdict = Literal["clearly smaller", "comparable", "not told apart"]
 Groups = dict[str, Entries]
 _RULE = (
     f"Spreads are compared between groups of equally many trainings, at least {LEAST}. A spread is clearly "
-    "smaller than another one if it is at most a fifth of it. If two groups of three scatter alike, this happens "
+    "smaller than another one if it is at most a fifth of it; with at least half of it the two are consistent "
+    "with the same scatter. If two groups of three scatter alike, a spread is clearly smaller "
     f"in {NOISE[0]:.0%} of all cases. The answer makes up to eight such comparisons: if nothing differs, at least "
     f"one spread is clearly smaller in {NOISE[1]:.0%} of all cases."
 )

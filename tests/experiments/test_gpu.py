@@ -12,6 +12,7 @@ import torch
 from helpers import relative_error
 
 from experiments.evidence import parts, workers
+from experiments.evidence.changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from experiments.evidence.record import Record
 from experiments.evidence.skeleton import skeleton
 from experiments.tasks import mqar_replay
@@ -63,13 +64,13 @@ def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> 
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
 
 
-@pytest.mark.parametrize("variant", [parts.BASE, parts.NO_SOLVE, parts.PAPER, "conjugate gradient", "float32"])
+@pytest.mark.parametrize("variant", [BASE, NO_SOLVE, PAPER, "conjugate gradient", "float32"])
 def test_replayed_steps_of_several_shapes_train_as_others(
     variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five lengths take turns, so that graphs share their memory; losses and weights are those without graphs."""
-    (small,) = (c for c in parts.cells("small") if c["variant"] == parts.BASE and c["seed"] and "rates" in c)
-    this = {**small, "variant": variant, "dtype": parts.VARIANTS[variant].dtype, "dim": 64, "steps": 60}
+    (small,) = (c for c in parts.cells("small") if c["variant"] == BASE and c["seed"] and "rates" in c)
+    this = {**small, "variant": variant, "dtype": VARIANTS[variant].dtype, "dim": 64, "steps": 60}
     outcomes = []
     for graph in (False, True):
         if not graph:
