@@ -28,8 +28,10 @@ from transformers import set_seed
 
 from gka.hf import GKAForCausalLM
 
+from ..tasks.asked import Asked, accuracy, asked
+from ..tasks.gates import gates_of
 from ..tasks.mqar import make_mqar
-from ..tasks.mqar_replay import Asked, accuracy, asked, gates_of, train
+from ..tasks.mqar_replay import logits_of, train
 from . import mqar
 from .changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from .parts_page import section as section
@@ -119,10 +121,11 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         name=cell["variant"],
     )
     finite = outcome["diverged"] is None
-    found = [
-        [T, P, accuracy(model, test, max(1, cell["batch_tokens"] // T), cell["dtype"]) if finite else 0.0]
-        for (T, P), test in tests.items()
-    ]
+
+    def accuracy_at(T: int, examples: Asked) -> float:
+        return accuracy(model, logits_of, examples, max(1, cell["batch_tokens"] // T), cell["dtype"])
+
+    found = [[T, P, accuracy_at(T, test) if finite else 0.0] for (T, P), test in tests.items()]
     after = gates_of(model, some) if finite else None
     return {"learning_rate": rate, "accuracy": found, **outcome, "gates": {"first": before, "trained": after}}
 

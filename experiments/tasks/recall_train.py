@@ -17,18 +17,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import set_seed
 
-from .mqar import IGNORE, make_mqar
+from .asked import Asked, accuracy, asked, loss
+from .gates import has_diverged
+from .mqar import make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
-from .replay import ReplayedSteps, own_stream
+from .replay import Batch, ReplayedSteps, own_stream, parameter_groups
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
@@ -37,21 +39,8 @@ SAVE_EVERY = 20.0  # seconds; a training takes up to some minutes
 History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
 
 
-class Examples(NamedTuple):
-    """`inputs` [N, T] int32, `queries` [N, P] int64 positions of the queries, `values` [N, P] int64 answers."""
-
-    inputs: Tensor
-    queries: Tensor
-    values: Tensor
-
-    def batches(self, size: int) -> list[Examples]:
-        """Batches in order, the last one smaller where N is no multiple of the size."""
-        parts = zip(*(x.split(size) for x in self), strict=True)
-        return [Examples(*part) for part in parts]
-
-
-def make_examples(cell: dict[str, Any], split: str, device: torch.device) -> Examples:
-    """The examples of a cell: those of its place and seed, the same for every mixer, dim and rate."""
+def make_examples(cell: dict[str, Any], split: str, device: torch.device) -> Asked:
+    """The examples of a cell, with int32 inputs: those of its place and seed, whatever the mixer, dim and rate."""
     made = make_mqar(
         cell[f"{split}_examples"],
         seq_len=cell["seq_len"],
@@ -63,8 +52,7 @@ def make_examples(cell: dict[str, Any], split: str, device: torch.device) -> Exa
         split=split,  # type: ignore[arg-type]
         device=device,
     )
-    queries = (made.labels != IGNORE).nonzero()[:, 1].view(-1, cell["num_pairs"])
-    return Examples(made.inputs.int(), queries, made.labels.gather(1, queries))
+    return asked(made._replace(inputs=made.inputs.int()), cell["num_pairs"], device)
 
 
 def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs: int) -> str | None:
@@ -135,7 +123,9 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         if loss is None:
             ended = "not finite"
             break
-        history.append([epoch + 1, _accuracy(model, test, cell), round(loss, 5)])
+        history.append(
+            [epoch + 1, accuracy(model, logits_of, test, cell["batch_size"], cell["dtype"]), round(loss, 5)]
+        )
         if history[-1][1] > SOLVED:
             ended = "solved"
             break
@@ -166,7 +156,9 @@ class Steps:
     def __init__(self, model: RecallModel, cell: dict[str, Any], device: torch.device, *, graph: bool) -> None:
         self.model, self.cell, self.device = model, cell, device
         self.optimiser = torch.optim.AdamW(
-            _groups(model, cell["learning_rate"], self.device), fused=True, capturable=graph
+            parameter_groups(model, _is_decayed, WEIGHT_DECAY, cell["learning_rate"], device),
+            fused=True,
+            capturable=graph,
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=cell["epochs"])
         self.step = ReplayedSteps(self._loss, self.optimiser, device, graph=graph, name=cell["mixer"])
@@ -188,49 +180,28 @@ class Steps:
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimiser": self.optimiser, "schedule": self.schedule}
 
-    def epoch(self, batches: list[Examples]) -> float | None:
+    def epoch(self, batches: list[Asked]) -> float | None:
         """Train an epoch; the mean loss, or None if it is not finite."""
         self.model.train()
-        try:
-            for batch in batches:
+        for batch in batches:
+            try:
                 self.step(batch)
-        except ValueError:  # off a GPU the op refuses gates that are not finite; all shapes are equal
-            if self.step.done == 0:
-                raise
-            return None
+            except ValueError:  # off a GPU the op refuses gates that are not finite
+                if self.device.type == "cuda" or not has_diverged(self.model, partial(self._loss, batch)):
+                    raise
+                return None
         self.schedule.step()
         return self.step.mean_loss()
 
-    def _loss(self, batch: Sequence[Tensor]) -> Tensor:
-        return F.cross_entropy(*_logits_and_values(self.model, Examples(*batch), self.cell))
+    def _loss(self, batch: Batch) -> Tensor:
+        return loss(self.model, logits_of, Asked(*batch), self.cell["dtype"])
 
 
-def _logits_and_values(model: RecallModel, batch: Examples, cell: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """[B P, V] float32 and [B P]."""
-    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=cell["dtype"] == "bfloat16"):
-        logits = model(batch.inputs, batch.queries)
-    return logits.flatten(0, 1).float(), batch.values.flatten()
+def logits_of(model: RecallModel, batch: Asked) -> Tensor:
+    """[B, P, V], in the dtype of autocast."""
+    logits: Tensor = model(batch.inputs, batch.queries)
+    return logits
 
 
-@torch.no_grad()
-def _accuracy(model: RecallModel, test: Examples, cell: dict[str, Any]) -> float:
-    """The fraction of right answers to all queries."""
-    model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=test.inputs.device)
-    for batch in test.batches(cell["batch_size"]):
-        logits, values = _logits_and_values(model, batch, cell)
-        right += (logits.argmax(-1) == values).sum()
-    return round(right.item() / test.values.numel(), 5)
-
-
-def _groups(model: nn.Module, rate: float, device: torch.device) -> list[dict[str, Any]]:
-    """Parameters with weight decay and without; on a GPU the rates are tensors, which a graph reads anew."""
-    kept = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
-    decayed = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
-    return [group for group in groups if group["params"]]
+def _is_decayed(_: str, parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, "_no_weight_decay", False)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = tuple[Tensor, ...]
 _WARM_UP = 3  # steps of a shape before one is recorded
@@ -30,6 +30,39 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
+
+
+def parameter_groups(
+    model: nn.Module,
+    is_decayed: Callable[[str, nn.Parameter], bool],
+    weight_decay: float,
+    rate: float,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Groups of an optimiser.
+
+    Args:
+        model: its parameters are in the groups.
+        is_decayed: whether a parameter has weight decay, from its name and itself.
+        weight_decay: of these.
+        rate: the learning rate; on a GPU it becomes a tensor, which a graph reads anew.
+        device: of the model.
+
+    Returns:
+        The parameters with weight decay, then those without; no empty group.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[is_decayed(name, parameter)].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr": torch.tensor(rate, device=device) if device.type == "cuda" else rate,
+        }
+        for decayed, parameters in groups.items()
+        if parameters
+    ]
 
 
 @dataclass
@@ -68,7 +101,7 @@ class ReplayedSteps:
     ) -> None:
         self.loss_of, self.optimiser, self.device, self.name, self.clip = loss_of, optimiser, device, name, clip
         self.parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        self.wants_graph, self.graph, self.done = graph, False, 0
+        self.wants_graph, self.graph = graph, False
         self._pool = torch.cuda.graph_pool_handle() if graph else None
         self._shapes: dict[tuple[torch.Size, ...], _Shape] = {}
         self._total, self._since = torch.zeros((), device=device), 0  # the losses since they were read
@@ -76,7 +109,6 @@ class ReplayedSteps:
     def __call__(self, batch: Batch) -> None:
         """Make a step."""
         self._run(batch)
-        self.done += 1
         self._since += 1
 
     def mean_loss(self) -> float | None:

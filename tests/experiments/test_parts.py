@@ -18,8 +18,10 @@ from experiments.evidence.changes import BASE, LINEAR, NO_SOLVE, PAPER, SINGLE, 
 from experiments.evidence.parts import RATES
 from experiments.evidence.record import Record
 from experiments.evidence.starts import Start, start_from
+from experiments.tasks.asked import accuracy, asked
+from experiments.tasks.gates import gates_of, has_diverged
 from experiments.tasks.mqar import IGNORE, make_mqar
-from experiments.tasks.mqar_replay import accuracy, asked, gates_of, rate_factor, train
+from experiments.tasks.mqar_replay import logits_of, rate_factor, train
 from experiments.tasks.mqar_train import RecallTrainer
 from gka import GKAConfig, GKAForCausalLM
 from gka.nn.layer import GatedKalmaNet
@@ -100,7 +102,7 @@ def test_padded_queries_change_neither_loss_nor_accuracy() -> None:
     model = parts.build(cell(vocab_size=64)).eval()
     exact, padded = asked(examples, 3, CPU), asked(examples, 6, CPU)
     assert padded.queries.shape == (6, 6) and (padded.values[:, 3:] == IGNORE).all()
-    assert accuracy(model, exact, 4, "float32") == accuracy(model, padded, 6, "float32")
+    assert accuracy(model, logits_of, exact, 4, "float32") == accuracy(model, logits_of, padded, 6, "float32")
     states = {name: x.clone() for name, x in model.state_dict().items()}
     outcomes = []
     for batch in (exact, padded):
@@ -118,9 +120,9 @@ def test_accuracy_counts_the_right_answers() -> None:
     hidden = model.model(examples.inputs, use_cache=False).last_hidden_state
     said = model.lm_head(hidden).argmax(-1)
     values = said.gather(1, examples.queries).masked_fill(examples.values == IGNORE, IGNORE)
-    assert accuracy(model, examples._replace(values=values), 2, "float32") == 1.0
+    assert accuracy(model, logits_of, examples._replace(values=values), 2, "float32") == 1.0
     values[0, 0] += 1
-    assert accuracy(model, examples._replace(values=values), 2, "float32") == 0.9
+    assert accuracy(model, logits_of, examples._replace(values=values), 2, "float32") == 0.9
 
 
 def test_the_default_trains_as_in_the_mqar_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +148,34 @@ def test_a_training_that_diverges_ends(tmp_path: Path) -> None:
     assert found["diverged"] is not None and found["gates"]["trained"] is None
     assert all(accuracy == 0 for _, _, accuracy in found["accuracy"])
     json.dumps(found, allow_nan=False)
+
+
+def test_an_error_that_is_no_divergence_is_raised() -> None:
+    """Also after the first step."""
+    model = parts.build(cell(vocab_size=64))
+    batch = asked(make_mqar(6, seq_len=24, num_pairs=3, vocab_size=64), 6, CPU)
+    bad = batch._replace(values=batch.values[:, :5])
+    with pytest.raises(ValueError, match="batch_size"):
+        train(model, [batch, bad], steps=2, learning_rate=1e-3, dtype="float32", device=CPU, name="it")
+
+
+def test_a_model_has_diverged_where_weights_or_gates_are_not_finite() -> None:
+    model, inputs = parts.build(cell()), torch.randint(256, (2, 8))
+
+    def forward() -> None:
+        model.model(inputs, use_cache=False)
+
+    def mistake() -> None:
+        raise ValueError
+
+    assert not has_diverged(model, forward) and not has_diverged(model, mistake)
+    first, second = layers_of(model)
+    first.a_proj.weight.data.fill_(3e38)  # type: ignore[union-attr]  # finite, the gates are not
+    with pytest.raises(ValueError, match="log-decays of at most 0"):
+        forward()
+    assert has_diverged(model, forward) and not has_diverged(model, mistake) and not first._forward_pre_hooks
+    second.o_proj.weight.data[0, 0] = float("nan")
+    assert has_diverged(model, mistake)
 
 
 def test_gates_are_the_means_of_the_layers() -> None:

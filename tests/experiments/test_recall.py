@@ -160,6 +160,16 @@ def test_numbers_that_are_not_finite_end_a_training(tmp_path: Path) -> None:
         json.dumps(found, allow_nan=False)
 
 
+def test_an_error_that_is_no_divergence_is_raised() -> None:
+    """Also after the first step."""
+    steps, batch = (
+        Steps(model("gka"), cell(), CPU, graph=False),
+        make_examples(cell(), "train", CPU).batches(32)[0],
+    )
+    with pytest.raises(ValueError, match="batch_size"):
+        steps.epoch([batch, batch._replace(values=batch.values[:, :1])])
+
+
 def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropout, which draws other random numbers."""
     monkeypatch.setattr(recall_train, "hopeless", lambda *_: None)
