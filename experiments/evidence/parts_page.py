@@ -148,7 +148,7 @@ def answer(table: Table) -> str:
     sign = compare(at[BASE], at[NO_SOLVE])
     words = {
         1: "clearly better", 0: "no clear difference", -1: "clearly worse",
-        None: "no verdict, as one of them has one seed alone",
+        None: "no verdict, as not both have two seeds",
     }  # fmt: skip
     verdicts = {name: compare(at[name], at[BASE]) for name in SINGLE if name in at}
     return (

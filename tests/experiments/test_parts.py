@@ -313,9 +313,9 @@ def test_the_answer_compares_the_default_with_the_layer_without_a_solve() -> Non
     assert "no clear difference" in said(*LOW, *seeds(NO_SOLVE, 0.5, 0.4))
     assert ": clearly better." in said(*LOW, *seeds(NO_SOLVE, 0.1, 0.12))
     text = said(*LOW[:1], *HIGH, *seeds("a = 0.1", 0.9, 0.91))
-    assert "no verdict, as one of them has one seed alone. No change can be compared" in text
+    assert "no verdict, as not both have two seeds. No change can be compared" in text
     assert '; no verdict, as they or the default have one seed alone: "a = 0.1";' in text
-    assert "no verdict, as one of them" in said(*LOW, *HIGH[:1])
+    assert "no verdict, as not both" in said(*LOW, *HIGH[:1])
 
 
 def test_the_answer_names_changes_that_make_up_for_the_difference() -> None:
