@@ -35,6 +35,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes results."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def agreed(value: Any) -> Any:
     """The value of the first process, for all processes; every process must call it."""
     return value if processes() == 1 else broadcast_object_list([value])[0]
