@@ -4,5 +4,5 @@ from __future__ import annotations
 
 EXPERIMENTS = {
     name: f"experiments.evidence.{name}"
-    for name in ("numerics", "mqar", "recall", "lm", "long", "ablations", "large", "cost")
+    for name in ("numerics", "mqar", "recall", "lm", "long", "ablations", "large", "spectra", "cost")
 }

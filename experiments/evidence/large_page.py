@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from .lm import STYLE as MIXER_STYLE
 from .picture import new_panels, save
-from .table import markdown_table
+from .table import markdown_table, paired
 
 STYLE = {**MIXER_STYLE, "gdn_fla": MIXER_STYLE["gdn"]}
 _ERRORS = 2.0  # standard errors that a difference must exceed
@@ -23,22 +22,6 @@ _Models = dict[str, dict[str, Any]]  # entries by mixer
 def page_text(plan: dict[str, Any], models: _Models) -> str:
     """The section without heading and picture."""
     return "\n\n".join(part for part in (_described(plan, models), _answer(models), _table(models)) if part)
-
-
-def paired(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
-    """Nats per token of theirs minus ours, and its standard error, from windows [nats, tokens] of the same text.
-
-    The difference is a ratio of sums. Its error is that of a ratio estimator: the spread over the windows of
-    what a window adds to the difference beyond its share of tokens.
-    """
-    apart = [b - a for (a, _), (b, _) in zip(ours, theirs, strict=True)]
-    counts = [count for _, count in ours]
-    total, n = sum(counts), len(counts)
-    mean = sum(apart) / total
-    if n < 2:
-        return mean, math.inf
-    squares = sum((each - mean * count) ** 2 for each, count in zip(apart, counts, strict=True))
-    return mean, math.sqrt(squares * n / (n - 1)) / total
 
 
 def _described(plan: dict[str, Any], models: _Models) -> str:

@@ -16,7 +16,7 @@ from pages import assert_drawn, rows_of
 from transformers import AutoModelForCausalLM
 
 from experiments import __main__ as command_line
-from experiments.evidence import command, corpus, large, large_page, large_training, packages
+from experiments.evidence import command, corpus, large, large_training, packages, table
 from experiments.evidence.page import write_page
 from experiments.evidence.record import Record
 from experiments.evidence.skeleton import TOLERANCE, count_parameters
@@ -300,9 +300,9 @@ def test_differences_are_said_with_their_error(tmp_path: Path) -> None:
 
 def test_the_error_is_that_of_a_ratio() -> None:
     """Windows that differ in length alone have no error."""
-    mean, error = large_page.paired([[10.0, 5], [30.0, 15]], [[11.0, 5], [33.0, 15]])
+    mean, error = table.paired([[10.0, 5], [30.0, 15]], [[11.0, 5], [33.0, 15]])
     assert mean == pytest.approx(0.2) and error == pytest.approx(0.0, abs=1e-12)
-    assert large_page.paired([[10.0, 5]], [[11.0, 5]])[1] == math.inf
+    assert table.paired([[10.0, 5]], [[11.0, 5]])[1] == math.inf
 
 
 def test_a_training_that_diverged_or_was_resumed_is_said(tmp_path: Path) -> None:
