@@ -117,7 +117,7 @@ def _solver(products: dict[str, Any] | None, losses: Entries) -> str:
     if losses:
         reference, *others = losses
         cost = {_name(e): paired(reference["result"]["windows"], e["result"]["windows"]) for e in others}
-        same = [e for e in others if abs(cost[_name(e)][0]) <= max(_SMALL, _ERRORS * cost[_name(e)][1])]
+        same = [e for e in others if _is_same(*cost[_name(e)])]
         worse = {name: mean for name, (mean, error) in cost.items() if mean > max(_SMALL, _ERRORS * error)}
         if same:
             fewest = min(same, key=lambda e: _products(e["cell"]))
@@ -130,6 +130,11 @@ def _solver(products: dict[str, Any] | None, losses: Entries) -> str:
         elif not same:
             said.append("the loss falls with all other settings")
     return "; ".join(said) + "." if said else ""
+
+
+def _is_same(mean: float, error: float) -> bool:
+    """Whether a difference is known well and does not matter."""
+    return error <= _SMALL and abs(mean) <= max(_SMALL, _ERRORS * error)
 
 
 def _name(entry: dict[str, Any]) -> str:
