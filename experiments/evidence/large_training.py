@@ -137,11 +137,7 @@ def make_trainer(
 
 
 def step_seconds(cell: Cell, mixer: str, corpus: Corpus, folder: Path, device: torch.device) -> float:
-    """Seconds of a training step: the median of the first process, which all processes get.
-
-    Raises:
-        RuntimeError, ImportError: a kernel or package of the mixer does not work here.
-    """
+    """Seconds of a training step: the median of the first process, which all processes get."""
     clock = StepClock()
     trainer = make_trainer(
         new_model(cell, mixer, corpus), corpus, cell, folder, steps=SPEED_STEPS, save_every=SPEED_STEPS,
