@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _fingerprint(folder: Path) -> str:
 @torch.inference_mode()
 def run(cell: Cell, folder: Path, device: torch.device) -> dict[str, Any]:
     """Measure a cell."""
-    model, tokenizer = load_checkpoint(cell["model"], "cpu" if device.type == "cpu" else "auto")
+    model, tokenizer = _loaded(cell["model"], cell["weights"], "cpu" if device.type == "cpu" else "auto")
     windows = _windows(cell, folder.parents[1], tokenizer)
     if cell["part"] == "loss":
         return _loss(cell, model, windows)
@@ -137,6 +138,12 @@ def section(entries: list[dict[str, Any]], picture: Path) -> str:
     return page_text(entries)
 
 
+@lru_cache(maxsize=1)
+def _loaded(folder: str, weights: str, device: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, once for all cells; `weights` tells other weights in the same folder apart."""
+    return load_checkpoint(folder, device)
+
+
 def _windows(cell: Cell, output: Path, tokenizer: Any) -> Tensor:
     """Held-out tokens [windows, 1 + tokens], the first of each is given; fewer windows if there is less text."""
     tokens = _held_out(cell, output, tokenizer)
@@ -150,10 +157,7 @@ def _windows(cell: Cell, output: Path, tokenizer: Any) -> Tensor:
 def _held_out(cell: Cell, output: Path, tokenizer: Any) -> np.ndarray:
     """The tokens of all held-out files, with the end token after each."""
     if cell.get("data") is not None:
-        sources, skipped = find_files(cell["data"])
-        texts = [text for _, text in read_texts(sources, skipped)]
-        end = np.asarray([document_token(tokenizer)])
-        return np.concatenate([part for ids in encode_all(tokenizer, texts) for part in (ids, end)])
+        return _encoded(tuple(cell["data"]), tokenizer)
     if "corpus" in cell:
         folder = corpora.corpus_folder(output, cell["size"]) / "data"
     else:
@@ -161,10 +165,21 @@ def _held_out(cell: Cell, output: Path, tokenizer: Any) -> np.ndarray:
     return np.fromfile(folder / "validation.bin", Manifest.load(folder).dtype)
 
 
+@lru_cache(maxsize=1)
+def _encoded(data: tuple[str, ...], tokenizer: Any) -> np.ndarray:
+    """The tokens of files, once for all cells."""
+    sources, skipped = find_files(data)
+    texts = [text for _, text in read_texts(sources, skipped)]
+    end = np.asarray([document_token(tokenizer)])
+    return np.concatenate([part for ids in encode_all(tokenizer, texts) for part in (ids, end)])
+
+
 def _loss(cell: Cell, model: Any, windows: Tensor) -> dict[str, Any]:
-    """Nats and tokens of each window."""
+    """Nats and tokens of each window; the model gets its own solver back."""
+    own = model.config.solver, model.config.solver_steps, model.config.tolerance
     model.set_solver(cell["solver"], cell["steps"])
     rows = token_nats(model, windows.numpy(), batch_size=1, autocast=cell["dtype"] == "bfloat16")  # type: ignore[arg-type]
+    model.set_solver(*own)
     sums = [[float(row.sum(dtype=np.float64)), len(row)] for row in rows]
     return {"windows": sums, "loss": sum(nats for nats, _ in sums) / sum(count for _, count in sums)}
 
