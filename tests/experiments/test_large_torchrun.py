@@ -46,7 +46,7 @@ def test_two_processes_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     command.measure("large", "small", output, ["part=plan"], "cpu", [str(texts)])
 
     plan(output, 100_000)
-    stopped = torchrun(*options, "--only", "mixer=gka", "--minutes", "0.04")
+    stopped = torchrun(*options, "--only", "mixer=gka", "--minutes", "0.1")
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stderr.count("the next start of the command resumes it") == 1
     assert len(list(output.glob("large/*/checkpoint-*"))) >= 1
