@@ -56,6 +56,7 @@ _TRAINING: dict[str, dict[str, Any]] = {
     ),
     "full": dict(seq_len=4096, sequences=32, dtype="bfloat16", loss_chunk=2048, eval_bytes=2_000_000),
 }  # fmt: skip
+_LINE_END = "\n"
 _PEERS = {
     "gka": "gka",
     "attention": "attention",
@@ -104,9 +105,7 @@ def ready(cell: Cell, entries: list[dict[str, Any]]) -> bool | None:
 
 def run_until(cell: Cell, folder: Path, device: torch.device, end: float | None) -> dict[str, Any]:
     """Measure the speeds, or train a model; stop at `end` of time.monotonic() with OutOfTime."""
-    gc.collect()  # frees the memory of the previous cell
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(device)
     output = folder.parents[1]
     data = text.Corpus.load(output, f"large-{cell['size']}")
     if cell["part"] == "plan":
@@ -162,6 +161,13 @@ def _plan(cell: Cell, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     return found[-1] if found else None
 
 
+def _free(device: torch.device) -> None:
+    """Free the memory of models that are not used any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _measure(cell: Cell, data: text.Corpus, folder: Path, device: torch.device) -> dict[str, Any]:
     """Seconds of a step with each mixer, and the steps that all of them can have in the budget."""
     seconds: dict[str, float] = {}
@@ -172,8 +178,8 @@ def _measure(cell: Cell, data: text.Corpus, folder: Path, device: torch.device) 
         except Exception as error:  # packages of other layers fail in many ways, in all processes alike
             if mixer == "gka":
                 raise
-            left_out[mixer] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        gc.collect()
+            left_out[mixer] = f"{type(error).__name__}: {str(error).partition(_LINE_END)[0]}"
+        _free(device)
     steps = int(60 * SHARE * cell["budget"] / sum(seconds.values()))
     if steps < 1:
         raise UserError(
