@@ -20,6 +20,7 @@ from experiments.evidence import command, corpus, large, large_training, package
 from experiments.evidence.page import write_page
 from experiments.evidence.record import Record
 from experiments.evidence.skeleton import TOLERANCE, count_parameters
+from gka.cli.machine import describe_command
 from gka.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -244,6 +245,13 @@ def test_torchrun_is_for_trainings_on_several_gpus(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun started 2 processes; expected one for numerics"):
         command.measure("numerics", "small", tmp_path, [], "cpu")
+
+
+def test_the_command_of_a_result_has_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/experiments/__main__.py", "evidence", "large"])
+    assert describe_command() == "python -m experiments evidence large"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert describe_command() == "torchrun --nproc_per_node 4 -m experiments evidence large"
 
 
 # The page
