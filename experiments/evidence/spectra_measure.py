@@ -67,8 +67,8 @@ def states_at(inputs: Inputs, positions: Sequence[int]) -> Tensor:
 
 
 def spectrum(S: Tensor, ridge_ratio: float) -> dict[str, Tensor]:
-    """`rank` and `top` [P, H], `below` [P, H, D] with the largest eigenvalue first; see the module."""
-    values = torch.linalg.eigvalsh(S).flip(-1).clamp_min(0.0)
+    """`rank` and `top` [P, H], `below` [P, H, D] with the largest eigenvalue first; see the module. On the CPU."""
+    values = torch.linalg.eigvalsh(S.cpu()).flip(-1).clamp_min(0.0)  # small matrices are slow on a GPU
     norm = values.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
     share = values / values.sum(-1, keepdim=True).clamp_min(NORM_FLOOR)
     return {
