@@ -1,4 +1,4 @@
-r"""Training steps of a whole model that FSDP2 shards over all ranks, each with rows of its own.
+r"""Training steps of a whole model that FSDP2 shards over all processes, each with sequences of its own.
 
     torchrun --nproc_per_node 4 -m benchmarks.bench_fsdp --device cuda
     torchrun --nproc_per_node 4 -m benchmarks.bench_fsdp --device cuda --recipes 2.8b --batch 4 --checkpointing
@@ -11,16 +11,16 @@ backward pass, AdamW of float32 weights and moments. The mixers stand in the sam
     gka         GatedKalmaNet
     attention   softmax attention
 
-    tokens/s   of all ranks; the time is that of the slowest rank
+    tokens/s   of all processes; the time is that of the slowest
     MFU        as in benchmarks.bench_model; what checkpointing computes again does not count
-    peak       the largest allocated memory of a rank, with its part of weights, gradients and moments
+    peak       the largest allocated memory of a process, with its part of weights, gradients and moments
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,14 @@ import gka
 from benchmarks.bench_model import peak_of, step_flops
 from benchmarks.bench_parallel_model import CHECKPOINT, LOSS_CHUNK, measure, step_of
 from benchmarks.ranks import process_group, write_by_first
+from benchmarks.recipes import RECIPES, add_size_options, config_of
 from experiments.evidence.table import markdown_table
 from gka.distributed import shard_model
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = ("440m", "1b", "2.8b")
 
 
 def model_of(recipe: str, mixer: str, options: argparse.Namespace) -> gka.GKAForCausalLM:
     """The recipe's model with one kind of mixer, whole, with the same weights on every rank."""
-    sizes = {
-        "hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim,
-        "intermediate_size": None if options.hidden is None else 2 * options.hidden,
-        "num_hidden_layers": options.layers,
-    }  # fmt: skip
-    fields: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
-    path = str(CONFIGS / f"{recipe}.yaml")
-    layers = gka.GKAConfig.from_recipe(path, vocab_size=options.vocabulary, **fields).num_hidden_layers
-    kind = "full_attention" if mixer == "attention" else "linear_attention"
-    config = gka.GKAConfig.from_recipe(path, vocab_size=options.vocabulary, layer_types=[kind] * layers, **fields)
+    config = config_of(recipe, mixer, options)
     torch.manual_seed(0)
     with options.device:
         model = gka.GKAForCausalLM(config).train()
@@ -97,8 +86,14 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row
 
 
+HEADER = (
+    "million parameters", "mixer", "GPUs", "sequences of a GPU", "blocks checkpointed", "blocks compiled",
+    "tokens/s", "MFU", "peak GB of a GPU",
+)  # fmt: skip
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """The cells of a row under HEADER."""
     peak, mfu = row["peak bytes"], row["mfu"]
     return [
         f"{row['parameters'] / 1e6:,.1f}",
@@ -113,31 +108,28 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def sharding_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows under HEADER."""
+    return markdown_table(HEADER, [cells(row) for row in rows])
+
+
 def fsdp_table(result: dict[str, Any]) -> str:
     """Tokens per second, MFU and peak memory by size and mixer."""
-    header = [
-        "million parameters", "mixer", "ranks", "rows of a rank", "blocks checkpointed", "blocks compiled",
-        "tokens/s", "MFU", "peak GB of a rank",
-    ]  # fmt: skip
-    return f"Training steps with FSDP2\n\n{markdown_table(header, [cells(row) for row in result['rows']])}"
+    return f"Training steps with FSDP2\n\n{sharding_table(result['rows'])}"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_fsdp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each process")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["1b", "2.8b"])
     parser.add_argument("--mixers", nargs="+", choices=("gka", "attention"), default=["gka", "attention"])
-    parser.add_argument("--batch", type=int, default=4, help="rows of a rank; default 4")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a row; default 4096")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a process; default 4")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence; default 4096")
     parser.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass")
     parser.add_argument("--compiled", action="store_true", help="compile the blocks by torch.compile")
-    parser.add_argument("--layers", type=int, help="default: those of the recipe")
-    parser.add_argument("--hidden", type=int, help="default: that of the recipe; feed-forward blocks are twice it")
-    parser.add_argument("--heads", type=int, help="default: those of the recipe")
-    parser.add_argument("--head-dim", type=int, help="default: that of the recipe")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_size_options(parser)
     parser.add_argument("--repeats", type=int, default=4, help="number of timed steps; the median counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: benchmarks/results/fsdp_MACHINE_DATE.json"

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 import gka
 from benchmarks.calls import allow_fla_backward, fla_is_missing, gpu_seconds
 from benchmarks.common import write_result
+from benchmarks.recipes import add_size_options, config_of
 from experiments.evidence.table import markdown_table
 from gka.hf import Mixer, register_mixer
 from gka.ops.checks import checked_plan
@@ -52,7 +53,7 @@ from gka.ops.flops import forward_flops
 from gka.ops.triton.config import CHUNK_SIZES
 
 Step = Callable[[], object]
-RECIPE = Path(__file__).parents[1] / "configs" / "440m.yaml"
+RECIPE = "440m"
 MIXERS = ("gka", "Gated DeltaNet", "attention")
 MODES = ("eager", "compiled", "graph")
 PEAKS = {
@@ -94,21 +95,12 @@ def reason_without_delta_net(device: torch.device) -> str:
     return ""
 
 
-def config_of(mixer: str, options: argparse.Namespace) -> gka.GKAConfig:
-    """The recipe with another mixer, and with the sizes of the options."""
-    given = {
-        "hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim,
-        "intermediate_size": None if options.hidden is None else 2 * options.hidden,
-    }  # fmt: skip
-    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if mixer == "Gated DeltaNet":
-        register_mixer("fla_gated_delta_net", DeltaNet)
-        fields["mixer"] = "fla_gated_delta_net"
-    kind = "full_attention" if mixer == "attention" else "linear_attention"
-    return gka.GKAConfig.from_recipe(
-        RECIPE, vocab_size=options.vocabulary, num_hidden_layers=options.layers,
-        layer_types=[kind] * options.layers, **fields,
-    )  # fmt: skip
+def config_with(mixer: str, options: argparse.Namespace) -> gka.GKAConfig:
+    """The recipe with a mixer, which may be that of flash-linear-attention."""
+    if mixer != "Gated DeltaNet":
+        return config_of(RECIPE, mixer, options)
+    register_mixer("fla_gated_delta_net", DeltaNet)
+    return config_of(RECIPE, mixer, options, mixer="fla_gated_delta_net")
 
 
 def step_flops(model: nn.Module, mixer: str, B: int, T: int, dtype: torch.dtype) -> int:
@@ -235,7 +227,7 @@ def peak_of(name: str) -> float | None:
 def run(mixer: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a mixer in a mode; without memory, or without a capture, a note."""
     torch.manual_seed(0)
-    model = gka.GKAForCausalLM(config_of(mixer, options)).train().to(options.device)
+    model = gka.GKAForCausalLM(config_with(mixer, options)).train().to(options.device)
     model.set_loss_chunk(options.loss_chunk)
     flops = step_flops(model, mixer, options.batch, options.length, getattr(torch, options.dtype))
     peak = peak_flops(options)
@@ -257,7 +249,8 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "Gated DeltaNet" in options.mixers:
         missing = reason_without_delta_net(options.device)
         note = "" if missing else allow_fla_backward()
-    sizes = {"B": options.batch, "T": options.length, "layers": options.layers, "vocabulary": options.vocabulary}
+    layers = config_of(RECIPE, "gka", options).num_hidden_layers
+    sizes = {"B": options.batch, "T": options.length, "layers": layers, "vocabulary": options.vocabulary}
     for mode in options.modes:
         for mixer in options.mixers:
             row = {"part": "model", "mode": mode, "mixer": mixer, **sizes, "loss chunk": options.loss_chunk}
@@ -343,11 +336,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager, on a GPU also graph")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--hidden", type=int, help="default: that of the recipe; feed-forward blocks are twice it")
-    parser.add_argument("--heads", type=int, help="default: those of the recipe")
-    parser.add_argument("--head-dim", type=int, help="default: that of the recipe")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_size_options(parser)
     parser.add_argument("--loss-chunk", type=int, help="tokens per chunk of the loss; default: all at once")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw is the fused one")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of autocast")

@@ -1,4 +1,4 @@
-"""Time of the op, its sums and the layer on a row that several ranks share, compared with one rank.
+"""Time of the op, its sums and the layer on a sequence that several processes share, compared with one process.
 
     torchrun --nproc_per_node 8 -m benchmarks.bench_parallel --device cuda            # takes about two minutes
     torchrun --nproc_per_node 8 -m benchmarks.bench_parallel --device cuda --check    # errors instead of times
@@ -214,7 +214,7 @@ def parallel_table(result: dict[str, Any]) -> str:
             [
                 f"{row['part']}, T {row['T']}, H {row['H']}, D {row['D']}, {row['dtype']}",
                 row["what"],
-                row["layout"],
+                "whole" if row["layout"] == "one rank" else row["layout"],
                 str(row["ranks"]),
                 f"{median * 1e3:.2f}",
                 "" if reference is None else f"{reference / median:.2f}",
@@ -225,10 +225,10 @@ def parallel_table(result: dict[str, Any]) -> str:
         "part",
         "what",
         "layout",
-        "ranks",
+        "GPUs",
         "median ms",
-        "times faster than one rank",
-        "MB received by a rank",
+        "times faster than one GPU",
+        "MB received by a GPU",
     ]
     return markdown_table(header, lines)
 
@@ -274,10 +274,10 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each process")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--tokens", type=int, default=131072, help="T, of the whole row; default 131072")
+    parser.add_argument("--tokens", type=int, default=131072, help="T, of the whole sequence; default 131072")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, help="default: hidden / heads")

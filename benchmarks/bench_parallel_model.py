@@ -1,21 +1,21 @@
-r"""Training steps of a whole model whose rows several ranks share, compared with one rank.
+r"""Training steps of a whole model whose sequences several processes share, compared with one process.
 
     torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda
     torchrun --nproc_per_node 4 -m benchmarks.bench_parallel_model --device cuda --mixers gka --tokens 1048576 \
         --alone
     torchrun --nproc_per_node 2 -m benchmarks.bench_parallel_model --tokens 64 --hidden 32 --heads 2 --layers 2
 
-One row of T random tokens. A step is: gradients to None, forward pass under autocast, loss in chunks of 2048
-tokens, backward pass, mean of the gradients over the ranks (DDP), AdamW. Blocks are checkpointed, so that one rank
-can run what several run; with --checkpoint alone they are only for one rank alone. The mixers stand in the same
-blocks, those of configs/440m.yaml:
+One sequence of T random tokens. A step is: gradients to None, forward pass under autocast, loss in chunks of 2048
+tokens, backward pass, mean of the gradients over the processes (DDP), AdamW. Blocks are checkpointed, so that one
+process can run what several run; with --checkpoint alone they are only for one process alone. The mixers stand in
+the same blocks, those of configs/440m.yaml:
 
     gka         GatedKalmaNet
-    attention   softmax attention; each rank gathers all keys and values, with layout="zigzag"
+    attention   softmax attention; each process gathers all keys and values, with layout="zigzag"
     qwen3       transformers' Qwen3 of the same size under PyTorch's `context_parallel`: ring attention; GPUs only
 
-"ranks 1" is rank 0 alone with the whole row, without DDP, while the others wait. Time is that of the slowest rank.
-The peak is the largest allocated memory of a rank, with weights, gradients and the optimiser's state.
+"ranks 1" is rank 0 alone with the whole sequence, without DDP, while the others wait. Time is that of the slowest
+process. The peak is the largest allocated memory of a process, with weights, gradients and the optimiser's state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import gka
-from benchmarks.bench_model import RECIPE
 from benchmarks.ranks import process_group, write_by_first
+from benchmarks.recipes import add_size_options, config_of
 from experiments.evidence.table import markdown_table
 from gka.distributed import ContextParallel, parallelize
 from gka.hf.loss import chunked_loss
 
+RECIPE = "440m"
 LAYOUTS: dict[str, Any] = {"gka": "contiguous", "attention": "zigzag", "qwen3": "zigzag"}
 LOSS_CHUNK = 2048
 
@@ -102,14 +103,8 @@ CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False, "determinism_
 def model_of(mixer: str, options: argparse.Namespace, ranks: int) -> nn.Module:
     """The recipe's model with one kind of mixer; the same weights on every rank."""
     again = options.checkpoint == "always" or ranks == 1
-    sizes = {"hidden_size": options.hidden, "num_attention_heads": options.heads, "head_dim": options.head_dim}
-    kind = "full_attention" if mixer == "attention" else "linear_attention"
-    fields = {name: value for name, value in sizes.items() if value is not None}
     torch.manual_seed(0)
-    config = gka.GKAConfig.from_recipe(
-        RECIPE, vocab_size=options.vocabulary, num_hidden_layers=options.layers,
-        layer_types=[kind] * options.layers, **fields,
-    )  # fmt: skip
+    config = config_of(RECIPE, mixer, options)
     if mixer == "qwen3":
         with options.device:
             qwen3 = Qwen3WithLoss(config, ranks).train()
@@ -199,11 +194,11 @@ def run(mixer: str, T: int, shared: bool, options: argparse.Namespace) -> dict[s
 
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    ranks = dist.get_world_size()
+    ranks, layers = dist.get_world_size(), config_of(RECIPE, "gka", options).num_hidden_layers
     for T in options.tokens:
         for mixer in options.mixers:
             for shared in (True, False) if T in options.alone and mixer != "qwen3" else (True,):
-                row = {"mixer": mixer, "T": T, "ranks": ranks if shared else 1, "layers": options.layers}
+                row = {"mixer": mixer, "T": T, "ranks": ranks if shared else 1, "layers": layers}
                 row["checkpointing"] = options.checkpoint == "always" or not shared
                 row |= {"layout": LAYOUTS[mixer] if shared else None, "dtype": "bfloat16 autocast"}
                 row |= run(mixer, T, shared, options)
@@ -227,25 +222,34 @@ def line(row: dict[str, Any]) -> str:
     return f"{what}  {speed}{peak}  loss {row['loss']:.4f}"
 
 
-def parallel_model_table(result: dict[str, Any]) -> str:
-    """Tokens per second of all ranks and of one, and their ratio, by length and mixer."""
-    rows = result["rows"]
+def speed_table(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> str:
+    """Tokens per second by length, mixer and number of GPUs, and how much faster than one GPU of the same rows.
+
+    names: the names of mixers in the table; a mixer that is not in it keeps its own.
+    """
     alone = {(row["mixer"], row["T"]): row["tokens per second"] for row in rows if row["ranks"] == 1}
     table = []
     for row in rows:
         again = "yes" if row["checkpointing"] else "no"
-        cells = [f"{row['T']:,}", row["mixer"], str(row["ranks"]), again]
+        cells = [f"{row['T']:,}", names.get(row["mixer"], row["mixer"]), str(row["ranks"]), again]
         if row["seconds"] is None:
             table.append([*cells, row["note"], "", ""])
             continue
         one, speed = alone.get((row["mixer"], row["T"])), row["tokens per second"]
-        peak = "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.1f}"
-        table.append([*cells, f"{speed:,.0f}", f"{speed / one:.2f}" if one else "", peak])
+        faster = f"{speed / one:.2f}" if one and row["ranks"] > 1 else ""
+        peak = f"{row['peak bytes'] / 1e9:.1f}" if row["peak bytes"] else ""
+        table.append([*cells, f"{speed:,.0f}", faster, peak])
     header = [
-        "tokens of a row", "mixer", "ranks", "blocks checkpointed", "tokens/s", "compared with one rank",
-        "peak GB of a rank",
+        "tokens of a sequence", "mixer", "GPUs", "blocks checkpointed", "tokens/s", "times faster than one GPU",
+        "peak GB of a GPU",
     ]  # fmt: skip
-    return f"Training steps ({rows[0]['layers']} layers)\n\n{markdown_table(header, table)}"
+    return markdown_table(header, table)
+
+
+def parallel_model_table(result: dict[str, Any]) -> str:
+    """The table of one result."""
+    rows = result["rows"]
+    return f"Training steps ({rows[0]['layers']} layers)\n\n{speed_table(rows, {})}"
 
 
 def parse() -> argparse.Namespace:
@@ -254,20 +258,16 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each rank")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU for each process")
     parser.add_argument("--mixers", nargs="+", choices=tuple(LAYOUTS), default=["gka", "attention"])
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="T, of the whole row"
+        "--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="T, of the whole sequence"
     )
     parser.add_argument(
         "--alone", type=int, nargs="*", help="lengths that rank 0 also runs alone, but for qwen3; default: all"
     )
     parser.add_argument("--checkpoint", choices=("always", "alone"), default="always", help="which blocks are")
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--hidden", type=int, help="default: that of the recipe")
-    parser.add_argument("--heads", type=int, help="default: those of the recipe")
-    parser.add_argument("--head-dim", type=int, help="default: that of the recipe")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_size_options(parser)
     parser.add_argument("--repeats", type=int, default=5, help="number of timed steps; the median counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file; default: benchmarks/results/parallel_model_MACHINE_DATE.json"

@@ -1,8 +1,8 @@
-"""Tables of docs/parallel.md from the results of several ranks, and its picture of speed against length.
+"""Tables of docs/parallel.md from the results of several GPUs, and its picture of speed against length.
 
     python -m benchmarks.parallel_pages     # draws docs/images/parallel.png; benchmarks.table makes the tables
 
-The results of one benchmark, with other numbers of ranks or other lengths, are several files; all of the newest
+The results of one benchmark, with other numbers of GPUs or other lengths, are several files; all of the newest
 day count. Of two rows for the same case that of the last file counts.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.bench_fsdp import cells as fsdp_cells
+from benchmarks.bench_fsdp import sharding_table
+from benchmarks.bench_parallel_model import speed_table
 from benchmarks.common import RESULTS
 from experiments.evidence.table import markdown_table
 
@@ -41,7 +42,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
 
 
 def last_rows(results: Sequence[Result]) -> list[Row]:
-    """Of the rows of models the last for each mixer, length, number of ranks and kind of checkpointing."""
+    """Of the rows of models the last for each mixer, length, number of GPUs and kind of checkpointing."""
     keys = ("mixer", "T", "ranks", "checkpointing")
     last = {tuple(row[key] for key in keys): row for row in rows_of(results)}
     return [row for row in last.values() if row["seconds"] is not None]
@@ -54,8 +55,8 @@ def sources(results: Sequence[Result]) -> str:
     return f"{newest[-1]['machine']['gpu'] or 'CPU'}, {newest[-1]['date']}: {files}."
 
 
-def shared_rows_table(results: Sequence[Result]) -> str:
-    """Milliseconds of op and layer by the number of ranks, and how much faster than one rank of the same run."""
+def shared_sequences_table(results: Sequence[Result]) -> str:
+    """Milliseconds of op and layer by the number of GPUs, and how much faster than one GPU of the same run."""
     runs = of_newest_day(results)
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for run in sorted(runs, key=lambda run: max(row["ranks"] for row in run["rows"])):
@@ -75,40 +76,23 @@ def shared_rows_table(results: Sequence[Result]) -> str:
 
 
 def models_table(results: Sequence[Result]) -> str:
-    """Tokens per second of training by mixer, length, number of ranks and checkpointing."""
-    rows = last_rows(results)
-    table = []
-    for row in sorted(
-        rows, key=lambda row: (row["T"], list(MIXERS).index(row["mixer"]), row["ranks"], not row["checkpointing"])
-    ):
-        alone = [x for x in rows if (x["mixer"], x["T"], x["ranks"]) == (row["mixer"], row["T"], 1)]
-        faster = row["tokens per second"] / alone[0]["tokens per second"] if alone and row["ranks"] > 1 else None
-        table.append(
-            [
-                f"{row['T']:,}",
-                MIXERS[row["mixer"]][0],
-                str(row["ranks"]),
-                "yes" if row["checkpointing"] else "no",
-                f"{row['tokens per second']:,.0f}",
-                "" if faster is None else f"{faster:.2f}",
-                f"{row['peak bytes'] / 1e9:.1f}" if row["peak bytes"] else "",
-            ]
-        )
-    header = ["tokens of the row", "mixer", "GPUs", "blocks checkpointed", "tokens/s", "over one GPU", "peak GB"]
-    return f"{markdown_table(header, table)}\n\n{sources(results)}"
+    """Tokens per second of training by length, mixer, number of GPUs and checkpointing."""
+    order = list(MIXERS)
+    rows = sorted(
+        last_rows(results),
+        key=lambda row: (row["T"], order.index(row["mixer"]), row["ranks"], not row["checkpointing"]),
+    )
+    names = {mixer: name for mixer, (name, _) in MIXERS.items()}
+    return f"{speed_table(rows, names)}\n\n{sources(results)}"
 
 
 def sharded_models_table(results: Sequence[Result]) -> str:
     """Tokens per second, MFU and peak of models that FSDP shards."""
-    header = [
-        "million parameters", "mixer", "GPUs", "rows of a GPU", "blocks checkpointed", "blocks compiled",
-        "tokens/s", "MFU", "peak GB",
-    ]  # fmt: skip
-    return f"{markdown_table(header, [fsdp_cells(row) for row in rows_of(results)])}\n\n{sources(results)}"
+    return f"{sharding_table(rows_of(results))}\n\n{sources(results)}"
 
 
 def draw_speed(results: Sequence[Result]) -> Figure:
-    """Tokens per second against the length of the row, of all ranks with blocks checkpointed."""
+    """Tokens per second against the length of the sequence, of all GPUs with blocks checkpointed."""
     rows = [row for row in last_rows(results) if row["checkpointing"]]
     most = max(row["ranks"] for row in rows)
     figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
@@ -127,7 +111,7 @@ def draw_speed(results: Sequence[Result]) -> Figure:
     axes.minorticks_off()
     ticks = [n * 10**k for k in (4, 5) for n in (1, 2, 5)]
     axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel("tokens of the row")
+    axes.set_xlabel("tokens of the sequence")
     axes.set_ylabel(f"tokens per second, {most} GPUs")
     axes.set_title(f"Training steps of 440M parameters, {results[-1]['machine']['gpu']}", fontsize=10, loc="left")
     axes.grid(alpha=0.25)

@@ -9,7 +9,7 @@ convergence: on the same systems, the error after each step in float32, with the
     and in increasing order; and the error of the solve against the number of products in bfloat16, with one stage
     and with two stages, compared with the bound.
 layers: the packages; each is drawn above the packages that it imports.
-ranks: what travels between ranks that share a row, for a GKA layer and for softmax attention.
+ranks: what travels between processes that share a sequence, for a GKA layer and for softmax attention.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def draw_layers() -> Figure:
 
 
 def received_megabytes(T: int, n: int = 8, H: int = 16, Hk: int = 16, D: int = 128) -> tuple[float, float]:
-    """What a rank receives, forward and backward together, in a GKA layer (contiguous layout) and in attention.
+    """What a process receives, forward and backward together, in a GKA layer (contiguous layout) and in attention.
 
-    T tokens of a row, n ranks, H heads of dim D, Hk key/value heads; the formulas of docs/parallel.md.
+    T tokens of a sequence, n processes, H heads of dim D, Hk key/value heads; the formulas of docs/parallel.md.
     """
     sums, inputs = 4 * (n - 1) * H * (2 * D**2 + 1), 2 * (n - 1) * 3 * (H + 2 * Hk) * D
     keys_and_values = 2 * 2 * T * Hk * D * (n - 1) / n
@@ -248,8 +248,10 @@ def draw_ranks() -> Figure:
     gka, attention = figure.subplots(2, 1)
     short, long = 8_192, 1_048_576
     sizes = [[f"{T:,} tokens: {received_megabytes(T)[of]:,.0f} MB" for T in (short, long)] for of in (0, 1)]
-    heading = ["One of 8 ranks receives per layer", "and step, with 16 heads of 128:"]
-    lefts = _ranks(gka, "GKA layer", "all-gather: the two sums of each rank, to all ranks", heading + sizes[0])
+    heading = ["One of 8 processes receives per layer", "and step, with 16 heads of 128:"]
+    lefts = _ranks(
+        gka, "GKA layer", "all-gather: the two sums of each process, to all processes", heading + sizes[0]
+    )
     last = 3 * (RANK_WIDTH - 0.2) / TOKENS_OF_A_RANK
     for r, x in enumerate(lefts):
         for place, sums in ((x + 0.05, "kk"), (x + 0.6, "kv")):
@@ -261,7 +263,7 @@ def draw_ranks() -> Figure:
     gka.text(
         lefts[0],
         -0.3,
-        "the last 3 inputs of the convolutions, for the next rank",
+        "the last 3 inputs of the convolutions, for the next process",
         color=_RED,
         fontsize=10,
         va="center",
@@ -269,7 +271,7 @@ def draw_ranks() -> Figure:
     lefts = _ranks(
         attention,
         "Softmax attention",
-        "all-gather: key k and value v of each token, to all ranks",
+        "all-gather: key k and value v of each token, to all processes",
         heading + sizes[1],
     )
     for x in lefts:

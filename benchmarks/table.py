@@ -21,7 +21,7 @@ from benchmarks.bench_pool import pool_table
 from benchmarks.bench_reliability import corruptions_table, decode_table, saves_table
 from benchmarks.bench_serve import serve_table
 from benchmarks.common import RESULTS
-from benchmarks.parallel_pages import models_table, sharded_models_table, shared_rows_table
+from benchmarks.parallel_pages import models_table, sharded_models_table, shared_sequences_table
 from experiments.evidence.table import markdown_table
 
 Result = dict[str, Any]
@@ -305,8 +305,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "model": ("Whole models", model_table),
     "norm": ("The gated norm", norm),
     "pool": ("Decoding from a pool of states", pool_table),
-    "parallel": ("Rows that several ranks share", parallel_table),
-    "parallel_model": ("Models whose rows several ranks share", parallel_model_table),
+    "parallel": ("Sequences that several GPUs share", parallel_table),
+    "parallel_model": ("Models whose sequences several GPUs share", parallel_model_table),
     "fsdp": ("Models that FSDP shards", fsdp_table),
     "steps": ("Steps of the solve", steps),
     "serve": ("Servers", serve_table),
@@ -320,8 +320,8 @@ GUIDES: dict[str, tuple[Path, str, Callable[[list[Result]], str]]] = {
     "decode": (DOCS / "reliability.md", "long_decode", lambda found: decode_table(found[-1])),
     "saves": (DOCS / "reliability.md", "reliability", lambda found: saves_table(found[-1])),
     "corruptions": (DOCS / "reliability.md", "reliability", lambda found: corruptions_table(found[-1])),
-    "shared rows": (DOCS / "parallel.md", "parallel", shared_rows_table),
-    "models with shared rows": (DOCS / "parallel.md", "parallel_model", models_table),
+    "shared sequences": (DOCS / "parallel.md", "parallel", shared_sequences_table),
+    "models with shared sequences": (DOCS / "parallel.md", "parallel_model", models_table),
     "servers": (DOCS / "serve.md", "serve", lambda found: f"{serve_table(found[-1])}\n\n{_source(found[-1])}"),
     "sharded models": (DOCS / "parallel.md", "fsdp", sharded_models_table),
 }

@@ -4,7 +4,7 @@ The models have four blocks of hidden size 256, four heads of 64 dims, and a voc
 embeddings. They train on ten million tokens in windows of 1024, with one learning rate and three seeds. The seed
 decides the initial weights and the order of the text. Variants that are options of the layer run in the layer. A
 constant ridge, a sketch and conjugate gradient are not options; `variants.py` computes them in PyTorch, so their
-speed is not the speed of kernels.
+speed is not the speed of kernels. Other initial values of gates are set on the built model (`starts.py`).
 
 In bfloat16 the kernels of the layer use bfloat16 products. A solve of two stages refines the result; "steps (31,)"
 is the plain solve of the paper. On a CPU there are no kernels, and a solve of one stage has float32 products.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import set_seed
@@ -32,6 +32,7 @@ from . import corpus as text
 from .picture import new_panels, save
 from .record import Cell
 from .skeleton import skeleton
+from .starts import Start, start_from
 from .table import markdown_table, span, spread
 from .training import steps_of, train_on_text
 from .variants import Variant, with_variant
@@ -43,11 +44,12 @@ Entries = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One change: fields of GKAConfig, the dtype of training, or a variant of `variants.py`."""
+    """One change: fields of GKAConfig, the dtype of training, a variant of `variants.py`, or initial values."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     dtype: str = "bfloat16"
     change: Variant | None = None
+    start: Start = Start()  # noqa: RUF009  (frozen)
 
 
 BASE, _FLOAT32, _CONSTANT = "base", "float32, steps (31,)", "lambda = 0.25"
@@ -56,6 +58,12 @@ TRIALS = {
     BASE: Trial(),
     "no forget gate": Trial({"use_forget_gate": False}),
     "no alpha connection": Trial({"use_alpha_connection": False}),
+    "no beta gate": Trial({"use_beta_gate": False}),
+    "alpha starts at 0.88": Trial(start=Start(alpha_bias=2.0)),
+    "alpha starts at 0.12": Trial(start=Start(alpha_bias=-2.0)),
+    "A starts 10 times smaller": Trial(start=Start(rate=0.1)),
+    "dt starts 10 times smaller": Trial(start=Start(step=0.1)),
+    "first weights 0.02": Trial({"initializer_range": 0.02}),
     "a = 0.01": Trial({"ridge_ratio": 0.01}),
     "a = 0.05": Trial({"ridge_ratio": 0.05}),
     "a = 0.1": Trial({"ridge_ratio": 0.1}),
@@ -102,6 +110,11 @@ def cells(size: str) -> list[Cell]:
     ]
 
 
+def ready(cell: Cell, entries: Entries) -> bool:
+    """Every cell may run at any time."""
+    return True
+
+
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and measure its loss on held-out text."""
     data = text.Corpus.load(folder.parents[1], cell["size"])
@@ -144,6 +157,7 @@ def build(cell: Cell, vocab_size: int, end: int) -> GKAForCausalLM:
             **trial.fields,
         )
     )
+    start_from(model, trial.start)
     if trial.change is not None:
         with_variant(model, trial.change)
     return model
@@ -174,7 +188,7 @@ def _means(loss: list[list[float]]) -> list[list[float]]:
 
 def section(entries: Entries, picture: Path) -> str:
     """A table with one row per variant; the picture has the differences from the base and the gradient norms."""
-    by_name = {name: _by_seed(entries, name) for name in TRIALS}
+    by_name = {name: results_of(entries, name) for name in TRIALS}
     by_name = {name: results for name, results in by_name.items() if results}
     _draw(by_name, picture)
     cell = entries[-1]["cell"]
@@ -186,12 +200,11 @@ def section(entries: Entries, picture: Path) -> str:
     )  # fmt: skip
     return "\n\n".join(
         (
-            "Which parts of the layer help? Each variant changes one part of the base. The base is the layer with "
-            "its defaults in bfloat16: forget gate, alpha connection, a = 0.02, solver steps (16, 16). All models "
-            f"have {cell['num_hidden_layers']} blocks of hidden size {cell['hidden_size']} with heads of "
+            "Which parts of the layer help? Each variant changes one part of the base. The base is the layer "
+            "with its defaults in bfloat16: forget gate, alpha connection, a = 0.02, solver steps (16, 16). All "
+            f"models have {cell['num_hidden_layers']} blocks of hidden size {cell['hidden_size']} with heads of "
             f"{cell['hidden_size'] // cell['num_attention_heads']} dims. They train on {cell['tokens']:,} tokens "
-            "in "
-            f"{steps_of(cell)} steps, in windows of {cell['seq_len']}, with learning rate "
+            f"in {steps_of(cell)} steps, in windows of {cell['seq_len']}, with learning rate "
             f"{cell['learning_rate']:g}; seeds: {span(seeds)}.{read}",
             "Losses are in nats per token: the median over the seeds, with the smallest and largest in "
             "brackets. The difference from the base is computed seed by seed. The training loss is the mean "
@@ -219,7 +232,7 @@ _HEAD = [
 Results = dict[int, dict[str, Any]]  # by seed
 
 
-def _by_seed(entries: Entries, name: str) -> Results:
+def results_of(entries: Entries, name: str) -> Results:
     return {e["cell"]["seed"]: e["result"] for e in entries if e["cell"]["variant"] == name}
 
 
@@ -231,9 +244,9 @@ def _row(name: str, by_name: dict[str, Results]) -> list[str]:
 
     return [
         name,
-        of(lambda r: _held_out(r, "loss"), ".4f"),
-        spread(list(_beside(name, by_name).values()), "+.4f") if name != BASE else "",
-        of(lambda r: _held_out(r, "recall_loss"), ".4f"),
+        of(lambda r: held_out(r, "loss"), ".4f"),
+        spread(list(beside(name, by_name).values()), "+.4f") if name != BASE else "",
+        of(lambda r: held_out(r, "recall_loss"), ".4f"),
         of(_last_loss, ".4f"),
         of(lambda r: statistics.median(_finite(r)) if _finite(r) else None, ".3f"),
         of(lambda r: max(_finite(r), default=None), ".3g"),
@@ -241,7 +254,7 @@ def _row(name: str, by_name: dict[str, Results]) -> list[str]:
     ]
 
 
-def _held_out(result: dict[str, Any], name: str) -> float | None:
+def held_out(result: dict[str, Any], name: str) -> float | None:
     return None if result["held out"] is None else result["held out"][name]
 
 
@@ -254,32 +267,53 @@ def _finite(result: dict[str, Any]) -> list[float]:
     return [norm for norm in result["gradient norms"] if norm is not None]
 
 
-def _beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
+def beside(name: str, by_name: dict[str, Results]) -> dict[int, float | None]:
     """The held-out loss minus that of the base, by seed; None if one of the two diverged."""
     base = by_name.get(BASE, {})
     found = {}
     for seed, result in by_name[name].items():
         if seed in base:
-            ours, theirs = _held_out(result, "loss"), _held_out(base[seed], "loss")
+            ours, theirs = held_out(result, "loss"), held_out(base[seed], "loss")
             found[seed] = None if ours is None or theirs is None else ours - theirs
     return found
 
 
-def _findings(by_name: dict[str, Results]) -> str:
-    """The variants that differ from the base by more than chance, if there are several seeds; expectations."""
+class Differences(NamedTuple):
+    """Median differences of the held-out loss from the base, over the seeds; infinite if a training diverged.
+
+    medians: of all variants; alike: those that solve the base's system, whose differences are chance;
+    single, middle: the largest difference of those, of one seed and of a median.
+    """
+
+    medians: dict[str, float]
+    alike: list[str]
+    single: float
+    middle: float
+
+
+def differences(by_name: dict[str, Results]) -> Differences | None:
+    """None without several seeds of the base and of a variant that solves its system."""
     apart: dict[str, list[float]] = {}
     for name in by_name:
-        found = [math.inf if x is None else x for x in _beside(name, by_name).values()]
+        found = [math.inf if x is None else x for x in beside(name, by_name).values()]
         if name != BASE and len(found) > 1:
             apart[name] = found
     alike = [name for name in _ALIKE if name in apart]
     seeds = [abs(x) for name in alike for x in apart[name] if math.isfinite(x)]
     if not seeds:
+        return None
+    medians = {name: statistics.median(found) for name, found in apart.items()}
+    middle = max((abs(medians[name]) for name in alike if math.isfinite(medians[name])), default=0.0)
+    return Differences(medians, alike, max(seeds), middle)
+
+
+def _findings(by_name: dict[str, Results]) -> str:
+    """The variants that differ from the base by more than chance, if there are several seeds; expectations."""
+    found = differences(by_name)
+    if found is None:
         return ""
-    middle = {name: statistics.median(found) for name, found in apart.items()}
-    single = max(seeds)
-    median = max((abs(middle[name]) for name in alike if math.isfinite(middle[name])), default=0)
-    others = {name: middle[name] for name in middle if name not in alike}
+    alike, single, median = found.alike, found.single, found.middle
+    others = {name: x for name, x in found.medians.items() if name not in alike}
     sides = {
         "worse than the base by more than any of these seeds": [n for n, x in others.items() if x > single],
         "better than the base by more than any of these seeds": [n for n, x in others.items() if -x > single],
@@ -313,7 +347,7 @@ def _verdicts(by_name: dict[str, Results], chance: float) -> str:
     said = f"Expected: no spikes with the base, whose ridge is adaptive. Result: {verdict}"
     if _CONSTANT in by_name:
         said += f". A constant lambda has {'spikes' if spiked(_CONSTANT) else 'no spikes here either'}"
-    wide = [-x for x in _beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
+    wide = [-x for x in beside(_FLOAT32, by_name).values() if x is not None] if _FLOAT32 in by_name else []
     if wide:
         more = statistics.median(wide)
         verdict = "no difference beyond chance" if abs(more) <= chance else "refuted" if more > 0 else "confirmed"
@@ -339,7 +373,7 @@ def _draw(by_name: dict[str, Results], path: Path) -> None:
     figure, (losses, norms) = new_panels(1, 2, (13, 5.0), 120)
     others = [name for name in by_name if name != BASE]
     for place, name in enumerate(others):
-        found = [x for x in _beside(name, by_name).values() if x is not None]
+        found = [x for x in beside(name, by_name).values() if x is not None]
         losses.plot(found, [place] * len(found), "o", color="#c8553d", markersize=4, alpha=0.7)
         if found:
             losses.plot([statistics.median(found)], [place], "|", color="#1d3557", markersize=14)

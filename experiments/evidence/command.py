@@ -10,13 +10,13 @@ A cell is one measurement or one training. An experiment is a module with
     cells(size) -> list[Cell]         all cells; size is "small" (seconds to a minute on a laptop) or "full"
     run(cell, folder, device) -> Any  measure one cell; the folder is for this cell only, e.g. for checkpoints
     run_until(cell, folder, device, end)  in place of `run`, for trainings on several GPUs (together.py)
-    section(entries, picture) -> str  write the section of the page as markdown, and draw the picture
+    section(entries, picture) -> str  all tables and the text about them as markdown; draws the picture
     ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
                                       needed for several processes
 
-and is listed in catalogue.py. Every cell has its size as a field, and the machine if BY_MACHINE is True. To resume
-an interrupted run, start the same command again. If a cell fails, the other cells still run; the next start of the
-command repeats the failed ones.
+and is listed in catalogue.py. overview.py has its short section of the page. Every cell has its size as a field,
+and the machine if BY_MACHINE is True. To resume an interrupted run, start the same command again. If a cell fails,
+the other cells still run; the next start of the command repeats the failed ones.
 """
 
 # ruff: noqa: RUF009  (option() makes a dataclass field)
@@ -57,7 +57,9 @@ class EvidenceOptions:
     )
     output: str = option("runs/evidence", "folder of the results, one JSON file per experiment", metavar="DIR")
     only: list[str] | None = option(
-        None, "run only the cells with these values, e.g. mixer=gka seed=0", metavar="KEY=VALUE"
+        None,
+        "run only the cells with these values, e.g. mixer=gka 'seed=0|1' for either seed",
+        metavar="KEY=VALUE",
     )
     data: list[str] | None = option(
         None, "text files or folders for the language models; default: Python's standard library", metavar="PATH"
@@ -298,8 +300,8 @@ def _machine(device: Any) -> str:
 
 
 def _fits(cell: dict[str, Any], text: str) -> bool:
-    """Whether the cell matches a filter "key=value"."""
+    """Whether the cell matches a filter "key=value", or "key=value|value" for either."""
     key, found, value = text.partition("=")
     if not found:
         raise UserError(f"--only {text}: expected KEY=VALUE")
-    return key in cell and str(cell[key]) == value
+    return key in cell and str(cell[key]) in value.split("|")

@@ -40,7 +40,7 @@ SUMMARY = "time and memory against length"
 BY_MACHINE = True
 WHAT = ("forward", "forward+backward", "decode step")
 Entries = list[dict[str, Any]]
-_ALL = (*MIXERS, *GPU_MIXERS)
+ALL = (*MIXERS, *GPU_MIXERS)
 _WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
 _NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 _LIMIT = 60.0  # seconds per call; slower calls are measured once
@@ -55,7 +55,7 @@ def cells(size: str) -> list[Cell]:
     """
     small = size == "small"
     lengths, sizes = ([256, 512], _NARROW) if small else ([1 << n for n in range(10, 21)], _WIDE)
-    mixers = MIXERS if small else _ALL
+    mixers = MIXERS if small else ALL
     return [
         {"mixer": mixer, "what": what, "tokens": T, **sizes}
         for T, what, mixer in itertools.product(lengths, WHAT, mixers)
@@ -156,7 +156,7 @@ def _implementation(mixer: str, device: torch.device) -> str:
 
 def section(entries: Entries, picture: Path) -> str:
     """A table of milliseconds and a table of memory; the picture has one panel per quantity."""
-    mixers = [mixer for mixer in _ALL if any(e["cell"]["mixer"] == mixer for e in entries)]
+    mixers = [mixer for mixer in ALL if any(e["cell"]["mixer"] == mixer for e in entries)]
     _draw(entries, mixers, picture)
     head = ["what", "tokens", *(STYLE[mixer][0] for mixer in mixers)]
     times, memory = [], []
@@ -213,7 +213,7 @@ def _findings(entries: Entries) -> str:
     """The growth of the times of GKA and attention up to the last length, and of GKA's cache."""
     parts = []
     for what, mixer in itertools.product(WHAT[:2], ("gka", "attention")):
-        points = _points(entries, mixer, what)[-2:]
+        points = points_of(entries, mixer, what)[-2:]
         if len(points) == 2:
             (T, before), (last, after) = points
             parts.append(
@@ -236,7 +236,7 @@ def _findings(entries: Entries) -> str:
     )
 
 
-def _points(entries: Entries, mixer: str, what: str, memory: bool = False) -> list[tuple[int, float]]:
+def points_of(entries: Entries, mixer: str, what: str, memory: bool = False) -> list[tuple[int, float]]:
     """Tokens and median seconds (or bytes), without cells that ran out of memory or were not measured."""
     found = []
     for entry in entries:
@@ -259,7 +259,7 @@ def _draw(entries: Entries, mixers: list[str], path: Path) -> None:
         for axes, what in zip(row, WHAT, strict=True):
             for mixer in mixers:
                 name, colour, marker = STYLE[mixer]
-                points = [(T, scale * value) for T, value in _points(entries, mixer, what, memory)]
+                points = [(T, scale * value) for T, value in points_of(entries, mixer, what, memory)]
                 if points:
                     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=name)
             axes.set_xscale("log", base=2)

@@ -35,7 +35,7 @@ from gka.training.errors import UserError
 from ..tasks.recall_loss import sum_nats, token_nats
 from . import corpus as text
 from .ablations import spikes
-from .large_page import draw, page_text
+from .large_page import draw, latest, page_text
 from .large_training import MODEL_FIELDS, new_model, step_seconds, train_to_steps
 from .packages import package_folders, write_package_text
 from .record import Cell, Record
@@ -136,17 +136,9 @@ def run_until(cell: Cell, folder: Path, device: torch.device, end: float | None)
 
 def section(entries: list[dict[str, Any]], picture: Path) -> str:
     """Answer, table and picture of the trainings with the latest plan."""
-    plans = [entry for entry in entries if entry["cell"]["part"] == "plan"]
-    if not plans:
-        raise UserError("large.json has no plan")
-    budget = plans[-1]["cell"]["budget"]
-    models = {
-        entry["cell"]["mixer"]: entry
-        for entry in entries
-        if entry["cell"]["part"] == "model" and entry["cell"]["budget"] == budget
-    }
+    plan, models = latest(entries)
     draw(models, picture)
-    return page_text(plans[-1], models)
+    return page_text(plan, models)
 
 
 def _plans(output: Path) -> list[dict[str, Any]]:

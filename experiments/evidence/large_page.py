@@ -1,9 +1,11 @@
-"""The section of `large`: two sentences by rule, a table, and the loss curves."""
+"""The pages of `large`: the answer by rule, tables, and the loss curves."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from gka.training.errors import UserError
 
 from .lm import STYLE as MIXER_STYLE
 from .picture import new_panels, save
@@ -19,8 +21,37 @@ _HEAD = [
 _Models = dict[str, dict[str, Any]]  # entries by mixer
 
 
+def overview(entries: list[dict[str, Any]]) -> str:
+    """Question, short table and answer for the evidence page."""
+    plan, models = latest(entries)
+    rows = [[row[0], row[2], row[3], row[5], row[6]] for row in (_row(*each) for each in models.items())]
+    head = [_HEAD[0], _HEAD[2], f"loss of {_HEAD[3]}", _HEAD[5], _HEAD[6]]
+    tokens = f"{plan['result']['tokens'] / 1e6:,.3g} million tokens"
+    question = (
+        "Does the 440M recipe train, and how does GKA compare with equal tokens? Models of equal size read the "
+        f"same {tokens} in the same order, in windows of {plan['cell']['seq_len']:,}. Losses are in nats per "
+        "held-out token."
+    )
+    parts = [question, markdown_table(head, rows) if rows else "", _left_out(plan).strip(), _answer(models)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def latest(entries: list[dict[str, Any]]) -> tuple[dict[str, Any], _Models]:
+    """The latest plan and the trainings with its budget.
+
+    Raises:
+        UserError: there is no plan.
+    """
+    plans = [entry for entry in entries if entry["cell"]["part"] == "plan"]
+    if not plans:
+        raise UserError("large.json has no plan")
+    same = {name: plans[-1]["cell"][name] for name in ("budget", "corpus") if name in plans[-1]["cell"]}
+    models = [e for e in entries if e["cell"]["part"] == "model" and same.items() <= e["cell"].items()]
+    return plans[-1], {entry["cell"]["mixer"]: entry for entry in models}
+
+
 def page_text(plan: dict[str, Any], models: _Models) -> str:
-    """The section without heading and picture."""
+    """All tables and the text about them."""
     return "\n\n".join(part for part in (_described(plan, models), _answer(models), _table(models)) if part)
 
 
@@ -45,9 +76,13 @@ def _described(plan: dict[str, Any], models: _Models) -> str:
             f"{train['tokens'] / 1e6:,.3g} million tokens, read {result['tokens'] / train['tokens']:.2g} times; "
             f"{held['files']:,} files are held out, {cell['eval_bytes'] / 1e6:g} MB of them are read."
         )
-    for mixer, reason in result["left out"].items():
-        text += f" {STYLE[mixer][0]} did not run here ({reason})."
-    return text
+    return text + _left_out(plan)
+
+
+def _left_out(plan: dict[str, Any]) -> str:
+    """The mixers that the plan has left out, each as a sentence after a space."""
+    left_out = plan["result"]["left out"]
+    return "".join(f" {STYLE[mixer][0]} did not run here ({why})." for mixer, why in left_out.items())
 
 
 def _answer(models: _Models) -> str:

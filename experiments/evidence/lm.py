@@ -97,9 +97,13 @@ def cells(size: str) -> list[Cell]:
     return [*found, *speeds, *({**model, "seed": seed} for seed in others for model in models)]
 
 
-def language_model(mixer: str, size: str, vocab_size: int, end: int) -> GKAConfig:
-    """The configuration of the model with a mixer or of "hybrid"; `end` is the end-of-text token."""
+def language_model(mixer: str, size: str, vocab_size: int, end: int, **changes: Any) -> GKAConfig:
+    """The configuration of the model with a mixer or of "hybrid"; `end` is the end-of-text token.
+
+    changes: fields of GKAConfig besides those of the experiment.
+    """
     fields: dict[str, Any] = dict(
+        **changes,
         **_SIZES[size],
         vocab_size=vocab_size,
         max_position_embeddings=_TRAINING[size]["seq_len"],
@@ -160,10 +164,10 @@ def _rate(output: Path, cell: Cell) -> float:
     if cell["part"] != "model":
         return cell.get("learning_rate", RATES[0])  # type: ignore[no-any-return]
     same = {"part": "rate", "seed": SEEDS[0], **{name: cell[name] for name in ("mixer", "size", "corpus")}}
-    return Record(output / "lm.json", "lm").best_rate(same, cell["rates"], _loss)
+    return Record(output / "lm.json", "lm").best_rate(same, cell["rates"], held_out_loss)
 
 
-def _loss(entry: dict[str, Any]) -> float:
+def held_out_loss(entry: dict[str, Any]) -> float:
     held_out = entry["result"]["held out"]
     return float("inf") if held_out is None else float(held_out["loss"])
 
@@ -173,7 +177,7 @@ def _loss(entry: dict[str, Any]) -> float:
 
 def section(entries: Entries, picture: Path) -> str:
     """Tables of the models, of recall by distance and of the learning rates; pictures of training and recall."""
-    by_seed = {mixer: found for mixer in FULL if (found := _by_seed(entries, mixer))}
+    by_seed = {mixer: found for mixer in FULL if (found := models_of(entries, mixer))}
     speeds: dict[str, Entries] = defaultdict(list)
     for entry in entries:
         if entry["cell"]["part"] == "speed":
@@ -201,7 +205,7 @@ def section(entries: Entries, picture: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _by_seed(entries: Entries, mixer: str) -> dict[int, dict[str, Any]]:
+def models_of(entries: Entries, mixer: str) -> dict[int, dict[str, Any]]:
     """The models with a mixer, by seed."""
     found = [e for e in entries if e["cell"]["part"] == "model" and e["cell"]["mixer"] == mixer]
     return {entry["cell"]["seed"]: entry for entry in found}
@@ -280,7 +284,9 @@ def _row(models: dict[int, dict[str, Any]]) -> list[str]:
 def _rates(entries: Entries) -> str:
     """A table of the held-out loss of the short trainings."""
     short = {
-        (e["cell"]["mixer"], e["cell"]["learning_rate"]): _loss(e) for e in entries if e["cell"]["part"] == "rate"
+        (e["cell"]["mixer"], e["cell"]["learning_rate"]): held_out_loss(e)
+        for e in entries
+        if e["cell"]["part"] == "rate"
     }
     if not short:
         return ""
@@ -332,7 +338,9 @@ def _middle(losses: list[float]) -> str:
 
 def _findings(by_seed: BySeed, entries: Entries) -> str:
     """GKA's held-out loss compared with each other mixer, seed by seed; and the mixers without a model."""
-    losses = {mixer: {seed: _loss(entry) for seed, entry in found.items()} for mixer, found in by_seed.items()}
+    losses = {
+        mixer: {seed: held_out_loss(entry) for seed, entry in found.items()} for mixer, found in by_seed.items()
+    }
     ours = {seed: loss for seed, loss in losses.get("gka", {}).items() if math.isfinite(loss)}
     if not ours:
         return ""

@@ -234,7 +234,7 @@ def section(entries: Entries, picture: Path) -> str:
     names = [STYLE[mixer][0] for mixer in mixers]
     parts = [_described(continued)] if continued else []
     if scores:
-        lengths, needles = _lengths(scores), _needles(scores)
+        lengths, needles = lengths_of(scores), needle_tasks(scores)
         counts = {e["cell"]["length"]: e["cell"]["examples"] for e in entries if e["cell"]["part"] == "score"}
         asked = ", ".join(f"{counts[length]} at {length}" for length in lengths)
         parts.append(f"Number of examples of each task: {asked} tokens. All scores are in percent.")
@@ -243,7 +243,7 @@ def section(entries: Entries, picture: Path) -> str:
                 f"Needles, mean score over {len(needles)} task{'s' * (len(needles) > 1)}:",
                 markdown_table(
                     ["tokens", *names],
-                    [[str(T), *(_percent(_needle_mean(scores, mixer, T)) for mixer in mixers)] for T in lengths],
+                    [[str(T), *(_percent(needle_mean(scores, mixer, T)) for mixer in mixers)] for T in lengths],
                 ),
             ]
         for task, title in _ASKED.items():
@@ -294,8 +294,8 @@ def _described(continued: dict[str, Any]) -> str:
 def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
     """GKA's needle scores compared with each other mixer at and above the training length; the questions."""
     found = []
-    for T in (T for T in _lengths(scores) if T >= trained):
-        apart = {mixer: _apart(scores, mixer, T) for mixer in mixers if mixer != "gka"}
+    for T in (T for T in lengths_of(scores) if T >= trained):
+        apart = {mixer: difference(scores, mixer, T) for mixer in mixers if mixer != "gka"}
         said = [f"{each} compared with {STYLE[mixer][0]}" for mixer, each in apart.items() if each]
         if said:
             found.append(f"at {T} tokens {', '.join(said)}")
@@ -318,10 +318,10 @@ def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
     return " ".join(parts)
 
 
-def _apart(scores: _Scores, mixer: str, length: int) -> str:
+def difference(scores: _Scores, mixer: str, length: int) -> str:
     """GKA's mean over the needle tasks minus another mixer's, paired by example; "" if a result is missing."""
     means, variance = [], 0.0
-    for task in _needles(scores):
+    for task in needle_tasks(scores):
         ours, theirs = (scores.get((name, task, length)) for name in ("gka", mixer))
         if ours is None or theirs is None:
             return ""
@@ -333,18 +333,18 @@ def _apart(scores: _Scores, mixer: str, length: int) -> str:
     return f"{100 * statistics.mean(means):+.1f} ± {100 * math.sqrt(variance) / len(means):.1f}"
 
 
-def _lengths(scores: _Scores) -> list[int]:
+def lengths_of(scores: _Scores) -> list[int]:
     return sorted({length for _, _, length in scores})
 
 
-def _needles(scores: _Scores) -> list[str]:
+def needle_tasks(scores: _Scores) -> list[str]:
     """The needle tasks with results, in the order of TASKS."""
     return [task for task in TASKS if any(known == task for _, known, _ in scores)]
 
 
-def _needle_mean(scores: _Scores, mixer: str, length: int) -> float | None:
+def needle_mean(scores: _Scores, mixer: str, length: int) -> float | None:
     """The mean over all needle tasks; None if one is missing."""
-    found = [scores.get((mixer, task, length)) for task in _needles(scores)]
+    found = [scores.get((mixer, task, length)) for task in needle_tasks(scores)]
     known = [result["score"] for result in found if result is not None]
     return statistics.mean(known) if known and len(known) == len(found) else None
 
@@ -370,9 +370,9 @@ def _draw(scores: _Scores, mixers: list[str], trained: int, path: Path) -> None:
         for mixer in mixers:
             name, colour, marker = STYLE[mixer]
             points = []
-            for T in _lengths(scores):
+            for T in lengths_of(scores):
                 known = scores.get((mixer, task, T)) if task else None
-                share = known["score"] if known else None if task else _needle_mean(scores, mixer, T)
+                share = known["score"] if known else None if task else needle_mean(scores, mixer, T)
                 if share is not None:
                     points.append((T, 100 * share))
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name) if points else None

@@ -22,14 +22,14 @@ import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from gka.hf import GKAForCausalLM
+from gka.hf import GKAConfig, GKAForCausalLM
 from gka.training.trainer import on_one_gpu
 
 from ..tasks.mqar import IGNORE, make_mqar
@@ -51,10 +51,10 @@ _LEARNT = 0.2  # accuracy of a model that has begun to learn the task
 SEEDS = (0, 1, 2)
 Entries = list[dict[str, Any]]
 Task = tuple[int, int]  # T, P
-_FULL: dict[str, Any] = dict(
+FULL: dict[str, Any] = dict(
     vocab_size=8192, longest=1024, steps=4000, batch_tokens=16_384, pool=64, test_tokens=65_536
 )
-_SMALL: dict[str, Any] = dict(vocab_size=256, longest=128, steps=8, batch_tokens=256, pool=2, test_tokens=256)
+SMALL: dict[str, Any] = dict(vocab_size=256, longest=128, steps=8, batch_tokens=256, pool=2, test_tokens=256)
 
 
 def training_tasks(longest: int) -> list[Task]:
@@ -73,7 +73,7 @@ def cells(size: str) -> list[Cell]:
     """For every dim and mixer, first the rates, then the other seeds. Small: one dim, two rates, two seeds."""
     small = size == "small"
     dims, rates, seeds = ((32,), RATES[1:3], SEEDS[:2]) if small else ((32, 64, 128, 256), RATES, SEEDS)
-    rest = _SMALL if small else _FULL
+    rest = SMALL if small else FULL
     found: list[Cell] = []
     for dim, mixer in itertools.product(dims, ALL_MIXERS):
         place = {"mixer": mixer, "dim": dim, **rest}
@@ -86,18 +86,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     """Train a model and test it on new sequences."""
     rate = cell["learning_rate"] if "learning_rate" in cell else _best_rate(folder.parents[1], cell)
     set_seed(cell["seed"])
-    config = skeleton(
-        cell["mixer"],
-        vocab_size=cell["vocab_size"],
-        hidden_size=cell["dim"],
-        intermediate_size=2 * cell["dim"],
-        num_hidden_layers=LAYERS,
-        num_attention_heads=max(HEADS, cell["dim"] // WIDEST_HEAD),
-        max_position_embeddings=cell["longest"],
-        initializer_range=FIRST_WEIGHTS,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = model_config(cell, cell["mixer"])
     model = GKAForCausalLM(config)
     trainer = RecallTrainer(
         model=model,
@@ -122,6 +111,22 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         "parameters": model.num_parameters(),
         "state_size": state_size(config, cell["longest"]),
     }
+
+
+def model_config(cell: Cell, mixer: str, **fields: Any) -> GKAConfig:
+    """The model of a cell with a mixer; fields of GKAConfig replace those of the experiment."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=cell["vocab_size"],
+        hidden_size=cell["dim"],
+        intermediate_size=2 * cell["dim"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=max(HEADS, cell["dim"] // WIDEST_HEAD),
+        max_position_embeddings=cell["longest"],
+        initializer_range=FIRST_WEIGHTS,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return skeleton(mixer, **(sizes | fields))
 
 
 class Batches(Dataset[dict[str, Tensor]]):
@@ -242,7 +247,7 @@ def section(entries: Entries, picture: Path) -> str:
     _draw(found, [task for task in tasks if 4 * task[1] == task[0]], mixers, picture)
     at = {(row["dim"], row["mixer"]): row for row in found}
     dims = sorted({dim for dim, _ in at})
-    means = [[str(dim), *(_percent(_over_tasks(at.get((dim, mixer)))) for mixer in mixers)] for dim in dims]
+    means = [[str(dim), *(_percent(over_tasks(at.get((dim, mixer)))) for mixer in mixers)] for dim in dims]
     rows = [
         [str(T), str(P), str(dim), *(_percent(_of_task(at.get((dim, mixer)), (T, P))) for mixer in mixers)]
         for (T, P), dim in itertools.product(tasks, dims)
@@ -260,12 +265,11 @@ def section(entries: Entries, picture: Path) -> str:
     names = [STYLE[mixer][0] for mixer in mixers]
     return "\n\n".join(
         (
-            "How many key/value pairs can a model recall? A sequence lists pairs, then asks for the value of each "
-            f"key. The models have {LAYERS} layers with {HEADS} heads; wider models have more heads, since no "
-            "head "
-            f"has more than {WIDEST_HEAD} dims. The vocabulary has {cell['vocab_size']} tokens. One training has "
-            f"{cell['steps']} steps of {cell['batch_tokens']:,} tokens, in float32, with sequences of "
-            f"{training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens. The gates and the alpha "
+            "How many key/value pairs can a model recall? A sequence lists pairs, then asks for the value of "
+            f"each key. The models have {LAYERS} layers with {HEADS} heads; wider models have more heads, since "
+            f"no head has more than {WIDEST_HEAD} dims. The vocabulary has {cell['vocab_size']} tokens. One "
+            f"training has {cell['steps']} steps of {cell['batch_tokens']:,} tokens, in float32, with sequences "
+            f"of {training_tasks(cell['longest'])[0][0]} to {cell['longest']} tokens. The gates and the alpha "
             "connection of GKA are on.",
             "The tables have the accuracy in percent on new sequences: the mean over the seeds "
             f"({_counts(found)}), with the smallest and largest in brackets. A difference between two mixers "
@@ -300,12 +304,16 @@ def _is_lost(row: dict[str, Any]) -> bool:
     return statistics.mean(row["accuracies"][min(row["accuracies"])]) < _LEARNT
 
 
-def _lost(found: list[dict[str, Any]]) -> str:
-    """A sentence about the mixers that did not learn the task, with the dims; "" if there are none."""
+def lost(found: list[dict[str, Any]]) -> str:
+    """The mixers that did not learn the task, with the dims."""
     dims: dict[str, list[str]] = defaultdict(list)
     for row in filter(_is_lost, found):
         dims[row["mixer"]].append(str(row["dim"]))
-    said = "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
+    return "; ".join(f"{STYLE[mixer][0]} at dim {' and '.join(where)}" for mixer, where in dims.items())
+
+
+def _about_lost(found: list[dict[str, Any]]) -> str:
+    said = lost(found)
     return said and (
         f" Failed training: {said}. Even with the best learning rate, the accuracy is below {100 * _LEARNT:g} "
         "percent at the easiest setting. These numbers show that the training failed with these steps and "
@@ -313,26 +321,43 @@ def _lost(found: list[dict[str, Any]]) -> str:
     )
 
 
-def _findings(found: list[dict[str, Any]]) -> str:
-    """The number of settings where GKA is better or worse than each other mixer; failed trainings."""
+class Compared(NamedTuple):
+    """GKA and another mixer, as numbers of settings that both have learnt."""
+
+    better: int
+    equal: int
+    worse: int
+    clearly_worse: int  # every seed of GKA is more than _APART below every seed of the other
+
+
+def compared(found: list[dict[str, Any]]) -> dict[str, Compared]:
+    """GKA compared with each other mixer, without trainings that failed."""
     learnt = [row for row in found if not _is_lost(row)]
     seeds = {(row["mixer"], row["dim"], task): a for row in learnt for task, a in row["accuracies"].items()}
-    parts, holds, fails = [], [], []
-    for other in ALL_MIXERS:
+    counts = {}
+    for other in (mixer for mixer in ALL_MIXERS if mixer != "gka"):
         pairs = [
             (seeds["gka", dim, task], theirs)
             for (mixer, dim, task), theirs in seeds.items()
             if mixer == other and ("gka", dim, task) in seeds
         ]
-        if other == "gka" or not pairs:
-            continue
+        if pairs:
+            apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
+            above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
+            clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
+            counts[other] = Compared(above, len(apart) - above - below, below, clear)
+    return counts
+
+
+def _findings(found: list[dict[str, Any]]) -> str:
+    """The number of settings where GKA is better or worse than each other mixer; failed trainings."""
+    parts, holds, fails = [], [], []
+    for other, (better, equal, worse, clear) in compared(found).items():
         name = STYLE[other][0]
-        apart = [statistics.mean(ours) - statistics.mean(theirs) for ours, theirs in pairs]
-        above, below = sum(x > _APART for x in apart), sum(x < -_APART for x in apart)
-        parts.append(f"{name}: better in {above}, equal in {len(apart) - above - below}, worse in {below}")
-        clear = sum(max(ours) < min(theirs) - _APART for ours, theirs in pairs)
+        parts.append(f"{name}: better in {better}, equal in {equal}, worse in {worse}")
         if other != "attention":
-            fails.append(f"{name} ({clear} of {len(pairs)} settings)") if clear else holds.append(name)
+            settings = f"{name} ({clear} of {better + equal + worse} settings)"
+            fails.append(settings) if clear else holds.append(name)
     said = []
     if parts:
         said.append(
@@ -350,12 +375,12 @@ def _findings(found: list[dict[str, Any]]) -> str:
         said.append(
             "These results do not test figure 3a of the paper. That figure shows the layer without gates and "
             "without the alpha connection; here both are on. Models, schedule and number of examples differ too. "
-            "The experiment has not been repeated in the paper's setting yet."
+            "The experiment `recall` is in the setting of that figure."
         )
-    return " ".join(said) + _lost(found)
+    return " ".join(said) + _about_lost(found)
 
 
-def _over_tasks(row: dict[str, Any] | None) -> list[float]:
+def over_tasks(row: dict[str, Any] | None) -> list[float]:
     """The mean over all tasks, for each seed that has all tasks."""
     return (
         [] if row is None else [statistics.mean(seed) for seed in zip(*row["accuracies"].values(), strict=False)]

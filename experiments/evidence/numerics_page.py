@@ -57,12 +57,9 @@ def text_of(entries: Entries, solvers: Sequence[str], methods: Sequence[str]) ->
     return "\n\n".join(
         (
             "How exact are the solvers? The table has the relative residual ||Ax - q|| / ||q||, the relative "
-            "error "
-            "of x, and the relative error of all gradients. The comparison is an exact solve in float64. a is "
-            "0.02. "
-            "The head dim D is 128, and 32 for the gradients. Each cell has the median of the seeds, with the "
-            "least "
-            "and the largest in brackets.",
+            "error of x, and the relative error of all gradients. The comparison is an exact solve in float64. "
+            "a is 0.02. The head dim D is 128, and 32 for the gradients. Each cell has the median of the seeds, "
+            "with the least and the largest in brackets.",
             markdown_table([*head, "gradients, 1 layer, 30", "gradients, 5 layers, 30"], errors),
             "Error of x with Chebyshev nodes, for other ridge ratios:",
             markdown_table(["a", "products in", "10 products", "20 products", "30 products"], by_ridge),

@@ -1,7 +1,7 @@
-"""The page of all experiments: write FOLDER.md next to the folder of results, and pictures into the folder.
+"""The page of all experiments: write FOLDER.md next to the folder of results, and the rest into the folder.
 
-Every section ends with its command, machine and date. The text of a section comes from the module of the
-experiment.
+FOLDER.md has one question, one picture, one short table and the answer of each experiment (`overview.py`).
+FOLDER/NAME.md has all tables, which come from the module of the experiment, with commands, machines and dates.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import Any
 from gka.training.errors import UserError
 
 from .catalogue import EXPERIMENTS
+from .overview import OVERVIEWS
 from .record import Record
 
 _HEAD = """# Evidence
 
 This page compares Gated KalmaNet (GKA) with other linear layers and with softmax attention. Each section is one
-experiment that anyone can repeat. Each section ends with its command, date, commit and machine. Results against
-GKA are shown in the same way as results in its favour.
+experiment that anyone can repeat: a question, a table, the answer and a picture. A page of its own has every
+table, with commands, dates, commits and machines. Results against GKA are shown in the same way as results in its
+favour.
 
 GLA (gated linear attention) is the GKA layer without the solve. "Seeds" are random seeds. The number a is the
 ridge ratio: the ridge is a times the norm of the key state.
 
-`python -m experiments evidence page --output {folder}` writes this page from the JSON files in `{folder}/`.
+`python -m experiments evidence page --output {folder}` writes these pages from the JSON files in `{folder}/`.
 """
 
 
@@ -65,12 +67,21 @@ def shown(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _section(record: Record, experiment: Any, picture: Path) -> str:
     entries = shown(record.entries)
+    full, page = picture.with_suffix(".md"), picture.parent.with_suffix(".md").name
     runs = [record.content["runs"][number] for number in sorted({entry["run"] for entry in entries})]
     sources = "\n".join(f"* {source}" for source in sources_of(runs))
+    full.write_text(
+        f"# {record.experiment}: {experiment.SUMMARY}\n\nAll results of one section of [the evidence "
+        f"page](../{page})."
+        f"\n\n{experiment.section(entries, picture)}\n\n![{experiment.SUMMARY}]({picture.name})\n\n"
+        f"## Commands\n\nThe results are in [{record.path.name}]({record.path.name}).\n\n{sources}\n",
+        encoding="utf-8",
+    )
+    folder = picture.parent.name
     return (
-        f"## {record.experiment}: {experiment.SUMMARY}\n\n{experiment.section(entries, picture)}\n\n"
-        f"![{experiment.SUMMARY}]({picture.parent.name}/{picture.name})\n\n"
-        f"Commands ([JSON]({picture.parent.name}/{record.path.name})):\n\n{sources}"
+        f"## {record.experiment}: {experiment.SUMMARY}\n\n{OVERVIEWS[record.experiment](entries)}\n\n"
+        f"![{experiment.SUMMARY}]({folder}/{picture.name})\n\n"
+        f"[All tables, commands and machines]({folder}/{full.name})"
     )
 
 

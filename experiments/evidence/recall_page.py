@@ -83,7 +83,7 @@ def section(entries: Entries, picture: Path) -> str:
             "seeds it has the median, with the smallest and largest in brackets. A star marks a number for which "
             "learning rates are missing.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
-            " ".join((_attention(found), _verdict(found, mixers))),
+            " ".join((_attention(found), *verdict(found, mixers), epochs(entries, mixers))),
             f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
             f"processes that share GPUs; {replayed} of them replayed a CUDA graph. Early ends: {_ends(entries)}.",
         )
@@ -103,25 +103,57 @@ def _ends(entries: Entries) -> str:
     return ", ".join(f"{ended} {count}" for ended, count in sorted(counts.items()))
 
 
+def epochs(entries: Entries, mixers: list[str]) -> str:
+    """How soon the mixers solve what they solve: the fewest epochs of any learning rate at each setting."""
+    fewest: dict[str, dict[tuple[int, ...], int]] = {mixer: {} for mixer in mixers}
+    for entry in entries:
+        cell, result = entry["cell"], entry["result"]
+        if result["ended"] == "solved":
+            setting, of = (cell["seq_len"], cell["num_pairs"], cell["dim"]), fewest[cell["mixer"]]
+            of[setting] = min(len(result["history"]), of.get(setting, len(result["history"])))
+    medians = [
+        f"{MIXERS[mixer].name} {statistics.median(of.values()):g} (at {len(of)})"
+        for mixer, of in fewest.items()
+        if of
+    ]
+    if not medians:
+        return ""
+    return (
+        f"Median epochs to {100 * SOLVED:g} percent, over the settings that a mixer solves: {', '.join(medians)}."
+    )
+
+
 def _attention(found: Table) -> str:
     """Whether the training is right: attention must solve every setting."""
     theirs = {key[:2]: value for key, value in found.items() if key[2] == REFERENCE}
     if not theirs:
         return "Softmax attention was not trained, so nothing shows that the training is right."
-    failed = [setting for setting, value in sorted(theirs.items()) if not _solved(value)]
-    if not failed:
+    unsolved = [(setting, value.complete) for setting, value in sorted(theirs.items()) if not _solved(value)]
+    if not unsolved:
         return f"Softmax attention is above {100 * SOLVED:g} percent at all {len(theirs)} settings."
-    where = "; ".join(f"{T} tokens, {P} pairs, dim {dim}" for (T, P), dim in failed)
-    return f"Softmax attention fails at {where}: there the training is at fault, and other failures say little."
+    failed, pending = (
+        "; ".join(
+            f"{T} tokens, {P} pairs, dim {dim}" for ((T, P), dim), complete in unsolved if complete == wanted
+        )
+        for wanted in (True, False)
+    )
+    said = []
+    if failed:
+        said.append(
+            f"Softmax attention fails at {failed}: there the training is at fault, and other failures say little."
+        )
+    if pending:
+        said.append(f"Learning rates of softmax attention are missing at {pending}.")
+    return " ".join(said)
 
 
 def _solved(found: Found) -> bool:
     return max(found.accuracies) > SOLVED
 
 
-def _verdict(found: Table, mixers: list[str]) -> str:
-    """Whether the layer of figure 3a recalls best among the mixers with a state, where attention shows that the
-    training is right.
+def verdict(found: Table, mixers: list[str]) -> tuple[str, str]:
+    """Counts, and whether the layer of figure 3a recalls best among the mixers with a state, where attention shows
+    that the training is right.
     """
     others = [mixer for mixer in mixers if mixer not in (*OURS, REFERENCE)]
     at: dict[tuple[Place, int], dict[str, Found]] = defaultdict(dict)
@@ -131,7 +163,7 @@ def _verdict(found: Table, mixers: list[str]) -> str:
         s for s, all_of in at.items() if PAPER in all_of and REFERENCE in all_of and _solved(all_of[REFERENCE])
     ]
     if not settings or not others:
-        return "There is nothing to compare yet."
+        return "", "There is nothing to compare yet."
     counts, missing, behind = [], 0, 0
     for mixer in others:
         pairs = [(at[setting][PAPER], at[setting].get(mixer)) for setting in settings]
@@ -147,18 +179,20 @@ def _verdict(found: Table, mixers: list[str]) -> str:
     )
     if behind:
         return (
-            f"{said} Figure 3a does not hold in this setting: another mixer recalls more in {behind} comparisons."
+            said,
+            f"Figure 3a does not hold in this setting: another mixer recalls more in {behind} comparisons.",
         )
     if missing:
-        return f"{said} {missing} comparisons are incomplete: there is no verdict on figure 3a yet."
+        return said, f"There is no verdict on figure 3a yet: incomplete comparisons: {missing}."
     best_of_all = sum(all(compare(at[s][PAPER], at[s][m]) > 0 for m in others) for s in settings)
     if best_of_all:
-        return (
-            f"{said} Figure 3a holds in this setting: no other mixer with a state recalls more anywhere, and "
+        return said, (
+            f"Figure 3a holds in this setting: no other mixer with a state recalls more anywhere, and "
             f"{MIXERS[PAPER].name} recalls more than all of them in {best_of_all} of {len(settings)} settings."
         )
     return (
-        f"{said} Figure 3a is neither confirmed nor refuted: in no setting does {MIXERS[PAPER].name} recall most."
+        said,
+        f"Figure 3a is neither confirmed nor refuted: in no setting does {MIXERS[PAPER].name} recall most.",
     )
 
 
@@ -170,13 +204,15 @@ def compare(ours: Found, theirs: Found) -> int:
 
 
 def _draw(found: Table, mixers: list[str], path: Path) -> None:
-    """Accuracy against dim, one panel per place, as in figure 3a."""
-    places = sorted({place for place, _, _ in found})
+    """Accuracy against dim, one panel per place, as in figure 3a; only where no learning rate is missing."""
+    places, every_dim = sorted({key[0] for key in found}), sorted({key[1] for key in found})
     figure, panels = new_panels(1, len(places), (max(5.0, 3.4 * len(places)), 4.0), 130, sharey=True)
     for axes, place in zip(panels, places, strict=True):
         for mixer in mixers:
             points = sorted(
-                (dim, value.accuracies) for (at, dim, name), value in found.items() if (at, name) == (place, mixer)
+                (dim, value.accuracies)
+                for (at, dim, name), value in found.items()
+                if (at, name) == (place, mixer) and value.complete
             )
             if points:
                 dims, accuracies = zip(*points, strict=True)
@@ -185,6 +221,7 @@ def _draw(found: Table, mixers: list[str], path: Path) -> None:
                     axes, dims, accuracies, kind.colour, statistics.median, marker=kind.marker, label=kind.name
                 )
         axes.set_xscale("log", base=2)
+        axes.set_xticks(every_dim, [str(dim) for dim in every_dim])
         axes.set_xlabel("model dim")
         axes.set_ylim(-0.03, 1.04)
         axes.set_title(f"{place[0]} tokens, {place[1]} pairs", loc="left", fontsize=10)

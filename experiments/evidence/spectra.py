@@ -32,7 +32,7 @@ from . import corpus as corpora
 from .lm import model_folder
 from .record import Cell
 from .spectra_measure import Inputs, memory_at, products_of_layer, spectrum, states_at
-from .spectra_page import draw, page_text
+from .spectra_page import draw, latest, page_text
 
 SUMMARY = "spectra, memory and solver steps of a trained model"
 BY_MACHINE = False
@@ -132,8 +132,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> dict[str, Any]:
 
 def section(entries: list[dict[str, Any]], picture: Path) -> str:
     """Answer, tables and picture of the latest model."""
-    weights = entries[-1]["cell"]["weights"]
-    entries = [entry for entry in entries if entry["cell"]["weights"] == weights]
+    entries = latest(entries)
     draw(entries, picture)
     return page_text(entries)
 

@@ -1,4 +1,4 @@
-"""The section of `spectra`: two sentences by rule, three tables, and a picture with three panels."""
+"""The pages of `spectra`: the answer by rule, three tables, and a picture with three panels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,35 @@ _TOLERANCE = "0.01"  # of the sentence about products
 _SOLVERS = {"chebyshev": "Chebyshev", "cg": "conjugate gradient"}
 
 
+def overview(entries: Entries) -> str:
+    """Question, table of the losses and answer for the evidence page."""
+    entries = latest(entries)
+    losses = _losses(entries)
+    table = markdown_table(*_loss_table(losses)) if losses else ""
+    parts = [
+        _described(entries) + " The difference is from the first row, with its standard error.",
+        table,
+        _answer(entries),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def latest(entries: Entries) -> Entries:
+    """The results of the latest model."""
+    return [entry for entry in entries if entry["cell"]["weights"] == entries[-1]["cell"]["weights"]]
+
+
+def _answer(entries: Entries) -> str:
+    """The sentences about memory and spectra, and about the solvers."""
+    layers = _part(entries, "layers")
+    answers = [_retention(layers) if layers else "", _solver(_part(entries, "products"), _losses(entries))]
+    return " ".join(answer for answer in answers if answer)
+
+
 def page_text(entries: Entries) -> str:
-    """The section without heading and picture."""
+    """All tables and the text about them."""
     layers, products, losses = _part(entries, "layers"), _part(entries, "products"), _losses(entries)
-    parts = [_described(entries)]
-    answers = [_retention(layers) if layers else "", _solver(products, losses)]
-    parts.append(" ".join(answer for answer in answers if answer))
+    parts = [_described(entries), _answer(entries)]
     if layers:
         parts += [_LAYERS_TEXT, markdown_table(*_layer_table(layers))]
     if products:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Trained:
         tokens_per_second: from the median time of a step in this process; None if there was no step.
         peak_bytes: peak memory on the GPU; None on a CPU.
         diverged: the step at which the loss was not finite and the training ended; None if there was none.
+        history: the log of the Trainer, with all that callbacks have added to it.
     """
 
     loss: list[list[float]]
@@ -48,6 +50,7 @@ class Trained:
     tokens_per_second: float | None
     peak_bytes: int | None
     diverged: int | None
+    history: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a dict for the results file."""
@@ -73,6 +76,7 @@ def train(
     device: torch.device,
     dtype: str = "bfloat16",
     log_every: int = 10,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train a model in place; resume from the newest checkpoint in the folder if there is one.
 
@@ -90,6 +94,7 @@ def train(
         device: device for the training.
         dtype: "bfloat16" for autocast, or "float32".
         log_every: steps per logged loss.
+        callbacks: further callbacks of the Trainer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
@@ -122,7 +127,7 @@ def train(
         args=arguments,
         train_dataset=dataset,
         data_collator=default_data_collator,
-        callbacks=[ScheduleCallback(schedule), clock],
+        callbacks=[ScheduleCallback(schedule), clock, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     cuda = device.type == "cuda"
@@ -142,6 +147,7 @@ def train(
         tokens_per_second=round(tokens / statistics.median(clock.times)) if clock.times else None,
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
         diverged=diverged,
+        history=history,
     )
 
 
@@ -155,13 +161,14 @@ def train_on_text(
     eval_bytes: int | None,
     device: torch.device,
     log_every: int,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Trained, RecallLoss | None]:
     """Train a model on the text of a corpus, then measure the held-out loss with windows of the same length.
 
     Args:
         cell: the cell; its seq_len, tokens, batch_size, seed and dtype set up the training.
         eval_bytes: bytes of held-out text; None skips the evaluation.
-        model, folder, learning_rate, device, log_every: as for `train`.
+        model, folder, learning_rate, device, log_every, callbacks: as for `train`.
 
     Returns:
         The result of the training, and the held-out loss; the loss is None if the training diverged or
@@ -178,6 +185,7 @@ def train_on_text(
         device=device,
         dtype=cell["dtype"],
         log_every=log_every,
+        callbacks=callbacks,
     )
     if trained.diverged is not None or eval_bytes is None:
         return trained, None

@@ -4,9 +4,9 @@ A cell that has to wait for others, or that others make needless, is told by the
 
     ready(cell, entries) -> bool | None     True: may run; False: later; None: needless
 
-The processes share the GPUs that CUDA_VISIBLE_DEVICES names, in turn. Every result is in the file as soon as it is
-there. When the time is over, cells that still run are stopped. They run again next time, from their checkpoint if
-they have written one into their folder.
+The processes share the GPUs that CUDA_VISIBLE_DEVICES names, in turn; each process sees only its own. Every result
+is in the file as soon as it is there. When the time is over, cells that still run are stopped. They run again next
+time, from their checkpoint if they have written one into their folder.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
+import torch
+
 from .record import Cell, Record
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 Ready = Callable[[Cell, list[dict[str, Any]]], bool | None]
 
 
@@ -123,8 +127,9 @@ def scratch_folder(folder: Path, cell: Cell) -> Path:
 def _start(number: int, processes: int, shared: Shared) -> _Worker:
     context = _context(shared)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, number, processes, shared), daemon=True)
-    process.start()
+    process = context.Process(target=_work, args=(theirs, processes, shared), daemon=True)
+    with _one_gpu(number, shared.device):
+        process.start()
     theirs.close()
     return _Worker(number, process, ours)
 
@@ -141,23 +146,35 @@ def _context(shared: Shared) -> Any:
     return context
 
 
+@contextmanager
+def _one_gpu(number: int, device: str) -> Iterator[None]:
+    """Let a new process see one GPU alone, since the Trainer takes the first that it sees."""
+    if device != "cuda":
+        yield
+        return
+    before = os.environ.get(_VISIBLE)
+    names = before.split(",") if before else [str(n) for n in range(torch.cuda.device_count())]
+    os.environ[_VISIBLE] = names[number % len(names)]
+    try:
+        yield
+    finally:
+        del os.environ[_VISIBLE]
+        if before is not None:
+            os.environ[_VISIBLE] = before
+
+
 def _code(process: Any) -> int | None:
     process.join()
     code: int | None = process.exitcode
     return code
 
 
-def _work(connection: Connection, number: int, processes: int, shared: Shared) -> None:
+def _work(connection: Connection, processes: int, shared: Shared) -> None:
     """In a process: run the cells that come, send (result, None) or (None, error)."""
-    import torch
-
     from gka.cli.quiet import quiet
 
     quiet()
-    device = torch.device(shared.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", number % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", 0) if shared.device == "cuda" else torch.device(shared.device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     experiment: Any = importlib.import_module(shared.module)
     while True:

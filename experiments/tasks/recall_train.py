@@ -4,9 +4,8 @@
     end                         test accuracy above 99% after an epoch, all epochs, or the rule of `hopeless`
 
 The examples lie on the device and are read in the same order in every epoch, as in Zoology; the last incomplete
-batch is left out. Only the numbers of an epoch are read by the host. On a GPU a step (forward, backward, AdamW) is
-recorded once as a CUDA graph and replayed, since the host needs longer for its launches than the GPU for its work.
-A step that cannot be recorded runs without a graph, and the result says so.
+batch is left out. Only the numbers of an epoch are read by the host. On a GPU a step is recorded once and replayed
+(replay.py); the result says so.
 
 Differences from Zoology: the loss is computed at the queries alone, which changes nothing but the time; on a GPU
 in bfloat16 autocast; weight decay leaves out what a layer marks with `_no_weight_decay` (decays, ridges).
@@ -16,10 +15,8 @@ Legend: N examples, B batch, T tokens, P pairs and queries of a sequence.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +28,12 @@ from transformers import set_seed
 from .mqar import IGNORE, make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
+from .replay import ReplayedSteps, own_stream
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
 WEIGHT_DECAY = 0.1
 SAVE_EVERY = 20.0  # seconds; a training takes up to some minutes
-_WARM_UP = 3  # steps before a graph is recorded: kernels compile, AdamW makes its state
 History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
 
 
@@ -126,7 +123,7 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
     model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
     data, test = (make_examples(cell, split, device) for split in ("train", "test"))
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
-    run = Steps(model, cell, batches[0], graph=device.type == "cuda")
+    run = Steps(model, cell, device, graph=device.type == "cuda")
     history, before = run.load(saved) if saved.exists() else ([], 0.0)
     ended, start = "all epochs", time.perf_counter()
     last_saved = start
@@ -150,19 +147,10 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         "ended": ended,
         "history": history,
         "seconds": round(before + time.perf_counter() - start, 1),
-        "graph": run.graph,
+        "graph": run.step.graph,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_size": state_size(cell["mixer"], cell["dim"], cell["seq_len"]),
     }
-
-
-def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """All work of a training runs in one stream that can be recorded, which the default stream cannot."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
 
 
 class Steps:
@@ -171,20 +159,17 @@ class Steps:
     Args:
         model: the model, on its device.
         cell: as for `train`.
-        example: a batch, for the shapes.
+        device: of the model and the examples.
         graph: whether to record a step as a CUDA graph; the caller is in `own_stream`.
     """
 
-    def __init__(self, model: RecallModel, cell: dict[str, Any], example: Examples, *, graph: bool) -> None:
-        self.model, self.cell, self.device = model, cell, example.inputs.device
+    def __init__(self, model: RecallModel, cell: dict[str, Any], device: torch.device, *, graph: bool) -> None:
+        self.model, self.cell, self.device = model, cell, device
         self.optimiser = torch.optim.AdamW(
             _groups(model, cell["learning_rate"], self.device), fused=True, capturable=graph
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=cell["epochs"])
-        self.total = torch.zeros((), device=self.device)  # of the losses since it was read
-        self.batch = Examples(*(torch.empty_like(x) for x in example))
-        self.wants_graph, self.graph, self.done = graph, False, 0
-        self.replay: Callable[[], object] = self._step
+        self.step = ReplayedSteps(self._loss, self.optimiser, device, graph=graph, name=cell["mixer"])
 
     def save(self, path: Path, history: History, seconds: float) -> None:
         """Write a checkpoint, whole at every moment."""
@@ -206,47 +191,18 @@ class Steps:
     def epoch(self, batches: list[Examples]) -> float | None:
         """Train an epoch; the mean loss, or None if it is not finite."""
         self.model.train()
-        self.total.zero_()
         try:
             for batch in batches:
-                for place, values in zip(self.batch, batch, strict=True):
-                    place.copy_(values)
-                if self.wants_graph and self.done == _WARM_UP:
-                    self._record()
-                self.replay()
-                self.done += 1
-        except (
-            ValueError
-        ):  # off a GPU the op refuses gates that are not finite; shapes are those of the first step
-            if self.done == 0:
+                self.step(batch)
+        except ValueError:  # off a GPU the op refuses gates that are not finite; all shapes are equal
+            if self.step.done == 0:
                 raise
             return None
         self.schedule.step()
-        loss = self.total.item() / len(batches)
-        return loss if torch.isfinite(torch.tensor(loss)) else None
+        return self.step.mean_loss()
 
-    def _step(self) -> None:
-        loss = F.cross_entropy(*_logits_and_values(self.model, self.batch, self.cell))
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        self.total += loss.detach()
-
-    def _record(self) -> None:
-        """Record a step as a CUDA graph; if that fails, say so and continue without."""
-        self.wants_graph = False
-        self.optimiser.zero_grad(set_to_none=True)  # so that gradients get memory of the graph
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self.device)
-        try:
-            # "thread_local": the thread of the backward pass may allocate memory meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._step()
-            self.replay, self.graph = graph.replay, True
-        except RuntimeError as error:
-            torch.cuda.synchronize(self.device)
-            print(f"{self.cell['mixer']}: no CUDA graph, steps are slower: {error}", file=sys.stderr)
+    def _loss(self, batch: Sequence[Tensor]) -> Tensor:
+        return F.cross_entropy(*_logits_and_values(self.model, Examples(*batch), self.cell))
 
 
 def _logits_and_values(model: RecallModel, batch: Examples, cell: dict[str, Any]) -> tuple[Tensor, Tensor]:

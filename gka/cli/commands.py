@@ -229,9 +229,16 @@ class TrainOptions:
     )
     overwrite: bool = shared.overwrite()
     log_every: int = shared.log_every()
-    eval_every: int = option(200, "steps between two validations", group=RUN, minimum=1)
+    eval_every: int = option(
+        200, "steps between two validations, which cut the held-out text into sequences", group=RUN, minimum=1
+    )
     save_every: int = shared.save_every()
-    eval_bytes: int = option(200_000, "bytes of held-out text per validation; 0 = all", group=RUN, minimum=0)
+    eval_bytes: int = option(
+        200_000,
+        "bytes of held-out text per validation; 0 = all. The last validation reads files from their start",
+        group=RUN,
+        minimum=0,
+    )
     prompt: str = option("def main(", "prompt of the sample text at the end; '' = no sample", group=RUN)
     sample_tokens: int = option(256, "length of the sample text in tokens; 0 = no sample", group=RUN, minimum=0)
 

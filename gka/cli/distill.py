@@ -31,8 +31,9 @@ from ..training.trainer import GKATrainer
 from .convert_options import DistillOptions
 from .loading import load_model
 from .machine import describe_command, describe_machine, describe_versions
-from .priming import Errors, Lesson, load_teacher, match_layers, new_trainer, open_lesson, say
+from .priming import Errors, Lesson, lesson_arguments, load_teacher, match_layers, new_trainer, open_lesson, say
 from .quiet import quiet
+from .together import together
 from .train import save_model, train_to_the_end
 
 TUNE_FOLDER = "tune"
@@ -87,10 +88,9 @@ def main(options: DistillOptions) -> None:
     quiet()
     began = time.monotonic()
     output = Path(options.output).expanduser()
-    student = load_model(options.student, options.device)
-    teacher, tokenizer = load_teacher(options)
-    layers = replaced_layers(student, teacher, options)
-    lesson = open_lesson(options, output, teacher, tokenizer)
+    arguments = lesson_arguments(options, output)
+    student, teacher, tokenizer, layers = together(lambda: _models(options))
+    lesson = open_lesson(options, output, arguments, teacher, tokenizer)
     student.to(lesson.arguments.device)
     losses = {"teacher": _loss(lesson, options, lesson.teacher)}
     losses["random"] = _loss(lesson, options, _random(lesson, student, layers, options.seed))
@@ -109,6 +109,13 @@ def main(options: DistillOptions) -> None:
         write_whole(output / "report.txt", text + "\n")
         print(f"{text}\ncheckpoint  {output / 'model'}    (gka generate {output})")
     trainer.accelerator.end_training()
+
+
+def _models(options: DistillOptions) -> tuple[Any, Any, Any, list[int]]:
+    """Student, teacher, the teacher's tokenizer, and the replaced layers."""
+    student = load_model(options.student, options.device)
+    teacher, tokenizer = load_teacher(options)
+    return student, teacher, tokenizer, replaced_layers(student, teacher, options)
 
 
 def replaced_layers(student: Any, teacher: Any, options: DistillOptions) -> list[int]:

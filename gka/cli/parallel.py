@@ -1,4 +1,4 @@
-"""The processes of `gka train`: which of them share rows, heads and weights (docs/parallel.md)."""
+"""The processes of `gka train`: which of them share sequences, heads and weights (docs/parallel.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .commands import TrainOptions
 
 
 class _TrainerOfSharedRows(ContextParallelTrainer, GKATrainer):
-    """A GKATrainer whose processes share the tokens of every row."""
+    """A GKATrainer whose processes share the tokens of every sequence."""
 
 
 class _TrainerOfSharedModels(ShardedTrainer, GKATrainer):
@@ -27,8 +27,8 @@ def per_row(options: TrainOptions) -> int:
 
 
 def parallel_trainer(options: TrainOptions, config: GKAConfig, eval_len: int) -> Any:
-    """The class of the Trainer for these options, with their arguments; eval_len: tokens of a validation row."""
-    pieces = 2 * options.context_parallel  # of a row, in the layout that shares the cost of attention
+    """The class of the Trainer for these options, and its arguments; eval_len: tokens of a validation sequence."""
+    pieces = 2 * options.context_parallel  # of a sequence, in the layout that shares the cost of attention
     zigzag = config.has_attention and options.seq_len % pieces == eval_len % pieces == 0
     layout = "zigzag" if zigzag else "contiguous"
     if options.fsdp or options.tensor_parallel > 1:

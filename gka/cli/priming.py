@@ -16,7 +16,7 @@ from ..training.errors import UserError
 from ..training.matching import LayerMatching, MatchTrainer, matching_errors
 from ..training.trainer import GKATrainer, ProgressCallback, ScheduleCallback
 from .loading import load_checkpoint
-from .run_folder import open_run
+from .run_folder import open_run_together
 from .train import schedule_of, train_to_the_end, training_arguments
 
 LAYERS_FOLDER = "layers"
@@ -59,24 +59,26 @@ def load_teacher(options: Any) -> tuple[Any, Any]:
     return load_checkpoint(options.teacher, options.device, families=tuple(FAMILIES))
 
 
-def open_lesson(options: Any, output: Path, teacher: Any, tokenizer: Any) -> Lesson:
+def lesson_arguments(options: Any, output: Path) -> TrainingArguments:
+    """The arguments of the Trainer for DistillOptions or RankOptions. They join the processes of torchrun."""
+    return training_arguments(options, output, learning_rate=options.layer_learning_rate, eval_every=1)
+
+
+def open_lesson(options: Any, output: Path, arguments: TrainingArguments, teacher: Any, tokenizer: Any) -> Lesson:
     """Create the run folder with its tokens, or open the folder of a run to resume.
 
     Args:
         options: DistillOptions or RankOptions.
         output: folder of the run.
+        arguments: from lesson_arguments.
         teacher, tokenizer: from load_teacher.
 
     Raises:
         UserError: the data or the folder cannot be used.
     """
-    arguments = training_arguments(options, output, learning_rate=options.layer_learning_rate, eval_every=1)
     batch = options.batch_size * options.accumulation * arguments.world_size
-    with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            open_run(options, output, tokenizer, batch)
+    manifest = open_run_together(options, output, tokenizer, batch, arguments)
     data = output / "data"
-    manifest = Manifest.load(data)
     seq_len = min(options.seq_len, manifest.validation.tokens)
     blocks = math.ceil(options.eval_bytes * manifest.tokens_per_byte / seq_len)
     return Lesson(

@@ -23,24 +23,18 @@ from ..training.errors import UserError
 from ..training.matching import block_loss
 from .convert_options import RankOptions
 from .machine import describe_command, describe_machine, describe_versions
-from .priming import Lesson, load_teacher, match_layers, open_lesson, say
+from .priming import Lesson, lesson_arguments, load_teacher, match_layers, open_lesson, say
 from .quiet import quiet
+from .together import together
 
 
 def main(options: RankOptions) -> None:
     """Run `gka rank-layers`. Raises UserError for errors that the user can correct."""
     quiet()
     output = Path(options.output).expanduser()
-    teacher, tokenizer = load_teacher(options)
-    layers = attention_layers(teacher)
-    if not layers:
-        raise UserError(f"{options.teacher}: has no attention layer")
-    torch.manual_seed(options.seed)
-    try:
-        converted: Any = convert(teacher, layers)
-    except ValueError as error:
-        raise UserError(f"{options.teacher}: {error}") from None
-    lesson = open_lesson(options, output, teacher, tokenizer)
+    arguments = lesson_arguments(options, output)
+    teacher, tokenizer, layers, converted = together(lambda: _models(options))
+    lesson = open_lesson(options, output, arguments, teacher, tokenizer)
     converted.to(lesson.arguments.device)
     gka_layers = {index: converted.model.layers[index].gka for index in layers}
     before, after = match_layers(lesson, options, output, gka_layers)
@@ -71,6 +65,19 @@ def main(options: RankOptions) -> None:
     write_whole(output / "ranking.txt", text + "\n")
     half = ",".join(map(str, sorted(order[: len(order) // 2]))) or str(order[0])
     print(f"{text}\nto replace the cheaper half: gka convert {options.teacher} --layers {half} OUT")
+
+
+def _models(options: RankOptions) -> tuple[Any, Any, list[int], Any]:
+    """The teacher, its tokenizer, its attention layers, and the teacher with GKA layers in place of them."""
+    teacher, tokenizer = load_teacher(options)
+    layers = attention_layers(teacher)
+    if not layers:
+        raise UserError(f"{options.teacher}: has no attention layer")
+    torch.manual_seed(options.seed)
+    try:
+        return teacher, tokenizer, layers, convert(teacher, layers)
+    except ValueError as error:
+        raise UserError(f"{options.teacher}: {error}") from None
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ..hf.folders import partial_of, write_whole
 from ..training.data import Manifest, write_tokens
 from ..training.errors import UserError, reason
@@ -27,6 +29,7 @@ from ..training.trainer import PARTIAL_CHECKPOINT
 from .commands import OPTIONS_FILE
 from .loading import MODEL_FOLDER
 from .options import as_yaml, flag, read_yaml
+from .together import together
 
 PARTIAL_MODEL = MODEL_FOLDER + ".partial"
 
@@ -88,6 +91,36 @@ def open_run(options: Any, output: Path, tokenizer: Any, sequences_per_step: int
             old.rename(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def open_run_together(
+    options: Any, output: Path, tokenizer: Any, sequences_per_step: int, arguments: TrainingArguments
+) -> Manifest:
+    """open_run in the first process, while the others wait; then each reads the manifest.
+
+    Args:
+        options, output, tokenizer, sequences_per_step: as for open_run.
+        arguments: the arguments of the Trainer, which know the processes.
+
+    Raises:
+        UserError: as open_run, in all processes; or a process does not see the files of the first one.
+    """
+
+    def open_in_first() -> None:
+        if arguments.process_index == 0:
+            open_run(options, output, tokenizer, sequences_per_step)
+
+    def read() -> Manifest:
+        try:
+            return Manifest.load(output / "data")
+        except FileNotFoundError:
+            raise UserError(
+                f"--output {output}: the files of the first process are not there; give a folder that all "
+                "machines share"
+            ) from None
+
+    together(open_in_first)
+    return together(read)
 
 
 def _fill(options: Any, output: Path, tokenizer: Any, sequences_per_step: int) -> None:

@@ -23,6 +23,7 @@ from .commands import ServeOptions
 from .generate import ready_attention
 from .loading import find_checkpoint, load_model
 from .quiet import quiet
+from .serve_errors import answer_errors
 from .serve_vllm import check_options, run_vllm
 
 
@@ -56,7 +57,7 @@ def main(options: ServeOptions) -> None:
 def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, default_seed: int | None) -> None:
     """Serve one model with the code of `transformers serve`, until the process is interrupted.
 
-    Requests run one after another. Each is one call of `generate` with its own cache.
+    Requests run one after another. Each is one call of `generate` with its own cache. Refusals have OpenAI's form.
 
     Args:
         name: name of the model in requests.
@@ -66,7 +67,7 @@ def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, defa
         default_seed: random seed for sampling; None sets no seed.
     """
     from transformers.cli.serve import Serve
-    from transformers.cli.serving import model_manager
+    from transformers.cli.serving import model_manager, server
 
     class OneModel(model_manager.ModelManager):
         """The model manager of transformers, with one fixed model."""
@@ -85,8 +86,17 @@ def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, defa
         def shutdown(self) -> None:
             """Keep the model, because the server cannot load it again."""
 
-    started = int(time.time())
-    with ready_attention(), mock.patch.object(model_manager, "ModelManager", OneModel):
+    def build_server(*args: Any, **kwargs: Any) -> Any:
+        app = original(*args, **kwargs)
+        answer_errors(app, tokenizer)
+        return app
+
+    started, original = int(time.time()), server.build_server
+    with (
+        ready_attention(),
+        mock.patch.object(model_manager, "ModelManager", OneModel),
+        mock.patch.object(server, "build_server", build_server),
+    ):
         Serve(force_model=name, host=host, port=port, log_level="error", default_seed=default_seed)
 
 

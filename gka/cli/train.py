@@ -51,15 +51,13 @@ from .options import flag
 from .parallel import check_parallel, parallel_trainer, per_row
 from .plots import plot_loss
 from .quiet import quiet
-from .run_folder import PARTIAL_MODEL, open_run
+from .run_folder import PARTIAL_MODEL, open_run_together
+from .together import together
 
 
 def main(options: TrainOptions) -> None:
     """Run `gka train`. Raises UserError for anything the user can put right."""
     quiet()
-    _check(options)
-    tokenizer = load_tokenizer(options.tokenizer)
-    config = model_config(options, tokenizer)
     output = Path(options.output).expanduser()
     arguments = training_arguments(
         options,
@@ -69,18 +67,22 @@ def main(options: TrainOptions) -> None:
         compile=options.compile,
     )
     _check_equal_options(options)
+    tokenizer, config = together(lambda: _tokenizer_and_config(options))
     check_parallel(options, config, arguments.world_size)
     batch = options.batch_size * options.accumulation * (arguments.world_size // per_row(options))
-    with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            open_run(options, output, tokenizer, batch)
-    manifest = Manifest.load(output / "data")
+    manifest = open_run_together(options, output, tokenizer, batch, arguments)
     trainer = _make_trainer(options, output, arguments, config, tokenizer, manifest, batch)
     train_to_the_end(trainer, output)
     save_model(trainer, output)
     if trainer.is_world_process_zero():
         _report(options, output, trainer, manifest, batch)
     trainer.accelerator.end_training()
+
+
+def _tokenizer_and_config(options: TrainOptions) -> tuple[Any, GKAConfig]:
+    _check(options)
+    tokenizer = load_tokenizer(options.tokenizer)
+    return tokenizer, model_config(options, tokenizer)
 
 
 def model_config(options: TrainOptions, tokenizer: Any) -> GKAConfig:
@@ -214,6 +216,7 @@ def _make_trainer(
         max_steps = len(train) // batch
     arguments.max_steps = max_steps if max_steps is not None else sys.maxsize // batch
     schedule, step = schedule_of(output, arguments, max_steps, max_seconds, options.warmup, per_row(options))
+    writer = together(lambda: _tensorboard(output, step) if arguments.process_index == 0 else None)
 
     set_seed(options.seed)
     model = new_model(options, config)
@@ -234,11 +237,14 @@ def _make_trainer(
         callbacks=[ScheduleCallback(schedule), ProgressCallback(schedule, batch * options.seq_len)],
     )
     trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        writer = SummaryWriter(str(output / "tensorboard"), purge_step=step or None)
+    if writer is not None:
         trainer.add_callback(TensorBoardCallback(writer))
         _announce(options, trainer, model, manifest, step)
     return trainer
+
+
+def _tensorboard(output: Path, step: int) -> SummaryWriter:
+    return SummaryWriter(str(output / "tensorboard"), purge_step=step or None)
 
 
 def schedule_of(
@@ -362,7 +368,7 @@ def _report(options: TrainOptions, output: Path, trainer: GKATrainer, manifest: 
     write_whole(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(
         f"\nvalidation  {score.bits_per_byte:.3f} bits per byte, {score.loss:.3f} nats per token "
-        f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files)\n"
+        f"({score.bytes / 1e3:,.0f} kB of {len(scores)} held-out files, each read from its start)\n"
         f"loss curve  {output / 'loss.png'}\n"
         f"checkpoint  {output / MODEL_FOLDER}"
         "    (load it with: import gka; AutoModelForCausalLM.from_pretrained)"

@@ -30,7 +30,7 @@ _on_hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroupGloo] = WeakKey
 
 
 class RanksDisagree(RuntimeError):
-    """Ranks that share a row were called with different things. The message names the ranks and their values."""
+    """Processes that share sequences were called with different things. The message has their ranks and values."""
 
 
 def agree(group: dist.ProcessGroup, values: Values) -> None:
@@ -52,8 +52,8 @@ def agree(group: dist.ProcessGroup, values: Values) -> None:
         messages = _gather(group, torch.tensor([*message.ljust(max(lengths))], dtype=torch.uint8))
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {dist.get_rank()} waits in vain for the ranks that share its rows, {ranks}: one of them has "
-            "ended, or has made no call within the time-out of the group"
+            f"rank {dist.get_rank()} waits in vain for the processes that share its sequences, {ranks}: one of "
+            "them has ended, or has made no call within the time-out of the group"
         ) from error
     raise RanksDisagree(difference([pickle.loads(bytes(x.tolist())) for x in messages], ranks))
 
@@ -93,7 +93,7 @@ def difference(everyone: Sequence[Values], ranks: Sequence[int]) -> str:
                 holders.setdefault(str(value), []).append(str(rank))
             told = [f"{value} on rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in holders.items()]
             found.append(f"{name}: {'; '.join(told)}")
-    return f"ranks that share a row disagree about {'. '.join(found)}. Expected the same on every rank"
+    return f"processes that share a sequence disagree about {'. '.join(found)}. Expected the same in every process"
 
 
 def _first_difference(name: str, theirs: list[object]) -> tuple[str, list[object]]:

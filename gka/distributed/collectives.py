@@ -37,7 +37,7 @@ def refuse_second_derivatives() -> None:
     """RuntimeError in a backward pass that is to be differentiated again; `once_differentiable` may miss it."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "create_graph is True; expected False: exchanges between ranks have first derivatives alone"
+            "create_graph is True; expected False: exchanges between processes have first derivatives alone"
         )
 
 

@@ -85,7 +85,7 @@ class ContextParallel:
             raise ValueError(f"T is {T}; expected at least 0")
         if self.layout == "zigzag" and T % (2 * self.size):
             raise ValueError(
-                f"T is {T}; expected a multiple of {2 * self.size}, two pieces for each of {self.size} ranks, "
+                f"T is {T}; expected a multiple of {2 * self.size}, two pieces for each of {self.size} processes, "
                 "with layout='zigzag'"
             )
         edges = (0, T) if numbers is None else sequence_edges(numbers, T)

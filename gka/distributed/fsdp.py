@@ -40,14 +40,15 @@ def shard_model(
         mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("dp_shard", "tp"))
         model = shard_model(GKAForCausalLM(config), mesh, param_dtype=torch.bfloat16)
 
-    Processes that differ in "tp" or "cp" take the same rows, others take different ones. Make the optimiser
+    Processes that differ in "tp" or "cp" take the same sequences, others take different ones. Make the optimiser
     afterwards.
 
     Args:
         model: a model of this library, or another of transformers with GKA layers; it is changed.
         mesh: its dims are named "dp_shard" (parameters are split), optionally before it "dp_replicate" (groups
-            that each have all parameters) or after it "cp" (processes share the tokens of a row; parameters are
-            split over them too; call `parallelize` first), and last "tp" (heads are split, by `tensor_parallel`).
+            that each have all parameters) or after it "cp" (processes share the tokens of a sequence; parameters
+            are split over them too; call `parallelize` first), and last "tp" (heads are split, by
+            `tensor_parallel`).
         param_dtype: dtype in which blocks compute; None means that of the parameters. The optimiser keeps theirs.
         reduce_dtype: dtype in which gradients are summed over processes; None means that of the parameters, and at
             least float32.

@@ -142,7 +142,7 @@ def cut_batch(config: GKAConfig, context: ContextParallel, call: dict[str, Any])
         _join_rows(call, packing.positions.to(tokens.device, non_blocking=True))
     if config.has_attention and shard.tokens < context.size:  # Qwen3's layers take no empty tensors
         raise ValueError(
-            f"T is {shard.tokens}; expected at least {context.size}, a token for every rank, with attention"
+            f"T is {shard.tokens}; expected at least {context.size}, a token for every process, with attention"
         )
     for name in _OF_PACKING:
         call.pop(name, None)

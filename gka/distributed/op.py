@@ -260,18 +260,18 @@ def _checked(
         raise TypeError("cu_seqlens is given; expected ContextParallel.shard(T, cu_seqlens) to have it")
     if transforms_active():
         raise ValueError(
-            "a transform of torch.func or forward mode is active; expected a plain call across ranks, "
+            "a transform of torch.func or forward mode is active; expected a plain call in every process, "
             "with gradients by backward()"
         )
     check_tokens(q, k, v, g, alpha, beta, "[B, T, H, D]")
     (B, t, H, D), V = q.shape, v.shape[3]
     if t != shard.local_tokens:
         raise ValueError(
-            f"q has shape {tuple(q.shape)}; expected {shard.local_tokens} tokens in dim 1, this rank's of "
+            f"q has shape {tuple(q.shape)}; expected {shard.local_tokens} tokens in dim 1, this process's of "
             f"{shard.tokens}: cut global tensors by shard.take"
         )
     if shard.packed and B != 1:
-        raise ValueError(f"q has batch size {B}; expected 1 with a packed row: concatenate the sequences")
+        raise ValueError(f"q has batch size {B}; expected 1 with a packed batch: concatenate the sequences")
     solver, steps, tolerance = (options.get(name) for name in ("solver", "solver_steps", "tolerance"))
     steps = checked_plan(solver or "chebyshev", steps, tolerance, q.dtype).solver_steps
     check_same_device(q, k=k, v=v, g=g, alpha=alpha, beta=beta)

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .projections import ZeroLinear
+from .short_conv import ShortConv
 
 
 def default_std(hidden_size: int) -> float:
@@ -49,3 +54,27 @@ def fresh_dt_bias(heads: int, device: torch.device | None = None) -> Tensor:
 def repeated_heads(heads: int, kv_heads: int, device: torch.device | None = None) -> Tensor:
     """[heads, kv_heads] float32 of ones and zeros: query head h reads key/value head h // (heads / kv_heads)."""
     return torch.eye(kv_heads, device=device).repeat_interleave(heads // kv_heads, dim=0)
+
+
+@torch.no_grad()
+def fill_layer(layer: Any) -> None:
+    """Set the initial weights of a `GatedKalmaNet` in place."""
+    std = default_std(layer.hidden_size) if layer.initializer_range is None else layer.initializer_range
+    for module in layer.modules():
+        if isinstance(module, ZeroLinear):
+            fill(module.weight, nn.init.zeros_)
+        elif isinstance(module, ShortConv):
+            fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)))
+        elif isinstance(module, nn.Linear):
+            of_this = std * layer.output_factor if module is layer.o_proj else std
+            fill(module.weight, partial(nn.init.normal_, std=of_this))
+            if module.bias is not None:
+                fill(module.bias, nn.init.zeros_)
+    fill(layer.o_norm.weight, nn.init.ones_)
+    if layer.a_proj is not None:
+        heads, device = len(layer.A_log), layer.A_log.device  # of all processes that share the layer
+        fill(layer.A_log, lambda _: layer.set_decay("A_log", fresh_A_log(heads, device)))
+        fill(layer.dt_bias, lambda _: layer.set_decay("dt_bias", fresh_dt_bias(heads, device)))
+    for mixing in (layer.k_rep, layer.v_rep):
+        if mixing is not None:
+            fill(mixing, lambda x: x.copy_(repeated_heads(layer.num_heads, layer.num_kv_heads, x.device)))

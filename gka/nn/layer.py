@@ -20,9 +20,7 @@ N packed sequences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,15 +31,16 @@ from ..ops.autocast import autocast_off
 from ..ops.checks import check_numbers, check_solver
 from ..ops.solvers import RIDGE_RATIO
 from ..ops.transforms import transforms_active
-from .cache import LayerState, checked_layer_state, read_cache, write_cache
+from .cache import LayerState, read_cache, write_cache
 from .decay import DecayParameters
-from .first_weights import default_std, fill, fresh_A_log, fresh_dt_bias, repeated_heads
-from .gated_norm import GatedRMSNorm, at_least_float32
+from .first_weights import fill_layer
+from .gated_norm import GatedRMSNorm
 from .gates import layer_gates
+from .given_state import given_state, no_past
 from .layer_checks import check_alone, check_call, check_counts, check_sizes
 from .padding import RealFirst
 from .part import PartOfBatch
-from .projections import LowRank, ZeroLinear, expand_heads
+from .projections import LowRank, expand_heads
 from .short_conv import ShortConv, convolve, last_inputs, packing
 
 if TYPE_CHECKING:
@@ -202,28 +201,9 @@ class GatedKalmaNet(DecayParameters):
             **place,
         )
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial weights, as a model does for its layers (`gka.nn.first_weights`)."""
-        std = default_std(self.hidden_size) if self.initializer_range is None else self.initializer_range
-        for module in self.modules():
-            if isinstance(module, ZeroLinear):
-                fill(module.weight, nn.init.zeros_)
-            elif isinstance(module, ShortConv):
-                fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)))
-            elif isinstance(module, nn.Linear):
-                of_this = std * self.output_factor if module is self.o_proj else std
-                fill(module.weight, partial(nn.init.normal_, std=of_this))
-                if module.bias is not None:
-                    fill(module.bias, nn.init.zeros_)
-        fill(self.o_norm.weight, nn.init.ones_)
-        if self.a_proj is not None:
-            heads, device = len(self.A_log), self.A_log.device  # of all processes that share the layer
-            fill(self.A_log, lambda _: self.set_decay("A_log", fresh_A_log(heads, device)))
-            fill(self.dt_bias, lambda _: self.set_decay("dt_bias", fresh_dt_bias(heads, device)))
-        for mixing in (self.k_rep, self.v_rep):
-            if mixing is not None:
-                fill(mixing, lambda x: x.copy_(repeated_heads(self.num_heads, self.num_kv_heads, x.device)))
+        fill_layer(self)
 
     def set_solver_steps(self, solver_steps: Sequence[int] | None) -> None:
         """Change the solver steps from the next call on, and keep the solver and its tolerance (`set_solver`)."""
@@ -296,9 +276,9 @@ class GatedKalmaNet(DecayParameters):
             check_alone(
                 cu_seqlens=cu_seqlens, past_key_values=past_key_values, state=state, return_state=return_state
             )
-        past = self._given_state(state, return_state, hidden_states, past_key_values, cu_seqlens)
+        past = given_state(self, state, return_state, hidden_states, past_key_values, cu_seqlens)
         if hidden_states.shape[1] == 0 and part is None:
-            return (hidden_states, past or self._no_past(hidden_states)) if return_state else hidden_states
+            return (hidden_states, past or no_past(self, hidden_states)) if return_state else hidden_states
         rows = None if attention_mask is None else RealFirst(attention_mask, 1 if part is None else part.segments)
         if rows is not None:
             hidden_states = rows.compress(hidden_states)
@@ -332,35 +312,6 @@ class GatedKalmaNet(DecayParameters):
     def _place(self) -> int:
         assert self.layer_idx is not None, "check_cache has seen to it"
         return self.layer_idx
-
-    def _given_state(
-        self, state: Any, return_state: bool, x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None
-    ) -> LayerState | None:
-        """The state of the call. The op checks its sums; everything else is checked here."""
-        if (state is not None or return_state) and cu_seqlens is not None:
-            raise ValueError("cu_seqlens is given with state or return_state; pass the sequences as rows, padded")
-        if state is None:
-            return None
-        if cache is not None:
-            raise ValueError("state and past_key_values are both given; expected one of them")
-        given = checked_layer_state(state, [tuple(part.shape) for part in self._no_past(x).conv])
-        if x.shape[1] != 1 or torch.is_grad_enabled():
-            return given
-        # A decode step writes over its state: here over a copy.
-        copies = (part.clone() if isinstance(part, Tensor) else part for part in given.state)
-        return LayerState(given.conv, State(*copies))  # type: ignore[arg-type]  # the op checks them
-
-    def _no_past(self, x: Tensor) -> LayerState:
-        """The state before the first token of the rows x [B, T, hidden_size]: zeros."""
-        B, D, W = x.shape[0], self.head_dim, self.conv_size
-        streams = (self.q_proj, self.k_proj, self.v_proj)
-        widths = (W - 1, W - 1, 0 if self.v_conv1d is None else W - 1)
-        conv = [
-            x.new_zeros(B, p.out_features if width or p is not self.v_proj else self.k_proj.out_features, width)
-            for p, width in zip(streams, widths, strict=True)
-        ]
-        S = x.new_zeros(B, self.num_heads, D, D, dtype=at_least_float32(x[:0]).dtype)
-        return LayerState(conv, State(S.clone() if self.solves else None, S))
 
     def _qkv(
         self,

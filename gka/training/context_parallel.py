@@ -1,8 +1,8 @@
-"""Training with rows whose tokens several processes share (docs/parallel.md).
+"""Training with sequences whose tokens several processes share (docs/parallel.md).
 
-With N processes per row, processes 0 to N - 1 get the same batches, the next N get others, and so on. The model
-takes whole batches and returns the loss of whole rows on each process (`gka.distributed.parallelize`). DDP or FSDP
-average the gradients over all processes.
+With N processes per sequence, processes 0 to N - 1 get the same batches, the next N get others, and so on. The
+model takes whole batches and returns the loss of whole sequences in each process (`gka.distributed.parallelize`).
+DDP or FSDP average the gradients over all processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..distributed import ContextParallel, parallelize
 
 
 class ContextParallelTrainer(Trainer):
-    """transformers' Trainer, with processes that share the tokens of every row.
+    """transformers' Trainer, with processes that share the tokens of every sequence.
 
     As first of several base classes it makes another Trainer of this kind.
 
@@ -32,7 +32,7 @@ class ContextParallelTrainer(Trainer):
     Raises:
         ValueError: the number of processes is not a multiple of N, or args.prediction_loss_only or
             args.average_tokens_across_devices is False, or args.label_smoothing_factor is not 0.
-        TypeError: a dataset is an IterableDataset, which gives each process other rows.
+        TypeError: a dataset is an IterableDataset, which gives each process other sequences.
     """
 
     def __init__(self, *, processes_per_row: int, layout: Any = "contiguous", **settings: Any) -> None:
@@ -49,7 +49,7 @@ class ContextParallelTrainer(Trainer):
         if arguments.label_smoothing_factor:
             raise ValueError(
                 f"args.label_smoothing_factor is {arguments.label_smoothing_factor}; expected 0: it needs the "
-                "logits of whole rows"
+                "logits of whole sequences"
             )
         for name in ("train_dataset", "eval_dataset"):
             given = settings.get(name)
@@ -73,11 +73,11 @@ class ContextParallelTrainer(Trainer):
         return mesh
 
     def get_cp_size(self) -> int:
-        """N. The Trainer counts rows of a step with it."""
+        """N. The Trainer counts sequences of a step with it."""
         return self._per_row
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        """Tokens with a label in the batches of all processes, each row once; releases of the Trainer differ."""
+        """Labelled tokens in the batches of all processes, each sequence once; releases of the Trainer differ."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         labels = [x["shift_labels"] if "shift_labels" in x else x["labels"][..., 1:] for x in batch_samples]
@@ -96,17 +96,17 @@ class ContextParallelTrainer(Trainer):
             state.device_mesh = before
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's, with the same batches for the processes of a row."""
+        """As the Trainer's, with the same batches for the processes of a sequence."""
         with self._one_batch_per_row():
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the same batches for the processes of a row."""
+        """As the Trainer's, with the same batches for the processes of a sequence."""
         with self._one_batch_per_row():
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the same batches for the processes of a row."""
+        """As the Trainer's, with the same batches for the processes of a sequence."""
         with self._one_batch_per_row():
             return super().get_test_dataloader(*args, **kwargs)
 
@@ -117,19 +117,19 @@ class ContextParallelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of the Trainer, which adds up the losses of a row's processes; here each has the whole loss."""
+        """The loss of the Trainer, which adds up those of a sequence's processes; here each has the whole loss."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss / self._per_row
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; of the processes of a row, which have the same loss, one counts."""
+        """As the Trainer's; of the processes of a sequence, which have the same loss, one counts."""
         self.gather_function = self._gather_of_rows
         return super().evaluation_loop(*args, **kwargs)
 
     def _gather_of_rows(self, losses: torch.Tensor) -> torch.Tensor:
-        """[k] of each process -> the losses of all rows, without those that fill up the last batch."""
+        """[k] of each process -> the losses of all sequences, without those that fill up the last batch."""
         everyone = self.accelerator.gather(losses).unflatten(0, (-1, self._per_row, len(losses)))
         of_rows: torch.Tensor = everyone[:, 0].flatten()
         state = self.accelerator.gradient_state

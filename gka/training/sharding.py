@@ -1,7 +1,7 @@
 """Training with a model that several processes share: FSDP2, tensor and context parallelism on one mesh.
 
     mesh          processes / (cp tp) x cp x tp, with the names "dp_shard", "cp" and "tp"
-    batches       the same for all processes of a row, cp tp of them; others have other batches
+    batches       the same for all processes of a sequence, cp tp of them; others have other batches
     weights       split over dp_shard and cp together, and by heads over tp (`gka.distributed.shard_model`)
     checkpoints   those of one process: model.safetensors, and optimizer.pt with moments by number
 
@@ -36,13 +36,13 @@ _ON_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ShardedTrainer(ContextParallelTrainer):
-    """transformers' Trainer, with processes that share the model, and the tokens of every row if asked for.
+    """transformers' Trainer, with processes that share the model, and the tokens of every sequence if asked for.
 
     As first of several base classes it makes another Trainer of this kind. Without processes beside those of "tp",
     the weights are split by heads alone.
 
     Args:
-        context_parallel: cp, the processes that share the tokens of a row.
+        context_parallel: cp, the processes that share the tokens of a sequence.
         tensor_parallel: tp, the processes that share the heads.
         **settings: as those of ContextParallelTrainer; with cp = 1 the model may be another one of transformers.
             With args.bf16, FSDP gathers weights in bfloat16.

@@ -272,7 +272,7 @@ class ProgressCallback(TrainerCallback):
             left = round(spent * (1 - self.schedule.progress) / gained)
             parts.append(f"{left // 60}:{left % 60:02d} left")
         if not math.isnan(self.validation):
-            parts.append(f"val {self.validation:.3f} bits/byte")
+            parts.append(f"validation {self.validation:.3f} bits/byte")
         of = f"/{self.schedule.max_steps}" if self.schedule.max_steps else ""
         parts.append(f"step {step}{of}")
         return " · ".join(parts)

@@ -45,7 +45,7 @@ def test_times_and_bytes(tmp_path: Path) -> None:
     assert [row["bytes"] for row in rows[16:18]] == [[3 * 48 * 4, piece], [3 * 48 * 4, piece, piece, 3 * 48 * 4]]
     table = rows_of(parallel_table(result))
     assert len(table) == 2 + len(rows) and table[2][1:4] == ["forward", "contiguous", "2"]
-    assert table[6][2:4] == ["one rank", "1"] and table[6][5] == "1.00" and float(table[2][5]) > 0
+    assert table[6][2:4] == ["whole", "1"] and table[6][5] == "1.00" and float(table[2][5]) > 0
 
 
 def test_results_are_compared() -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from model_helpers import random_tokens, tiny_model
 from tiny_run import _path, train, write_texts
 from transformers import AutoTokenizer, ByT5Tokenizer, set_seed
@@ -189,7 +190,41 @@ def test_the_model_is_listed_and_others_refused(served: Served) -> None:
     assert [model.id for model in served.client.models.list()] == ["run"]
     with pytest.raises(openai.BadRequestError) as caught:
         served.client.completions.create(model="another", prompt="a", max_tokens=1)
-    assert "pinned to 'run'" in caught.value.response.text
+    assert caught.value.body == {
+        "message": "Server is pinned to 'run'; requested 'another'.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
+
+
+def served_here(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """The server's application, without a network."""
+    apps: list[Any] = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: apps.append(server.config.app))
+    run_server("it", model, tokenizer, "localhost", 0, None)
+    return TestClient(apps[0], raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    tokenizer = fast_byte_tokenizer(ByT5Tokenizer(extra_ids=0))
+    web: Any = served_here(tiny_model("gka", torch.float32, vocab_size=259), tokenizer, monkeypatch)
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=web)
+    messages: Any = [{"role": "user", "content": "a"}]
+    for call in (
+        lambda: client.chat.completions.create(model="it", messages=messages, stream=stream),
+        lambda: client.responses.create(model="it", input="a", stream=stream),
+    ):
+        with pytest.raises(openai.BadRequestError, match="needs a chat template, and the tokenizer") as caught:
+            call()
+        assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+    assert client.completions.create(model="it", prompt="a", max_tokens=1, temperature=0).choices
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(openai.BadRequestError, match="the chat template refuses them: roles must alternate"):
+        client.chat.completions.create(model="it", messages=messages, stream=stream)
+    refused = web.post("/v1/completions", json=["a"])
+    assert refused.status_code == 422 and refused.json()["error"]["message"].startswith("body: Input should be a")
 
 
 # vLLM in place of transformers' server; tests/vllm_plugin/engine/test_server.py runs it

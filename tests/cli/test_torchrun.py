@@ -10,6 +10,7 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked import Done, run_forked
@@ -82,6 +83,28 @@ def test_an_error_of_all_processes_is_told(texts: Path, tmp_path: Path) -> None:
     cause = done.stderr.partition("Root Cause")[2]
     assert "gka train: error: --context-parallel 2 needs a multiple of 2 processes, there are 3" in cause
     assert "exitcode  : 2" in cause and not (tmp_path / "run").exists()
+
+
+def prepared_wrongly(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """What only the first process finds when it prepares a run: options, and a part of the error."""
+    (folder / "other").mkdir()
+    (folder / "other" / "mine.txt").touch()
+    return {
+        "text": ({"batch_size": 400}, "too little text: "),
+        "used": ({"output": folder / "other"}, f"--output {folder / 'other'}: is not empty"),
+        "resume": ({"resume": True}, "--resume: there is no run in "),
+    }
+
+
+@pytest.mark.parametrize("name", ("text", "used", "resume"))
+def test_an_error_of_the_first_process_is_told_by_all(texts: Path, tmp_path: Path, name: str) -> None:
+    """Whichever ends first, its line is the cause, not an error that follows from it."""
+    options, reason = prepared_wrongly(tmp_path)[name]
+    arguments = command("train", **{**RUN, "output": tmp_path / "run", "data": [texts], **options})
+    done = torchrun("--standalone", "--nproc_per_node", "2", arguments=arguments)
+    assert f"gka train: error: {reason}" in done.stderr.partition("Root Cause")[2]
+    told = {line.partition("gka train: ")[2] for line in done.stderr.splitlines() if "gka train: error" in line}
+    assert len(told) == 1 and not (tmp_path / "run").exists(), told
 
 
 def test_nodes_with_other_options_are_refused(texts: Path, tmp_path: Path) -> None:

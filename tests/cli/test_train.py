@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -196,6 +197,8 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(
     bits = [metrics(tmp_path / name)["validation"]["bits_per_byte"] for name in ("run", "one")]
     assert bits[0] == pytest.approx(bits[1], rel=1e-3)
     assert done.stdout.count("bits per byte") == 1, "one process reports"
+    told = re.findall(r"validation (\d+\.\d+) bits/byte", done.stderr)
+    assert told == [f"{bits:.3f}" for bits in logged(tmp_path / "run", "eval_bits_per_byte").values()] and told
     capsys.readouterr()
     assert cli.main(command("train", output=tmp_path / "run", resume=True)) == 2
     assert "has 4 sequences, now 2; with another number of processes change" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 from disagreements import MODELS, SHARDS, of_a_missing_rank, of_models, of_others, of_shards
 from ranks import Ranks
 
-BEGINNING = "RanksDisagree: ranks that share a row disagree about "
+BEGINNING = "RanksDisagree: processes that share a sequence disagree about "
 
 
 def same_error(errors: list[str], *parts: str) -> None:
@@ -43,4 +43,6 @@ def test_an_equal_plan_and_other_tensors(ranks: Ranks) -> None:
 
 def test_a_rank_that_does_not_come(ranks: Ranks) -> None:
     told = ranks.run(4, of_a_missing_rank)[0]
-    assert told.startswith("RuntimeError: rank 0 waits in vain for the ranks that share its rows, [0, 1]: one of")
+    assert told.startswith(
+        "RuntimeError: rank 0 waits in vain for the processes that share its sequences, [0, 1]: one of"
+    )

@@ -80,16 +80,16 @@ REFUSED = {
     "kind of T": "TypeError: T is 8.0; expected an integer",
     "edges": "ValueError: cu_seqlens is [0, 5, 3, 8]; expected to rise from 0 to T = 8",
     "kind of edges": "TypeError: cu_seqlens is [0, 2.5, 8]; expected a list or a tensor of integers, [N + 1]",
-    "local tokens": "ValueError: q has shape (1, 8, 2, 16); expected 2 tokens in dim 1, this rank's of 8",
+    "local tokens": "ValueError: q has shape (1, 8, 2, 16); expected 2 tokens in dim 1, this process's of 8",
     "take": "ValueError: x has shape (1, 7, 2, 16); expected 8 in dim 1",
     "gather": "ValueError: x has shape (1, 8, 2, 16); expected 2 in dim 1",
     "shard": "TypeError: shard is a ContextParallel; expected the result of ContextParallel.shard",
-    "rows": "ValueError: q has batch size 2; expected 1 with a packed row",
+    "rows": "ValueError: q has batch size 2; expected 1 with a packed batch",
     "cu_seqlens": "TypeError: cu_seqlens is given; expected ContextParallel.shard(T, cu_seqlens) to have it",
     "state": "ValueError: initial_state.S_kv has shape (1, 2, 16, 16); expected (2, 2, 16, 16)",
     "transform": "ValueError: a transform of torch.func or forward mode is active",
     "pickle": "TypeError: a ContextParallel cannot be pickled",
-    "T for zigzag": "ValueError: T is 9; expected a multiple of 8, two pieces for each of 4 ranks",
+    "T for zigzag": "ValueError: T is 9; expected a multiple of 8, two pieces for each of 4 processes",
 }
 
 

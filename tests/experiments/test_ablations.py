@@ -260,6 +260,10 @@ def test_models_differ_in_what_their_name_says() -> None:
     models = {name: ablations.build({**cell, "variant": name}, 50, 0) for name in ablations.TRIALS}
     layers = {name: model.model.layers[0].gka for name, model in models.items()}
     assert layers["no forget gate"].a_proj is None and layers["no alpha connection"].alpha_proj is None
+    assert layers["no beta gate"].b_proj is None and layers[ablations.BASE].b_proj is not None
+    assert layers["alpha starts at 0.88"].alpha_proj.bias.item() == 2.0
+    assert layers["alpha starts at 0.12"].alpha_proj.bias.item() == -2.0
+    assert layers["first weights 0.02"].q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for a in (0.01, 0.05, 0.1):
         assert layers[f"a = {a:g}"].ridge_ratio == a
     assert layers[ablations.BASE].ridge_ratio == 0.02 and layers[ablations.BASE].solver_steps is None
@@ -270,6 +274,11 @@ def test_models_differ_in_what_their_name_says() -> None:
     assert layers["lambda = 0.25"].variant == Variant(ridge=0.25)
     assert layers["conjugate gradient"].variant == CONJUGATE
     same = models[ablations.BASE].state_dict()
+    for name, part in (("alpha starts at 0.88", "alpha_proj.bias"), ("A starts 10 times smaller", "A_log"),
+                       ("dt starts 10 times smaller", "dt_bias")):  # fmt: skip
+        other = models[name].state_dict()
+        changed = [key for key, value in same.items() if not torch.equal(other[key], value)]
+        assert len(changed) == 4 and all(key.endswith(part) for key in changed)
     for name in ("lambda = 0.25", "conjugate gradient", "steps (8,)", "sketch, d = 16"):
         other = models[name].state_dict()
         assert all(torch.equal(other[key], value) for key, value in same.items()), name

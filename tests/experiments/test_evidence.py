@@ -152,6 +152,8 @@ def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
     assert [cell["seed"] for cell in counted] == [1]
     assert command_line.main([*arguments, "seed=9"]) == command_line.main([*arguments, "seed"]) == 2
     assert len(counted) == 1
+    assert command_line.main([*arguments, "seed=1|3"]) == 0
+    assert [cell["seed"] for cell in counted] == [1, 3]
 
 
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -401,7 +403,7 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch, 
         entry["result"].pop("cache bytes", None)
     text = cost.section(entries, tmp_path / "picture.png")
     assert "18 bytes" not in text
-    assert cost._points(entries, "gka", "forward", memory=True) == [(256, 5e6), (512, 5e6)]
+    assert cost.points_of(entries, "gka", "forward", memory=True) == [(256, 5e6), (512, 5e6)]
     assert_drawn(tmp_path / "picture.png")
 
 

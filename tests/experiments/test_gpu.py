@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 from helpers import relative_error
 
+from experiments.evidence import parts, workers
+from experiments.evidence.record import Record
 from experiments.evidence.skeleton import skeleton
 from experiments.evidence.spectra_measure import Inputs, memory_at, products_of_layer, spectrum, states_at
+from experiments.tasks import mqar_replay
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
-from experiments.tasks.recall_train import Steps, make_examples, own_stream, train
+from experiments.tasks.recall_train import Steps, make_examples, train
+from experiments.tasks.replay import ReplayedSteps, own_stream
 from gka import GKAForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -40,13 +45,13 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
             torch.manual_seed(0)
             model = RecallModel(MIXERS[mixer].build, 128, 64, 64 if mixer == "attention" else 0).to(device)
             batches = make_examples(this, "train", device).batches(64)
-            steps = Steps(model, this, batches[0], graph=graph)
+            steps = Steps(model, this, device, graph=graph)
             model.dropout.p = 0.0
             if mixer == "attention":
                 for block in model.blocks:
                     block.mixer.dropout = 0.0
             losses = [steps.epoch(batches) for _ in range(2)]
-            assert steps.graph == graph and None not in losses
+            assert steps.step.graph == graph and None not in losses
             torch.cuda.synchronize()
         outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
     (loss, weights), (ref_loss, ref_weights) = outcomes
@@ -57,6 +62,59 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
 def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> None:
     found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path)
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
+
+
+@pytest.mark.parametrize("variant", [parts.BASE, parts.NO_SOLVE, parts.PAPER, "conjugate gradient", "float32"])
+def test_replayed_steps_of_several_shapes_train_as_others(
+    variant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five lengths take turns, so that graphs share their memory; losses and weights are those without graphs."""
+    (small,) = (c for c in parts.cells("small") if c["variant"] == parts.BASE and c["seed"] and "rates" in c)
+    this = {**small, "variant": variant, "dtype": parts.VARIANTS[variant].dtype, "dim": 64, "steps": 60}
+    outcomes = []
+    for graph in (False, True):
+        if not graph:
+            monkeypatch.setattr(mqar_replay, "ReplayedSteps", partial(_without_graph, ReplayedSteps))
+        model = parts.build(this).to(device)
+        batches = list(parts._batches(this, device))
+        assert len({batch.inputs.shape for batch in batches}) == 5
+        found = mqar_replay.train(
+            model, batches, steps=60, learning_rate=1e-3, dtype=this["dtype"], device=device, name=variant
+        )
+        monkeypatch.undo()
+        assert found["graph"] == graph and found["diverged"] is None
+        losses = torch.tensor([loss for _, loss in found["loss"]])
+        outcomes.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (loss, weights), (ref_loss, ref_weights) = outcomes
+    bound = 3e-3 if this["dtype"] == "bfloat16" else 1e-3
+    assert relative_error(loss, ref_loss) < bound and relative_error(weights, ref_weights) < 5e-2
+
+
+def _without_graph(made: Any, *arguments: Any, graph: bool, **settings: Any) -> Any:
+    return made(*arguments, graph=False, **settings)
+
+
+STUB = """
+import time, torch
+def run(cell, folder, device):
+    time.sleep(2)  # so that both processes get a cell
+    x = torch.ones(1, device="cuda:0")
+    return [str(torch.cuda.get_device_properties(device).uuid), torch.cuda.device_count(), x.item()]
+"""
+
+
+def test_every_process_sees_its_own_gpu(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stub_on_gpus.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_on_gpus", "cuda", tmp_path)
+    failed = workers.run_in_processes(
+        record, [{"n": 0}, {"n": 1}], lambda *_: True, shared, processes=2, seconds=120, report=lambda *_: None
+    )
+    results = [entry["result"] for entry in record.entries]
+    assert not failed and len(results) == 2 and all(found[1:] == [1, 1.0] for found in results)
+    assert len({found[0] for found in results}) == min(2, torch.cuda.device_count())
 
 
 def test_language_models_of_mesanet_have_gradients(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from pages import assert_drawn, rows_of
 from transformers import AutoModelForCausalLM
 
 from experiments import __main__ as command_line
-from experiments.evidence import command, corpus, large, large_training, packages, table
+from experiments.evidence import command, corpus, large, large_page, large_training, packages, table
 from experiments.evidence.page import write_page
 from experiments.evidence.record import Record
 from experiments.evidence.skeleton import TOLERANCE, count_parameters
@@ -148,8 +148,8 @@ def test_every_mixer_has_the_steps_of_the_plan(whole: Path, tmp_path: Path) -> N
         assert result["flops per token"] > 6 * 64 * 64 and result["peak flops"] is None
     assert found["gka"]["train loss"] != found["attention"]["train loss"]
     shutil.copytree(whole, tmp_path / "it", ignore=lambda *_: ["large-models"])
-    page = write_page(tmp_path / "it").read_text()
-    for result in found.values():
+    pages = [write_page(tmp_path / "it").read_text(), (tmp_path / "it" / "large.md").read_text()]
+    for page, result in itertools.product(pages, found.values()):
         assert f"{result['held out']['loss']:.4f}" in page
     assert_drawn(tmp_path / "it" / "large.png")
 
@@ -321,5 +321,7 @@ def test_a_training_that_diverged_or_was_resumed_is_said(tmp_path: Path) -> None
     assert "stopped and resumed 2 times" in text and "The held-out loss of GKA is 2.5000." in text
     rows = {row[0]: row for row in rows_of(text)}
     assert rows["Gated DeltaNet"][2] == "diverged at step 40" and rows["GKA"][-1] == "40, 80"
+    short = large_page.overview([PLAN, spiky, lost])
+    assert ["Gated DeltaNet", "diverged at step 40", "", "", ""] in rows_of(short) and "Diverged: Gated" in short
     assert "held-out loss of GKA" not in page(tmp_path, lost)
     assert rows_of(page(tmp_path)) == []

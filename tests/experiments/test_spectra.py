@@ -187,9 +187,11 @@ def test_a_whole_run(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert all(1 <= rank <= 32 for rank in layer["rank"]) and 0 < layer["beta"][0] < layer["beta"][2] < 1
     exact, eight = losses[0], losses[2]
     assert len(exact["windows"]) == 4 and 0 < abs(paired(exact["windows"], eight["windows"])[0]) < 0.1
-    text = write_page(output).read_text()
+    texts = write_page(output).read_text(), (output / "spectra.md").read_text()
     assert len(spectra.SETTINGS) == len(losses) <= spectra_page.MOST_ROWS
-    assert f"{exact['loss']:.5f}" in text and "A head remembers" in text
+    for text in texts:
+        assert f"{exact['loss']:.5f}" in text and "A head remembers" in text
+    assert len(rows_of(texts[0])) == 2 + len(losses)
     assert_drawn(output / "spectra.png")
 
 

@@ -229,6 +229,22 @@ def test_step_of_a_zero_state_and_forgetting() -> None:
     assert not o.any() and not new.S_kk.any() and not new.S_kv.any()
 
 
+@pytest.mark.parametrize("Hk", [1, 2])
+def test_a_step_reads_the_parts_of_a_split_where_they_are(Hk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gka.ops.triton import step as triton_step
+
+    arguments = step_arguments(StepCase(B=3, H=2, Hk=Hk, D=5, V=3))
+    ref, _ = call_step(triton_step.gated_kalmanet_step, arguments, inplace=False)
+    rows = [arguments[name].flatten(1) for name in "qkv"]
+    parts = torch.cat([torch.ones(3, 2), *rows], dim=1)[:, 2:].split([x.shape[1] for x in rows], dim=1)
+    parts = {name: x.view(3, -1, D) for name, x, D in zip("qkv", parts, (5, 5, 3), strict=True)}
+    copied, contiguous = [], torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: (copied.append(x.data_ptr()), contiguous(x))[1])
+    o, _ = call_step(triton_step.gated_kalmanet_step, {**arguments, **parts}, inplace=False)
+    assert torch.equal(o, ref)
+    assert not {x.data_ptr() for x in parts.values()} & set(copied)
+
+
 def test_step_of_states_that_are_not_contiguous() -> None:
     from gka.ops.triton import step as triton_step
 

@@ -85,7 +85,8 @@ def _launch(arguments: Arguments, new_state: State, state_indices: Tensor | None
     B, H, D = arguments.q.shape
     Hk, V = arguments.v.shape[1:]
     o = torch.empty(B, H, V, dtype=arguments.q.dtype, device=device)
-    q, k, v, g, alpha, beta, kk, kv = arguments.differentiable
+    q, k, v = (_in_rows(x) for x in (arguments.q, arguments.k, arguments.v))
+    g, alpha, beta, kk, kv = arguments.differentiable[3:]
     new_kk: Tensor | None
     new_kv: Tensor | None
     new_kk, new_kv = new_state
@@ -95,8 +96,9 @@ def _launch(arguments: Arguments, new_state: State, state_indices: Tensor | None
     assert kv is not None
     with on_device(device):
         launch(step_token, B * H,
-            q_ptr=_contiguous(q), k_ptr=_contiguous(k), v_ptr=_contiguous(v), g_ptr=_contiguous(g),
-            alpha_ptr=_contiguous(alpha), beta_ptr=_contiguous(beta),
+            q_ptr=q, k_ptr=k, v_ptr=v,
+            g_ptr=_contiguous(g), alpha_ptr=_contiguous(alpha), beta_ptr=_contiguous(beta),
+            q_stride=q.stride(0), k_stride=k.stride(0), v_stride=v.stride(0),
             kk_ptr=or_stand_in(kk, kv), kv_ptr=kv,
             new_kk_ptr=or_stand_in(new_kk, new_kv), new_kv_ptr=new_kv, o_ptr=o,
             steps_ptr=table, index_ptr=_contiguous(state_indices),
@@ -114,6 +116,11 @@ def _launch(arguments: Arguments, new_state: State, state_indices: Tensor | None
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """x [B, H, D] whose heads lie side by side; sequences may lie apart, as after a split of their channels."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _stepped(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -168,6 +168,7 @@ def _by_conjugate_gradient(S, target, inverse, end_ptr, ridge_ratio, tolerance, 
 @triton.jit
 def step_token(
     q_ptr, k_ptr, v_ptr, g_ptr, alpha_ptr, beta_ptr,  # [B, H, D], [B, Hk, D], [B, Hk, V], [B, H] three times
+    q_stride, k_stride, v_stride,  # elements from one sequence to the next
     kk_ptr, kv_ptr,  # states so far, [B, H, D, D] and [B, H, D, V]; with POOL [N, H, D, D] and [N, H, D, V]
     new_kk_ptr, new_kv_ptr, o_ptr,  # out: new states, maybe those so far; [B, H, V]
     steps_ptr,  # nodes: [steps + 1] float32, step sizes of all stages, negative where a later stage starts
@@ -188,14 +189,15 @@ def step_token(
         if pool_row < 0:
             _store_zeros(o_ptr + program.to(tl.int64) * V, V, BV)
             return
-    head = (program // H) * Hk + (program % H) // (H // Hk)
+    sequence, head = (program // H).to(tl.int64), program % H
+    kv_head = head // (H // Hk)
     if SOLVE:  # first, what takes longest; the barrier keeps it there
         kk_start = _start(program, pool_row, kk_stride, H, D * D, POOL)
         place, inside = _places(kk_ptr, kk_start, 0, D, D, BD, BD, G_KK)
         S = tl.load(place, mask=inside, other=0.0)
         tl.debug_barrier()
-    q = _load_vector(q_ptr + program.to(tl.int64) * D, D, BD)
-    k = _load_vector(k_ptr + head.to(tl.int64) * D, D, BD)
+    q = _load_vector(q_ptr + sequence * q_stride + head * D, D, BD)
+    k = _load_vector(k_ptr + sequence * k_stride + kv_head * D, D, BD)
     kept, rate = _decay_parts(tl.load(g_ptr + program).to(tl.float32))
     if NORMALIZE:
         q = q / (tl.sqrt(tl.sum(q * q, 0)) + 1e-6)
@@ -225,7 +227,7 @@ def step_token(
     kv_start = _start(program, pool_row, kv_stride, H, D * V, POOL)
     for block in tl.static_range((V + BV - 1) // BV):
         j = block * BV + tl.arange(0, BV)
-        v = tl.load(v_ptr + head.to(tl.int64) * V + j, mask=j < V, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + sequence * v_stride + kv_head * V + j, mask=j < V, other=0.0).to(tl.float32)
         place, inside = _places(kv_ptr, kv_start, block * BV, D, V, BD, BV, G_KV)
         S = _updated(tl.load(place, mask=inside, other=0.0), kept, rate, weighted, v, G_KV)
         place, inside = _places(new_kv_ptr, kv_start, block * BV, D, V, BD, BV, G_KV)

@@ -1,0 +1,55 @@
+"""Refusals of transformers' server in OpenAI's form, which OpenAI's clients read.
+
+    {"error": {"message": the reason, "type": "invalid_request_error", "param": null, "code": null}}
+
+transformers answers in FastAPI's form, {"detail": the reason}, and a chat without a template with status 500.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Routes that apply the tokenizer's chat template.
+CHAT_ROUTES = ("/v1/chat/completions", "/v1/responses")
+
+
+def answer_errors(app: Any, tokenizer: Any) -> None:
+    """Change an app of `transformers serve` in place.
+
+    Args:
+        app: a FastAPI application.
+        tokenizer: the tokenizer of its model. Without a chat template, the routes that need one answer with status
+            400; with one, messages that the template refuses are answered so.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
+    from starlette.exceptions import HTTPException
+
+    def answer(status: int, message: str) -> JSONResponse:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": None, "code": None}
+        return JSONResponse({"error": error}, status_code=status)
+
+    @app.exception_handler(HTTPException)  # type: ignore[untyped-decorator]
+    async def refused(_request: Any, error: HTTPException) -> JSONResponse:
+        return answer(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
+    async def unreadable(_request: Any, error: RequestValidationError) -> JSONResponse:
+        found = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        return answer(422, "; ".join(found))
+
+    @app.exception_handler(TemplateError)  # type: ignore[untyped-decorator]
+    async def does_not_fit(_request: Any, error: TemplateError) -> JSONResponse:
+        return answer(400, f"messages: the chat template refuses them: {error}")
+
+    @app.middleware("http")  # type: ignore[untyped-decorator]
+    async def needs_a_template(request: Any, call_next: Any) -> Any:
+        if request.url.path in CHAT_ROUTES and not tokenizer.chat_template:
+            return answer(
+                400,
+                f"{request.url.path} needs a chat template, and the tokenizer of this model has none; send a "
+                "prompt to /v1/completions, or add chat_template.jinja to the folder of the checkpoint",
+            )
+        return await call_next(request)
