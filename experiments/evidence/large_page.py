@@ -116,7 +116,8 @@ def _course(results: dict[str, Any]) -> str:
     said = f"Diverged: {', '.join(diverged)}" if diverged else "No training diverged"
     counts = ", ".join(f"{count} with {name}" for name, count in spikes.items())
     said += f"; spikes of the gradient norm: {counts or 'none'}"
-    return said + (f"; the trainings were stopped and resumed {resumed} times." if resumed else ".")
+    times = "once" if resumed == 1 else f"{resumed} times"
+    return said + (f"; the trainings were stopped and resumed {times}." if resumed else ".")
 
 
 def _table(models: _Models) -> str:

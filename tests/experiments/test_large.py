@@ -318,6 +318,7 @@ def test_a_training_that_diverged_or_was_resumed_is_said(tmp_path: Path) -> None
     spiky = entry("gka", [2.0, 3.0], spikes=[50, 60], starts=[0, 40, 80])
     text = page(tmp_path, spiky, lost)
     assert "Diverged: Gated DeltaNet at step 40; spikes of the gradient norm: 2 with GKA;" in text
+    assert "resumed once." in page(tmp_path, entry("gka", [2.0, 3.0], starts=[0, 40]))
     assert "stopped and resumed 2 times" in text and "The held-out loss of GKA is 2.5000." in text
     rows = {row[0]: row for row in rows_of(text)}
     assert rows["Gated DeltaNet"][2] == "diverged at step 40" and rows["GKA"][-1] == "40, 80"
