@@ -15,10 +15,10 @@ from typing import Any
 from ..tasks.recall_mixers import MIXERS as RECALL_MIXERS
 from . import ablations as parts_of_layer
 from . import cost as costs
+from . import large_page, parts_page, recall_page, seeds_page, spectra_page
 from . import lm as models
 from . import long as contexts
 from . import mqar as mixed
-from . import parts_page, recall_page, seeds_page
 from .numerics import SOLVERS
 from .numerics_page import values
 from .table import markdown_table, spread
@@ -289,5 +289,7 @@ OVERVIEWS: dict[str, Callable[[Entries], str]] = {
     "seeds": seeds_page.overview,
     "long": long,
     "ablations": ablations,
+    "large": large_page.overview,
+    "spectra": spectra_page.overview,
     "cost": cost,
 }
