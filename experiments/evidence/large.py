@@ -37,6 +37,7 @@ from . import corpus as text
 from .ablations import spikes
 from .large_page import draw, latest, page_text
 from .large_training import MODEL_FIELDS, new_model, step_seconds, train_to_steps
+from .mfu import peak_of, step_flops
 from .packages import package_folders, write_package_text
 from .record import Cell, Record
 from .together import is_first, processes
@@ -185,8 +186,6 @@ def _measure(cell: Cell, data: text.Corpus, folder: Path, device: torch.device) 
 
 def _flops(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
     """Floating point operations for a token, and the peak of a GPU, None if it is not known."""
-    from benchmarks.bench_model import peak_of, step_flops
-
     kind = _PEERS.get(cell["mixer"], "Gated DeltaNet")
     flops = step_flops(model, kind, 1, cell["seq_len"], getattr(torch, cell["dtype"])) / cell["seq_len"]
     peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

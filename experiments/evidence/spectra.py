@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench_steps import INPUTS, recorded
 from gka.cli.loading import find_checkpoint, load_checkpoint
 from gka.training.data import Manifest, document_token, encode_all, find_files, read_texts
 from gka.training.errors import UserError
@@ -31,6 +30,7 @@ from ..tasks.recall_loss import token_nats
 from . import corpus as corpora
 from .lm import model_folder
 from .record import Cell
+from .recorded import INPUTS, recorded
 from .spectra_measure import Inputs, memory_at, products_of_layer, spectrum, states_at
 from .spectra_page import draw, latest, page_text
 
