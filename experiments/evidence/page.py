@@ -28,7 +28,8 @@ table, with commands, dates, commits and machines. Results against GKA are shown
 favour.
 
 Install what the experiments need with `pip install '.[train,experiments]'`. Language models read the text that
-`docs/evidence/corpus.txt` describes (`--data`).
+`docs/evidence/corpus.txt` describes (`--data`). Mamba-2 uses the kernels of the package `mamba-ssm` where it is
+installed.
 
 GLA (gated linear attention) is the GKA layer without the solve. "Seeds" are random seeds. The number a is the
 ridge ratio: the ridge is a times the norm of the key state.

@@ -19,6 +19,7 @@ _PACKAGES = (
     "accelerate",
     "triton",
     "flash-linear-attention",
+    "mamba-ssm",
     "vllm",
     "numpy",
 )
