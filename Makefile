@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests of several processes at a time, which make a target of their own.
-SEVERAL := tests/distributed tests/cli/test_torchrun.py tests/cli/test_train_parallel.py tests/benchmarks/test_parallel.py
+SEVERAL := tests/distributed tests/cli/test_torchrun.py tests/cli/test_train_parallel.py tests/benchmarks/test_parallel.py \
+            tests/experiments/test_large_torchrun.py
 # Tests in vLLM's engine, which has an environment of its own.
 ENGINE := tests/vllm_plugin/engine
 OLDEST := .cache/venv-oldest

@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import gka
-from benchmarks.bench_model import peak_of, step_flops
 from benchmarks.bench_parallel_model import CHECKPOINT, LOSS_CHUNK, measure, step_of
 from benchmarks.ranks import process_group, write_by_first
 from benchmarks.recipes import RECIPES, add_size_options, config_of
+from experiments.evidence.mfu import peak_of, step_flops
 from experiments.evidence.table import markdown_table
 from gka.distributed import shard_model
 

@@ -16,11 +16,7 @@ blocks, those of configs/440m.yaml. They run one after another in this process, 
     tokens/s         batch x length / step, where the step is the median of steps queued one behind another
     host             time until a step is queued, from an empty queue
     GPU              sum of the times of all kernels in a step, from one profiled step
-    MFU              flops / (step x peak). A step counts three times the flops of the forward pass: 2 for each
-                     weight of a linear map and token, and those of the mixer's op. The op of gka counts
-                     `gka.ops.flops.forward_flops`, that of attention 2 T H D a token (causal), that of Gated
-                     DeltaNet 6 H D^2 a token (its recurrence). Nothing that is computed again counts. The solve of
-                     gka counts, so compare mixers by tokens/s, not by MFU.
+    MFU              flops / (step x peak), as `experiments/evidence/mfu.py` counts flops
     peak             largest allocated memory, with weights, gradients and the optimiser's state
 
 Modes: eager; compiled (torch.compile of the whole model); graph (a whole step captured in a CUDA graph).
@@ -36,7 +32,6 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,23 +41,14 @@ import gka
 from benchmarks.calls import allow_fla_backward, fla_is_missing, gpu_seconds
 from benchmarks.common import write_result
 from benchmarks.recipes import add_size_options, config_of
+from experiments.evidence.mfu import peak_of, step_flops
 from experiments.evidence.table import markdown_table
 from gka.hf import Mixer, register_mixer
-from gka.ops.checks import checked_plan
-from gka.ops.flops import forward_flops
-from gka.ops.triton.config import CHUNK_SIZES
 
 Step = Callable[[], object]
 RECIPE = "440m"
 MIXERS = ("gka", "Gated DeltaNet", "attention")
 MODES = ("eager", "compiled", "graph")
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}  # dense bfloat16, NVIDIA's data sheets
 
 
 class DeltaNet(Mixer):
@@ -101,21 +87,6 @@ def config_with(mixer: str, options: argparse.Namespace) -> gka.GKAConfig:
         return config_of(RECIPE, mixer, options)
     register_mixer("fla_gated_delta_net", DeltaNet)
     return config_of(RECIPE, mixer, options, mixer="fla_gated_delta_net")
-
-
-def step_flops(model: nn.Module, mixer: str, B: int, T: int, dtype: torch.dtype) -> int:
-    """Floating point operations of forward and backward pass, as the module's text defines them."""
-    config: Any = model.config
-    H, D = config.num_attention_heads, config.head_dim
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    if mixer == "gka":
-        q = torch.empty(B, T, H, D, device="meta")
-        plan = checked_plan(config.solver, config.solver_steps, config.tolerance, dtype)
-        sizes: Any = SimpleNamespace(q=q, v=q, cu_seqlens=None, solver_steps=plan.solver_steps, plan=plan)
-        op = forward_flops(sizes, CHUNK_SIZES[-1])
-    else:
-        op = B * T * (2 * T * H * D if mixer == "attention" else 6 * H * D * D)
-    return 3 * (2 * linear * B * T + config.num_hidden_layers * op)
 
 
 def training_step(model: nn.Module, options: argparse.Namespace, mode: str) -> Step:
@@ -216,12 +187,6 @@ def peak_flops(options: argparse.Namespace) -> float | None:
     if options.device.type != "cuda" or options.dtype != "bfloat16":
         return None
     return peak_of(torch.cuda.get_device_name(options.device))
-
-
-def peak_of(name: str) -> float | None:
-    """Peak in bfloat16 of a card by its name; None for a card that is not in PEAKS."""
-    found = (peak for card, peak in PEAKS.items() if all(word in name for word in card.split()))
-    return next(found, None)
 
 
 def run(mixer: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:

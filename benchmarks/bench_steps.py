@@ -16,7 +16,6 @@ it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import statistics
 import sys
@@ -28,8 +27,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-import gka.nn.layer
 from benchmarks.common import write_result
+from experiments.evidence.recorded import recorded
 from gka import GKAConfig, GKAForCausalLM
 from gka.cli.evaluate import score_texts, total_score
 from gka.cli.loading import find_checkpoint, load_checkpoint
@@ -38,23 +37,6 @@ from gka.training.data import document_token, encode, validation_texts
 
 STEPS = ([31], [24], [16], [12], [8], [4], [2], [1], [16, 16], [16, 8], [8, 8])
 DECODED = 16  # tokens per timed call
-INPUTS = ("q", "k", "v", "g", "alpha", "beta")
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[dict[str, Any]]]:
-    """Collect the inputs of the op in every layer."""
-    calls: list[dict[str, Any]] = []
-
-    def op(*tensors: Any, **options: Any) -> Any:
-        calls.append({**dict(zip(INPUTS, tensors, strict=True)), "ridge_ratio": options["ridge_ratio"]})
-        return gated_kalmanet(*tensors, **options)
-
-    gka.nn.layer.gated_kalmanet = op
-    try:
-        yield calls
-    finally:
-        gka.nn.layer.gated_kalmanet = gated_kalmanet
 
 
 def errors(calls: list[dict[str, Any]], dtype: torch.dtype, solver_steps: list[list[int]]) -> list[float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.bench_steps import INPUTS, recorded
+from experiments.evidence.recorded import INPUTS, recorded
 from gka.cli.loading import find_checkpoint, load_checkpoint
 from gka.training.data import document_token, encode, validation_texts
 from tests.families import TRAINED

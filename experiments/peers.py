@@ -2,6 +2,7 @@
 
     gdn      Gated DeltaNet (arXiv 2412.06464), Qwen3-Next's layer of transformers: its kernels are those of
              flash-linear-attention where that is installed, else PyTorch
+    gdn_fla  the same, layer of flash-linear-attention as it is, without a cache; needs an NVIDIA GPU
     mamba2   Mamba-2 (arXiv 2405.21060), transformers' layer: kernels of mamba_ssm where installed, else PyTorch
     mesa     MesaNet (arXiv 2506.05233), layer of flash-linear-attention, with an output gate; needs an NVIDIA GPU
 
@@ -38,6 +39,7 @@ from gka.nn.first_weights import fresh_A_log, fresh_dt_bias
 
 MIXERS = ("gka", "gla", "gdn", "mamba2", "attention")  # attention: softmax attention in every block
 GPU_MIXERS = ("mesa",)  # run on an NVIDIA GPU alone
+WHOLE_PEERS = ("gdn_fla",)  # the same, for comparisons of speed too
 PEER_CACHE = NEW if CACHE == NEW else "cache_params"  # what transformers' layers call a cache
 MAMBA_CHUNK = 64  # tokens; shorter than transformers' 256, for scores of [T, chunk, heads] in float32
 
@@ -165,43 +167,41 @@ class Mamba2(Peer):
             module.init_mamba2_weights()
 
 
-class MesaNet(Peer):
-    """MesaNet; without a cache, since its layer fits the caches of flash-linear-attention alone."""
+class FlaLayer(Peer):
+    """A layer of flash-linear-attention, without a cache, since it fits the caches of that package alone."""
+
+    layer: str
 
     def __init__(self, config: GKAConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         try:
-            layer = importlib.import_module("fla.layers").MesaNet
+            layer = getattr(importlib.import_module("fla.layers"), self.layer)
         except ImportError as error:
             raise ImportError(
-                f'mixer is "mesa", a layer of flash-linear-attention, which cannot be imported: {error}; '
+                f'mixer is "{self.mixer}", a layer of flash-linear-attention, which cannot be imported: {error}; '
                 "expected its package, version 0.6, and an NVIDIA GPU"
             ) from None
         self.inner = layer(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             head_dim=config.head_dim,
-            use_output_gate=True,
             conv_size=config.conv_size,
             norm_eps=config.rms_norm_eps,
             layer_idx=layer_idx,
+            **self.options(),
         )
 
     @classmethod
-    def check(cls, config: GKAConfig) -> None:
-        """Its kernels take heads of up to 128 dims."""
-        if config.head_dim > 128:
-            _refuse(config, "head_dim", "at most 128")
-        super().check(config)
+    def options(cls) -> dict[str, Any]:
+        """More arguments of the layer."""
+        raise NotImplementedError
 
     @classmethod
     @torch.no_grad()
     def initialise(cls, module: nn.Module) -> None:
-        """The convolutions' weights, and the ridge: 1 at the start."""
+        """The convolutions' weights."""
         if type(module).__name__ == "ShortConvolution":
             init.kaiming_uniform_(module.weight, a=math.sqrt(5.0))  # type: ignore[arg-type]
-        if isinstance(ridge := getattr(module, "lambda_params", None), nn.Parameter):
-            init.constant_(ridge, math.log(math.expm1(1.0 - module.lambda_lower_bound)))  # type: ignore[operator]
 
     def forward(
         self,
@@ -216,12 +216,59 @@ class MesaNet(Peer):
             ValueError: as Peer's, or a cache is given.
         """
         if past_key_values is not None:
-            raise ValueError('past_key_values is given; expected None with mixer "mesa": pass use_cache=False')
+            raise ValueError(
+                f'past_key_values is given; expected None with mixer "{self.mixer}": pass use_cache=False'
+            )
         return super().forward(hidden_states, attention_mask, None, cu_seqlens)
 
 
+class MesaNet(FlaLayer):
+    """MesaNet."""
+
+    layer = "MesaNet"
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        return {"use_output_gate": True}
+
+    @classmethod
+    def check(cls, config: GKAConfig) -> None:
+        """Its kernels take heads of up to 128 dims."""
+        if config.head_dim > 128:
+            _refuse(config, "head_dim", "at most 128")
+        super().check(config)
+
+    @classmethod
+    @torch.no_grad()
+    def initialise(cls, module: nn.Module) -> None:
+        """The convolutions' weights, and the ridge: 1 at the start."""
+        super().initialise(module)
+        if isinstance(ridge := getattr(module, "lambda_params", None), nn.Parameter):
+            init.constant_(ridge, math.log(math.expm1(1.0 - module.lambda_lower_bound)))  # type: ignore[operator]
+
+
+class WholeGatedDeltaNet(FlaLayer):
+    """Gated DeltaNet as flash-linear-attention has it, with values of head_dim."""
+
+    layer = "GatedDeltaNet"
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        return {"expand_v": 1, "use_gate": True, "use_short_conv": True}
+
+    @classmethod
+    @torch.no_grad()
+    def initialise(cls, module: nn.Module) -> None:
+        """The convolutions' weights, decays and time steps."""
+        super().initialise(module)
+        if type(module).__name__ == "GatedDeltaNet" and isinstance(A_log := module.A_log, nn.Parameter):
+            heads, device = A_log.shape[0], A_log.device
+            init.copy_(A_log, fresh_A_log(heads, device))
+            init.copy_(module.dt_bias, fresh_dt_bias(heads, device))  # type: ignore[arg-type]
+
+
 def mixer_config(mixer: str, **fields: Any) -> GKAConfig:
-    """The configuration of a model of one of MIXERS or GPU_MIXERS; fields are GKAConfig's."""
+    """The configuration of a model of one of the mixers above; fields are GKAConfig's."""
     if mixer != "attention":
         return GKAConfig(mixer=mixer, **fields)
     blocks = fields.get("num_hidden_layers", GKAConfig.num_hidden_layers)
@@ -235,3 +282,4 @@ def _refuse(config: GKAConfig, name: str, expected: str) -> NoReturn:
 register_mixer("gdn", GatedDeltaNet)
 register_mixer("mamba2", Mamba2)
 register_mixer("mesa", MesaNet)
+register_mixer("gdn_fla", WholeGatedDeltaNet)

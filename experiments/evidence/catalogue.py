@@ -4,5 +4,7 @@ from __future__ import annotations
 
 EXPERIMENTS = {
     name: f"experiments.evidence.{name}"
-    for name in ("numerics", "mqar", "parts", "recall", "lm", "seeds", "long", "ablations", "cost")
-}
+    for name in (
+        "numerics", "mqar", "parts", "recall", "lm", "seeds", "long", "ablations", "large", "spectra", "cost",
+    )
+}  # fmt: skip

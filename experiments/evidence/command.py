@@ -6,8 +6,10 @@ A cell is one measurement or one training. An experiment is a module with
     BY_MACHINE                        True if results depend on the machine (e.g. times)
     prepare(output, size, data)       optional: create data that the cells share, e.g. text; returns fields for
                                       all cells
+    OPTIONS                           optional: names of options of the command that `prepare` takes, too
     cells(size) -> list[Cell]         all cells; size is "small" (seconds to a minute on a laptop) or "full"
     run(cell, folder, device) -> Any  measure one cell; the folder is for this cell only, e.g. for checkpoints
+    run_until(cell, folder, device, end)  in place of `run`, for trainings on several GPUs (together.py)
     section(entries, picture) -> str  all tables and the text about them as markdown; draws the picture
     ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
                                       needed for several processes
@@ -25,18 +27,20 @@ import importlib
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gka.cli import shared_options as shared
-from gka.cli.options import nearest, option
+from gka.cli.options import flag, nearest, option
 from gka.cli.shared_options import Device
 from gka.training.errors import UserError
 
 from .catalogue import EXPERIMENTS
 
 PAGE = "page"
+OPTIONS = ("budget", "model")  # for single experiments
 
 
 @dataclass
@@ -66,7 +70,21 @@ class EvidenceOptions:
         minimum=1,
     )
     minutes: float | None = option(
-        None, "time after which no cell starts; with --processes, cells that still run are stopped", above=0
+        None,
+        "time after which no cell starts; with --processes, and in the experiment large, cells that still run are "
+        "stopped",
+        above=0,
+    )
+    budget: float | None = option(
+        None,
+        "for large: minutes of training of all models together, over all starts of the command; they decide the "
+        "number of tokens. Default: 0.1 in the small size, 20 in the full size",
+        above=0,
+    )
+    model: str | None = option(
+        None,
+        "for spectra: folder of a trained model or of a training run; default: the model of the experiment lm",
+        metavar="DIR",
     )
     device: Device = shared.device("options")
 
@@ -96,6 +114,7 @@ def main(options: EvidenceOptions) -> None:
         options.data,
         processes=options.processes,
         minutes=options.minutes,
+        given={name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None},
     )
 
 
@@ -109,6 +128,7 @@ def measure(
     *,
     processes: int | None = None,
     minutes: float | None = None,
+    given: dict[str, Any] | None = None,
 ) -> None:
     """Run the cells of an experiment that have no result yet; write each result at once."""
     from gka.cli.loading import choose_device
@@ -117,26 +137,35 @@ def measure(
     from .record import Record
 
     quiet()
-    experiment: Any = importlib.import_module(EXPERIMENTS[name])
+    start, experiment = time.monotonic(), importlib.import_module(EXPERIMENTS[name])
     place = choose_device(device)
     cells = [cell for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
     if not cells:
         raise UserError(f"--only {' '.join(only)}: matches no cell of {name}")
-    more = {"size": size, **({"machine": _machine(place)} if experiment.BY_MACHINE else {})}
-    if hasattr(experiment, "prepare"):
-        more |= experiment.prepare(folder, size, data)
-    elif data is not None:
-        raise UserError(f"--data: {name} reads no text")
+    team = _team(name, experiment, place, processes)
+    first = team is None or team.first
+    with nullcontext() if team is None else team.first_process_first():
+        more = {"size": size} | _prepared(name, experiment, folder, size, data, given or {})
+    if experiment.BY_MACHINE:
+        more["machine"] = _machine(place)
     cells = [cell | more for cell in cells]
     record = Record(folder / f"{name}.json", name)
     missing = record.missing(cells)
-    print(f"{name}: {len(cells)} cells, {len(missing)} to run", file=sys.stderr)
+    if first:
+        print(f"{name}: {len(cells)} cells, {len(missing)} to run", file=sys.stderr)
     run = _Cells(name, experiment, folder, place, list(more), len(missing))
     seconds = None if minutes is None else 60 * minutes
-    if processes is None:
+    failed: list[Any] = []
+    if team is not None:
+        end = None if seconds is None else start + seconds
+        team.run(experiment, record, missing, folder / name, ready=run.ready, end=end, report=run.report)
+        team.close()
+    elif processes is None:
         failed = run.one_by_one(record, missing, seconds)
     else:
         failed = run.in_processes(record, missing, seconds, processes)
+    if not first:
+        return
     print(f"results: {record.path}")
     if failed:
         raise UserError(
@@ -145,6 +174,38 @@ def measure(
         )
     if left := len(run.open_cells(record, missing)):
         print(f"{left} cells have no result; start the same command again to run them", file=sys.stderr)
+
+
+def _team(name: str, experiment: Any, device: Any, processes: int | None) -> Any:
+    """The processes of torchrun, for an experiment whose cells use several GPUs; None for other experiments."""
+    from .together import Team
+    from .together import processes as started
+
+    if hasattr(experiment, "run_until"):
+        if processes is not None:
+            raise UserError(
+                f"--processes {processes}: a training of {name} uses all GPUs; start it by "
+                f"torchrun --nproc_per_node {processes} -m experiments evidence {name}"
+            )
+        return Team(device)
+    if started() > 1:
+        raise UserError(f"torchrun started {started()} processes; expected one for {name}, see --processes")
+    return None
+
+
+def _prepared(
+    name: str, experiment: Any, folder: Path, size: str, data: list[str] | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of all cells that `prepare` returns. UserError for an option of another experiment."""
+    for option_name, value in given.items():
+        if option_name not in getattr(experiment, "OPTIONS", ()):
+            raise UserError(f"{flag(option_name)} {value}: {name} has no such option")
+    if hasattr(experiment, "prepare"):
+        fields: dict[str, Any] = experiment.prepare(folder, size, data, **given)
+        return fields
+    if data is not None:
+        raise UserError(f"--data: {name} reads no text")
+    return {}
 
 
 class _Cells:

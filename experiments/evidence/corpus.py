@@ -1,6 +1,6 @@
 """The text for the language models of the experiments: files, a tokenizer trained on them, and tokens.
 
-    OUTPUT/corpus-SIZE/
+    OUTPUT/corpus-SIZE/     the experiment `large` has its own, SIZE is then large-small or large-full
         tokenizer/      byte-level BPE, trained on the training files (experiments/tasks/bpe.py)
         data/           tokens and the held-out text (gka/training/data.py); only one of several equal files
         common.npy      bigrams that are frequent in the training tokens, so that a model need not recall them
@@ -29,7 +29,7 @@ from gka.training.data import (
     Manifest,
     TokenBlocks,
     document_token,
-    encode,
+    encode_all,
     load_tokenizer,
     validation_texts,
     write_tokens,
@@ -40,8 +40,8 @@ from ..tasks.bpe import write_bpe
 from ..tasks.recall_loss import RecallLoss, common_bigrams, context_windows, recall_loss
 
 MORE_THAN = 1250  # occurrences in training, the bound of Zoology (arXiv 2312.04927)
-FRACTION = {"small": 0.2, "full": 0.02}  # fraction of the files to hold out
-_VOCABULARY = {"small": 512, "full": 8192}
+FRACTION = {"small": 0.2, "full": 0.02, "large-small": 0.2, "large-full": 0.01}  # of the files to hold out
+_VOCABULARY = {"small": 512, "full": 8192, "large-small": 512, "large-full": 32_000}
 _STANDARD = "(standard library)"
 
 
@@ -66,7 +66,7 @@ class Corpus:
     @classmethod
     def load(cls, output: Path, size: str) -> Corpus:
         """Load the corpus of an output folder, written by `prepare`."""
-        folder = _folder(output, size)
+        folder = corpus_folder(output, size)
         known = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         return cls(
             folder,
@@ -102,7 +102,7 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
 
     Args:
         output: folder of all results.
-        size: "small" or "full".
+        size: "small", "full", "large-small" or "large-full".
         data: files and folders, as for `gka train --data`. None means the files of the existing corpus, or
             Python's standard library if there is none (three of its packages for "small").
 
@@ -112,7 +112,7 @@ def prepare(output: Path, size: str, data: Sequence[str] | None) -> dict[str, st
     Raises:
         UserError: the existing corpus was made from other files, or no corpus can be made from these files.
     """
-    folder = _folder(output, size)
+    folder = corpus_folder(output, size)
     file = folder / "corpus.json"
     asked = None if data is None else [str(Path(path).expanduser()) for path in data]
     if file.is_file():
@@ -153,19 +153,25 @@ def evaluate(
         batch_size: windows per batch.
         autocast: whether to compute in bfloat16; the dtype of the weights stays.
     """
-    texts = [text for _, text in validation_texts(corpus.folder / "data", max_bytes)]
-    start = document_token(corpus.tokenizer)
-    assert start is not None  # load_tokenizer rejects a tokenizer without one
-    windows = context_windows([encode(corpus.tokenizer, text) for text in texts], start, context)
+    windows, num_bytes = held_out_windows(corpus, context, max_bytes)
     return recall_loss(
         model.eval(),
         windows,
-        num_bytes=sum(map(len, texts)),
+        num_bytes=num_bytes,
         batch_size=batch_size,
         common=corpus.common,
         autocast=autocast,
     )
 
 
-def _folder(output: Path, size: str) -> Path:
+def held_out_windows(corpus: Corpus, context: int, max_bytes: int) -> tuple[list[np.ndarray], int]:
+    """The windows of `evaluate` [1 + n], n <= context, and the bytes of their text."""
+    texts = [text for _, text in validation_texts(corpus.folder / "data", max_bytes)]
+    start = document_token(corpus.tokenizer)
+    assert start is not None  # load_tokenizer rejects a tokenizer without one
+    return context_windows(encode_all(corpus.tokenizer, texts), start, context), sum(map(len, texts))
+
+
+def corpus_folder(output: Path, size: str) -> Path:
+    """The folder of a corpus."""
     return output / f"corpus-{size}"

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -318,19 +318,29 @@ def _findings(scores: _Scores, mixers: list[str], trained: int) -> str:
     return " ".join(parts)
 
 
-def difference(scores: _Scores, mixer: str, length: int) -> str:
-    """GKA's mean over the needle tasks minus another mixer's, paired by example; "" if a result is missing."""
+class Difference(NamedTuple):
+    """GKA's mean score over the needle tasks minus another mixer's, and its standard error, in percent."""
+
+    points: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.points:+.1f} ± {self.error:.1f}"
+
+
+def difference(scores: _Scores, mixer: str, length: int) -> Difference | None:
+    """Paired by example; None if a result is missing."""
     means, variance = [], 0.0
     for task in needle_tasks(scores):
         ours, theirs = (scores.get((name, task, length)) for name in ("gka", mixer))
         if ours is None or theirs is None:
-            return ""
+            return None
         each = [a - b for a, b in zip(ours["each"], theirs["each"], strict=True)]
         means.append(statistics.mean(each))
         variance += statistics.variance(each) / len(each) if len(each) > 1 else 0.0
     if not means:
-        return ""
-    return f"{100 * statistics.mean(means):+.1f} ± {100 * math.sqrt(variance) / len(means):.1f}"
+        return None
+    return Difference(100 * statistics.mean(means), 100 * math.sqrt(variance) / len(means))
 
 
 def lengths_of(scores: _Scores) -> list[int]:

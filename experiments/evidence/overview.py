@@ -15,10 +15,10 @@ from typing import Any
 from ..tasks.recall_mixers import MIXERS as RECALL_MIXERS
 from . import ablations as parts_of_layer
 from . import cost as costs
+from . import large_page, parts_page, recall_page, seeds_page, spectra_page
 from . import lm as models
 from . import long as contexts
 from . import mqar as mixed
-from . import parts_page, recall_page, seeds_page
 from .numerics import SOLVERS
 from .numerics_page import values
 from .table import markdown_table, spread
@@ -52,9 +52,9 @@ def numerics(entries: Entries) -> str:
         name = min(known, key=known.__getitem__, default="")
         best.append(f"{name} ({known[name]:.1e})" if name else "no solver yet")
     return _joined(
-        "How exact are the solvers after 30 products? The numbers are relative errors of the solution x, and of "
-        "the gradients through five layers, compared with an exact solve in float64 (a = 0.02; median of the "
-        "seeds). The columns name the dtype of the products.",
+        "How exact are the solvers after 30 products of the state with a vector? The numbers are relative "
+        "errors of the solution x, and of the gradients through five layers, compared with an exact solve in "
+        "float64 (a = 0.02; median of the seeds). The columns name the dtype of the products.",
         markdown_table(head, rows),
         f"With float32 products the smallest error of x is that of {best[0]}. With bfloat16 products it is that "
         f"of {best[1]}, and the smallest error of gradients is that of {best[2]}.",
@@ -79,9 +79,13 @@ def mqar(entries: Entries) -> str:
     return _joined(
         "How many key/value pairs can a model recall that reads sequences of 64 to 1024 tokens in one training? "
         "The numbers are percent of right answers, the mean over all settings (numbers of tokens and pairs) and "
-        "seeds. The gates and the alpha connection of GKA are on.",
+        "3 seeds. The gates and the alpha connection of GKA are on.",
         markdown_table(["dim", *(mixed.STYLE[mixer][0] for mixer in mixers)], rows),
-        f"GKA compared with the others, as numbers of settings that both have learnt: {counts}." if counts else "",
+        f"GKA compared with the others, as numbers of settings (up to half a percent counts as equal), without "
+        f"failed "
+        f"trainings: {counts}."
+        if counts
+        else "",
         f"Failed trainings, which say nothing about the mixer: {lost}." if lost else "",
     )
 
@@ -102,10 +106,12 @@ def recall(entries: Entries) -> str:
     return _joined(
         "Does the paper's figure 3a hold, in its own setting? The figure shows the recall of GKA without gates "
         "and without the alpha connection; the setting is that of Zoology's figure 2, with one training for "
-        "each place. The numbers are percent of right answers with the best of four learning rates, at model "
-        f"dims {' / '.join(map(str, dims))}. A question mark stands for trainings that have not run.",
+        "each place, which ends once it is above 99 percent. The numbers are percent of right answers with the "
+        f"best learning rate, at model dims {' / '.join(map(str, dims))}. A question mark: learning rates are "
+        "missing.",
         markdown_table(["tokens, pairs", *names], rows),
-        f"{recall_page.verdict(found, mixers)[1]} {recall_page.epochs(entries, mixers)}".strip(),
+        recall_page.verdict(found, *recall_page.wanted(entries))[1],
+        recall_page.epochs(entries, mixers),
     )
 
 
@@ -134,14 +140,20 @@ def lm(entries: Entries) -> str:
         if mixer != "gka" and apart:
             sign = 1 if min(apart) > 0 else -1 if max(apart) < 0 else 0
             signs[sign].append(models.STYLE[mixer][0])
-    words = {1: "lower than with", -1: "higher than with", 0: "not different for every seed from"}
+    words = {1: "lower for every seed than with", -1: "higher for every seed than with",
+             0: "lower for some seeds and higher for others than with"}  # fmt: skip
     said = "; ".join(f"{words[sign]} {', '.join(names)}" for sign, names in signs.items() if names)
+    medians = {mixer: statistics.median(theirs.values()) for mixer, theirs in losses.items()}
+    best = [
+        f"{models.STYLE[mixer][0]} ({medians[mixer]:.3f})" for mixer in sorted(medians, key=medians.__getitem__)
+    ]
     return _joined(
         "Which mixer gives the best small language model? All models have the same size and read the same "
         "source code in the same order. Losses are in nats per held-out token, the median of the seeds, with "
         "the smallest and largest in brackets. A recall token is one whose bigram occurs earlier in the window.",
         markdown_table(["mixer", "held-out loss", "loss of recall tokens", "tokens/s in training"], rows),
-        f"For every seed, the loss with GKA is {said}." if said else "",
+        f"The smallest median losses: {', '.join(best[:3])}." if len(best) > 3 else "",
+        f"The loss with GKA is {said}." if said else "",
         "Models this small wait for Python, so their speeds vary with the machine."
         if any(speeds.values())
         else "",
@@ -164,18 +176,17 @@ def long(entries: Entries) -> str:
     ]
     clear, unclear = list[str](), list[str]()
     for mixer in mixers:
-        at = contexts.difference(scores, mixer, trained) if mixer != "gka" else ""
+        at = contexts.difference(scores, mixer, trained) if mixer != "gka" else None
         if at:
-            value, error = (float(x) for x in at.split(" ± "))
-            (clear if abs(value) > 2 * error else unclear).append(f"{models.STYLE[mixer][0]} ({at})")
-    said = [f"different from that of {', '.join(clear)}"] * bool(clear)
-    said += [f"within two standard errors of that of {', '.join(unclear)}"] * bool(unclear)
+            (clear if abs(at.points) > 2 * at.error else unclear).append(f"{models.STYLE[mixer][0]} ({at})")
+    said = [f"differs from that of {', '.join(clear)}"] * bool(clear)
+    said += [f"is within two standard errors of that of {', '.join(unclear)}"] * bool(unclear)
     return _joined(
         f"Can small models use a long context? The models of `lm` are trained further on rows of {trained:,} "
-        "tokens, and then search needles in noise and text. The numbers are percent found, the mean over the "
-        "tasks.",
+        "tokens. Then they do tasks of RULER's kind: find needles, follow variables, count words. The numbers "
+        "are percent of right answers, the mean over the tasks, with one seed.",
         markdown_table(["tokens", *(models.STYLE[mixer][0] for mixer in mixers)], rows) if scores else "",
-        f"At {trained:,} tokens the score of GKA is {', and '.join(said)}, in percentage points." if said else "",
+        f"At {trained:,} tokens the score of GKA {', and '.join(said)} (percentage points)." if said else "",
         "Longer lengths than that were not seen in training." if lengths and lengths[-1] > trained else "",
     )
 
@@ -204,8 +215,8 @@ def ablations(entries: Entries) -> str:
         better = [name for name, x in found.medians.items() if -x > found.single and name not in found.alike]
         said = (
             f"Variants that solve the same system as the base differ from it by up to {found.single:.3f} in one "
-            f"seed: that is chance. More than that, it is worse with {_quoted(worse)} and better with "
-            f"{_quoted(better)}."
+            f"seed, which is chance. These are worse than the base by more than that: {_quoted(worse)}. These are "
+            f"better by more than that: {_quoted(better)}."
         )
     return _joined(
         "Which parts of the layer help? Small language models differ from the base, the layer with its "
@@ -234,10 +245,15 @@ def cost(entries: Entries) -> str:
     names, last, what = [costs.STYLE[mixer][0] for mixer in mixers], chosen[-1], "forward+backward"
     ours = times.get(("gka", what), {}).get(last)
     said = [
-        f"{name} {theirs / ours:.2g} times"
+        f"{name} {_ratio(theirs / ours)} times"
         for mixer, name in zip(mixers, names, strict=True)
         if ours and mixer != "gka" and (theirs := times[mixer, what].get(last))
     ]
+    grown = []
+    for mixer in ("gka", "attention"):
+        points = costs.points_of(entries, mixer, what)[-2:]
+        if len(points) == 2:
+            grown.append(f"{costs.STYLE[mixer][0]} {_ratio(points[1][1] / points[0][1])} times")
     held = {
         mixer: max((e["result"].get("cache bytes") or 0 for e in entries
                     if e["cell"]["mixer"] == mixer and e["cell"]["tokens"] == last), default=0)
@@ -249,10 +265,15 @@ def cost(entries: Entries) -> str:
         markdown_table(["what", "tokens", *names], rows),
         f"Forward and backward of {last:,} tokens take GKA {_milliseconds(ours)} ms; compared with that, "
         f"{', '.join(said)} as long." if ours and said else "",
+        f"Twice the tokens, up to {last:,}, take {', '.join(grown)} as long." if len(grown) == 2 else "",
         f"After {last:,} tokens the cache of a GKA block has {held['gka'] / 1e6:.3g} MB, that of softmax "
         f"attention "
         f"{held['attention'] / 1e6:.4g} MB." if all(held.values()) else "",
     )  # fmt: skip
+
+
+def _ratio(x: float) -> str:
+    return f"{x:.2g}" if x < 10 else f"{x:,.0f}"
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -268,5 +289,7 @@ OVERVIEWS: dict[str, Callable[[Entries], str]] = {
     "seeds": seeds_page.overview,
     "long": long,
     "ablations": ablations,
+    "large": large_page.overview,
+    "spectra": spectra_page.overview,
     "cost": cost,
 }

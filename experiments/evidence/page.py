@@ -17,12 +17,19 @@ from .catalogue import EXPERIMENTS
 from .overview import OVERVIEWS
 from .record import Record
 
+_CORRECTED = "2026-11-28"  # `docs/kernels.md`, "A wrong gradient, and how it hid"
+_WRONG = "In bfloat16 it was 6% to 10% wrong at the start of a sequence."
+_AFTER = {"lm": _WRONG, "long": _WRONG, "ablations": _WRONG, "cost": "It made forward + backward 8% slower."}
 _HEAD = """# Evidence
 
 This page compares Gated KalmaNet (GKA) with other linear layers and with softmax attention. Each section is one
 experiment that anyone can repeat: a question, a table, the answer and a picture. A page of its own has every
 table, with commands, dates, commits and machines. Results against GKA are shown in the same way as results in its
 favour.
+
+Install what the experiments need with `pip install '.[train,experiments]'`. Language models read the text that
+`docs/evidence/corpus.txt` describes (`--data`). Mamba-2 uses the kernels of the package `mamba-ssm` where it is
+installed.
 
 GLA (gated linear attention) is the GKA layer without the solve. "Seeds" are random seeds. The number a is the
 ridge ratio: the ridge is a times the norm of the key state.
@@ -70,18 +77,37 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
     full, page = picture.with_suffix(".md"), picture.parent.with_suffix(".md").name
     runs = [record.content["runs"][number] for number in sorted({entry["run"] for entry in entries})]
     sources = "\n".join(f"* {source}" for source in sources_of(runs))
-    full.write_text(
-        f"# {record.experiment}: {experiment.SUMMARY}\n\nAll results of one section of [the evidence "
-        f"page](../{page})."
-        f"\n\n{experiment.section(entries, picture)}\n\n![{experiment.SUMMARY}]({picture.name})\n\n"
-        f"## Commands\n\nThe results are in [{record.path.name}]({record.path.name}).\n\n{sources}\n",
-        encoding="utf-8",
+    renamed = any("gka evidence" in run["command"] for run in runs)
+    details = (
+        f"# {record.experiment}: {experiment.SUMMARY}",
+        f"All results of one section of [the evidence page](../{page}).",
+        _about_age(record.experiment, runs),
+        experiment.section(entries, picture),
+        f"![{experiment.SUMMARY}]({picture.name})",
+        f"## Commands\n\nThe results are in [{record.path.name}]({record.path.name})."
+        + " `gka evidence` is `python -m experiments evidence` now." * renamed,
+        sources,
     )
-    folder = picture.parent.name
+    full.write_text("\n\n".join(part for part in details if part) + "\n", encoding="utf-8")
+    folder, size = picture.parent.name, " --size full" * (entries[0]["cell"]["size"] == "full")
+    parts = (
+        f"## {record.experiment}: {experiment.SUMMARY}",
+        OVERVIEWS[record.experiment](entries),
+        _about_age(record.experiment, runs),
+        f"![{experiment.SUMMARY}]({folder}/{picture.name})",
+        f"[All tables, commands and machines]({folder}/{full.name}). Repeat it: "
+        f"`python -m experiments evidence {record.experiment}{size}`.",
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _about_age(name: str, runs: list[dict[str, Any]]) -> str:
+    """A warning about results with a gradient that was corrected later."""
+    if name not in _AFTER or max(run["date"] for run in runs) >= _CORRECTED:
+        return ""
     return (
-        f"## {record.experiment}: {experiment.SUMMARY}\n\n{OVERVIEWS[record.experiment](entries)}\n\n"
-        f"![{experiment.SUMMARY}]({folder}/{picture.name})\n\n"
-        f"[All tables, commands and machines]({folder}/{full.name})"
+        f"These results are older than a correction of the gradient of GKA's forget gate ({_CORRECTED}). "
+        f"{_AFTER[name]}"
     )
 
 

@@ -26,6 +26,7 @@ import torch
 
 from ..tasks.recall_mixers import MIXERS
 from ..tasks.recall_train import RATES, SOLVED, train
+from .recall_page import PLACES, VERDICT, VERDICT_DIMS
 from .recall_page import section as section
 from .record import Cell, Record
 
@@ -33,10 +34,8 @@ SUMMARY = "recall in the setting of the paper's figure 3a"
 BY_MACHINE = False
 Entries = list[dict[str, Any]]
 SEEDS = (0, 1, 2)
-PLACES = ((64, 4), (128, 8), (256, 16), (512, 64), (512, 128))
-VERDICT = ("gka-paper", "gla", "attention", "mesa", "gdn")
 LEARNT = 0.05  # accuracy of a mixer that has learnt something
-SLOWER = ("attention", "mesa")  # in the first trainings the second rate was the better one
+SLOWER = ("attention", "mesa")  # the likeliest rate failed more often with these than the one after it
 _BATCH = {16: 32, 64: 512, 128: 512, 256: 256, 512: 128}
 _FULL: dict[str, Any] = dict(
     vocab_size=8192, train_examples=100_000, test_examples=3_000, epochs=64, dtype="bfloat16"
@@ -51,7 +50,7 @@ def cells(size: str) -> list[Cell]:
         mixers = ("gka-paper", "gka", "linear", "mamba2", "attention")
         return _part(mixers, (16,), ((16, 2),), _SMALL)
     others = tuple(mixer for mixer in MIXERS if mixer not in VERDICT)
-    parts = ((VERDICT, (64, 128)), (others, (64, 128)), ((*VERDICT, *others), (256,)))
+    parts = ((VERDICT, VERDICT_DIMS), (others, VERDICT_DIMS), ((*VERDICT, *others), (256,)))
     return [cell for mixers, dims in parts for cell in _part(mixers, dims, PLACES, _FULL)]
 
 

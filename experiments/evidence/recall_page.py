@@ -8,6 +8,7 @@ Legend: T tokens of a sequence, P pairs. A setting is a place (T, P) with a dim.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -18,10 +19,14 @@ from ..tasks.recall_train import RATES, SOLVED
 from .picture import draw_band, new_panels, save
 from .table import markdown_table, spread
 
+VERDICT = ("gka-paper", "gla", "attention", "mesa", "gdn")
+VERDICT_DIMS = (64, 128)
+PLACES = ((64, 4), (128, 8), (256, 16), (512, 64), (512, 128))
 PAPER, REFERENCE, OURS = "gka-paper", "attention", ("gka-paper", "gka")
 APART = 0.01  # smaller differences count as equal
 Entries = list[dict[str, Any]]
 Place = tuple[int, int]
+Setting = tuple[Place, int]  # with a dim
 
 
 class Found(NamedTuple):
@@ -83,7 +88,7 @@ def section(entries: Entries, picture: Path) -> str:
             "seeds it has the median, with the smallest and largest in brackets. A star marks a number for which "
             "learning rates are missing.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
-            " ".join((_attention(found), *verdict(found, mixers), epochs(entries, mixers))),
+            " ".join((_attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers))),
             f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
             f"processes that share GPUs; {replayed} of them replayed a CUDA graph. Early ends: {_ends(entries)}.",
         )
@@ -104,22 +109,24 @@ def _ends(entries: Entries) -> str:
 
 
 def epochs(entries: Entries, mixers: list[str]) -> str:
-    """How soon the mixers solve what they solve: the fewest epochs of any learning rate at each setting."""
-    fewest: dict[str, dict[tuple[int, ...], int]] = {mixer: {} for mixer in mixers}
+    """How soon the mixers reach SOLVED, at the settings that all of them reach which reach any.
+
+    Once a learning rate reaches it the others are needless, so it is the first rate that did.
+    """
+    first: dict[str, dict[Setting, int]] = {mixer: {} for mixer in mixers}
     for entry in entries:
         cell, result = entry["cell"], entry["result"]
-        if result["ended"] == "solved":
-            setting, of = (cell["seq_len"], cell["num_pairs"], cell["dim"]), fewest[cell["mixer"]]
-            of[setting] = min(len(result["history"]), of.get(setting, len(result["history"])))
-    medians = [
-        f"{MIXERS[mixer].name} {statistics.median(of.values()):g} (at {len(of)})"
-        for mixer, of in fewest.items()
-        if of
-    ]
-    if not medians:
+        if result["ended"] == "solved" and "learning_rate" in cell:
+            setting = (cell["seq_len"], cell["num_pairs"]), cell["dim"]
+            first[cell["mixer"]].setdefault(setting, len(result["history"]))
+    first = {mixer: of for mixer, of in first.items() if of}
+    common = set.intersection(*(set(of) for of in first.values())) if first else set()
+    if not common:
         return ""
+    medians = (f"{MIXERS[mixer].name} {statistics.median(of[s] for s in common):g}" for mixer, of in first.items())
     return (
-        f"Median epochs to {100 * SOLVED:g} percent, over the settings that a mixer solves: {', '.join(medians)}."
+        f"Median epochs to {100 * SOLVED:g} percent, with the first learning rate that reached it, at the "
+        f"{len(common)} settings that these mixers all reach: {', '.join(medians)}."
     )
 
 
@@ -151,49 +158,63 @@ def _solved(found: Found) -> bool:
     return max(found.accuracies) > SOLVED
 
 
-def verdict(found: Table, mixers: list[str]) -> tuple[str, str]:
+def wanted(entries: Entries) -> tuple[list[Setting], list[str]]:
+    """Settings and rivals of the verdict: those of the full experiment, or all that were run in another size."""
+    if entries[0]["cell"].get("size") == "full":
+        return list(itertools.product(PLACES, VERDICT_DIMS)), [m for m in VERDICT if m not in (PAPER, REFERENCE)]
+    run = best(entries)
+    rivals = [mixer for mixer in MIXERS if mixer not in (*OURS, REFERENCE) and any(k[2] == mixer for k in run)]
+    return sorted({key[:2] for key in run}), rivals
+
+
+def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[str, str]:
     """Counts, and whether the layer of figure 3a recalls best among the mixers with a state, where attention shows
     that the training is right.
     """
-    others = [mixer for mixer in mixers if mixer not in (*OURS, REFERENCE)]
-    at: dict[tuple[Place, int], dict[str, Found]] = defaultdict(dict)
-    for (place, dim, mixer), value in found.items():
-        at[place, dim][mixer] = value
-    settings = [
-        s for s, all_of in at.items() if PAPER in all_of and REFERENCE in all_of and _solved(all_of[REFERENCE])
-    ]
-    if not settings or not others:
-        return "", "There is nothing to compare yet."
-    counts, missing, behind = [], 0, 0
-    for mixer in others:
-        pairs = [(at[setting][PAPER], at[setting].get(mixer)) for setting in settings]
-        signs = [compare(ours, theirs) for ours, theirs in pairs if theirs and ours.complete and theirs.complete]
-        missing += len(settings) - len(signs)
-        behind += signs.count(-1)
-        words = zip(("better", "equal", "worse"), (1, 0, -1), strict=True)
-        counts.append(f"{MIXERS[mixer].name}: {', '.join(f'{word} in {signs.count(s)}' for word, s in words)}")
+    theirs = {setting: found.get((*setting, REFERENCE)) for setting in settings}
+    failed = [s for s, attention in theirs.items() if attention and attention.complete and not _solved(attention)]
+    valid = [s for s in settings if s not in failed]  # or it is not known yet
+    if not valid or not rivals:
+        return "", "There is nothing to compare."
+    signs: dict[str, dict[Setting, int]] = {mixer: {} for mixer in rivals}
+    for mixer, setting in itertools.product(rivals, valid):
+        attention = theirs[setting]
+        ours, other = found.get((*setting, PAPER)), found.get((*setting, mixer))
+        if attention and attention.complete and ours and ours.complete and other and other.complete:
+            signs[mixer][setting] = compare(ours, other)
+    counts = "; ".join(f"{MIXERS[mixer].name}: {_counted(list(of.values()))}" for mixer, of in signs.items())
     said = (
-        f"{MIXERS[PAPER].name} compared with each mixer that has a state, as numbers of settings where softmax "
+        f"{MIXERS[PAPER].name} compared with other mixers that have a state, as numbers of settings where softmax "
         f"attention is above {100 * SOLVED:g} percent (better and worse: by more than {100 * APART:g} point with "
-        f"every seed): {'; '.join(counts)}."
+        f"every seed): {counts}."
     )
-    if behind:
-        return (
-            said,
-            f"Figure 3a does not hold in this setting: another mixer recalls more in {behind} comparisons.",
-        )
-    if missing:
-        return said, f"There is no verdict on figure 3a yet: incomplete comparisons: {missing}."
-    best_of_all = sum(all(compare(at[s][PAPER], at[s][m]) > 0 for m in others) for s in settings)
-    if best_of_all:
+    every = [sign for of in signs.values() for sign in of.values()]
+    where = f"where softmax attention is above {100 * SOLVED:g} percent"
+    if -1 in every:
         return said, (
-            f"Figure 3a holds in this setting: no other mixer with a state recalls more anywhere, and "
-            f"{MIXERS[PAPER].name} recalls more than all of them in {best_of_all} of {len(settings)} settings."
+            f"Figure 3a does not hold in this setting: {where}, another mixer recalls more in {every.count(-1)} "
+            f"of {len(every)} comparisons."
         )
-    return (
-        said,
-        f"Figure 3a is neither confirmed nor refuted: in no setting does {MIXERS[PAPER].name} recall most.",
+    if len(every) < len(valid) * len(rivals):
+        return said, (
+            f"There is no verdict on figure 3a yet: {len(every)} of {len(valid) * len(rivals)} comparisons are "
+            f"complete, in which {MIXERS[PAPER].name} is {_counted(every)}."
+        )
+    most = sum(all(signs[mixer][setting] > 0 for mixer in rivals) for setting in valid)
+    among = f"among {', '.join(MIXERS[mixer].name for mixer in rivals)}"
+    if most:
+        return said, (
+            f"Figure 3a holds in this setting: {where}, none {among} recalls more anywhere, and "
+            f"{MIXERS[PAPER].name} recalls more than all of them at {most} of {len(valid)} settings."
+        )
+    return said, (
+        f"Figure 3a is neither confirmed nor refuted: {where}, none {among} recalls more, and "
+        f"{MIXERS[PAPER].name} nowhere recalls more than all of them."
     )
+
+
+def _counted(signs: list[int]) -> str:
+    return f"better in {signs.count(1)}, equal in {signs.count(0)}, worse in {signs.count(-1)}"
 
 
 def compare(ours: Found, theirs: Found) -> int:

@@ -54,6 +54,11 @@ class Record:
         entries: list[dict[str, Any]] = self.content["cells"]
         return entries
 
+    def reload(self) -> None:
+        """Read the file again: another process may have written to it."""
+        if self.path.exists():
+            self.content = self._read()
+
     def missing(self, cells: list[Cell]) -> list[Cell]:
         """The cells without a result, each once, in the given order."""
         done = {_key(entry["cell"]) for entry in self.entries}
@@ -92,9 +97,8 @@ class Record:
             self._add(cell, result, seconds)
 
     def _add(self, cell: Cell, result: Any, seconds: float) -> None:
-        """Add a result to the file as it is now; another process may have written to it."""
-        if self.path.exists():
-            self.content = self._read()
+        """Add a result to the file as it is now."""
+        self.reload()
         if not self.missing([cell]):
             raise ValueError(f"{cell} already has a result")
         runs = self.content["runs"]

@@ -19,7 +19,7 @@ import torch
 
 from gka.hf import GKAConfig, GKAForCausalLM
 
-from ..peers import GPU_MIXERS, MIXERS, mixer_config
+from ..peers import GPU_MIXERS, MIXERS, WHOLE_PEERS, mixer_config
 
 TOLERANCE = 0.02  # relative difference of the numbers of parameters
 _STEP = 8  # feed-forward widths are multiples of it, which is fast on a GPU
@@ -35,7 +35,7 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
     """The configuration of a model to compare.
 
     Args:
-        mixer: one of MIXERS or GPU_MIXERS.
+        mixer: one of MIXERS, GPU_MIXERS or WHOLE_PEERS.
         **fields: arguments of GKAConfig for the mixer "gka"; they decide the number of parameters of all models.
 
     Returns:
@@ -44,8 +44,9 @@ def skeleton(mixer: str, **fields: Any) -> GKAConfig:
     Raises:
         ValueError: the mixer is unknown, or the sizes are so small that no width meets TOLERANCE.
     """
-    if mixer not in (*MIXERS, *GPU_MIXERS):
-        raise ValueError(f"mixer is {mixer!r}; expected one of {(*MIXERS, *GPU_MIXERS)}")
+    known = (*MIXERS, *GPU_MIXERS, *WHOLE_PEERS)
+    if mixer not in known:
+        raise ValueError(f"mixer is {mixer!r}; expected one of {known}")
     wanted = count_parameters(GKAConfig(mixer="gka", **fields))
     config = mixer_config(mixer, **fields)
     width = config.intermediate_size

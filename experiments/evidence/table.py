@@ -1,4 +1,4 @@
-"""Tables in markdown, and numbers with their spread."""
+"""Tables in markdown, numbers with their spread, and paired differences."""
 
 from __future__ import annotations
 
@@ -28,3 +28,19 @@ def spread(values: Sequence[float | None], form: str = ".1e") -> str:
 def span(counts: list[int]) -> str:
     """The first and the last of sorted counts, or one number if there is only one."""
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def paired(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Nats per token of theirs minus ours, and its standard error, from windows [nats, tokens] of the same text.
+
+    The difference is a ratio of sums. Its error is that of a ratio estimator: the spread over the windows of
+    what a window adds to the difference beyond its share of tokens; infinite for one window.
+    """
+    apart = [b - a for (a, _), (b, _) in zip(ours, theirs, strict=True)]
+    counts = [count for _, count in ours]
+    total, n = sum(counts), len(counts)
+    mean = sum(apart) / total
+    if n < 2:
+        return mean, math.inf
+    squares = sum((each - mean * count) ** 2 for each, count in zip(apart, counts, strict=True))
+    return mean, math.sqrt(squares * n / (n - 1)) / total

@@ -119,7 +119,7 @@ def train(
     )
     on_one_gpu(arguments)
     schedule, _ = schedule_of(folder, arguments, steps, None, _WARMUP)
-    clock = _Clock()
+    clock = StepClock()
     trainer = GKATrainer(
         schedule=schedule,
         tokens_per_byte=1.0,  # no evaluation during training
@@ -206,7 +206,7 @@ def steps_of(cell: Cell) -> int:
     return steps
 
 
-class _Clock(TrainerCallback):
+class StepClock(TrainerCallback):
     """Seconds from the end of a step to the end of the next: the full cost of a step."""
 
     def __init__(self) -> None:

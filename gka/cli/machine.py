@@ -19,6 +19,7 @@ _PACKAGES = (
     "accelerate",
     "triton",
     "flash-linear-attention",
+    "mamba-ssm",
     "vllm",
     "numpy",
 )
@@ -77,12 +78,13 @@ def describe_commit() -> str:
 
 
 def describe_command() -> str:
-    """The command line of this process, in a form for a shell."""
+    """The command line of this process, in a form for a shell; for a process of torchrun with its launcher."""
     program, *arguments = sys.argv
     name = os.path.basename(program)
     if name == "__main__.py":
-        package = os.path.basename(os.path.dirname(program))
-        return shlex.join(["python", "-m", package, *arguments])
+        package, processes = os.path.basename(os.path.dirname(program)), os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = ["python"] if processes is None else ["torchrun", "--nproc_per_node", processes]
+        return shlex.join([*launcher, "-m", package, *arguments])
     return shlex.join([name, *arguments])
 
 

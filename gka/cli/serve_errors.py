@@ -33,7 +33,13 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
 
     @app.exception_handler(HTTPException)  # type: ignore[untyped-decorator]
     async def refused(_request: Any, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
+        told = answer(error.status_code, str(error.detail))
+        told.headers.update(error.headers or {})
+        return told
+
+    @app.exception_handler(Exception)  # type: ignore[untyped-decorator]
+    async def failed(_request: Any, error: Exception) -> JSONResponse:
+        return answer(500, f"{type(error).__name__}: {error}")
 
     @app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
     async def unreadable(_request: Any, error: RequestValidationError) -> JSONResponse:
@@ -46,7 +52,7 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
 
     @app.middleware("http")  # type: ignore[untyped-decorator]
     async def needs_a_template(request: Any, call_next: Any) -> Any:
-        if request.url.path in CHAT_ROUTES and not tokenizer.chat_template:
+        if request.method == "POST" and request.url.path in CHAT_ROUTES and not tokenizer.chat_template:
             return answer(
                 400,
                 f"{request.url.path} needs a chat template, and the tokenizer of this model has none; send a "

@@ -38,6 +38,7 @@ TEXT_SUFFIXES = frozenset(
 )
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_AT_ONCE = 2**24  # bytes of the texts that are encoded together
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,16 @@ def encode(tokenizer: Any, text: bytes) -> np.ndarray:
     """
     if isinstance(tokenizer, ByT5Tokenizer):
         return np.frombuffer(text, np.uint8).astype(np.uint32) + tokenizer.offset
-    ids = tokenizer(text.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray(ids, np.uint32)
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer: Any, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """`encode` for several texts, which the tokenizers of Hugging Face encode on all cores."""
+    if isinstance(tokenizer, ByT5Tokenizer):
+        return [encode(tokenizer, text) for text in texts]
+    decoded = [text.decode("utf-8") for text in texts]
+    found = tokenizer(decoded, add_special_tokens=False, verbose=False)["input_ids"] if decoded else []
+    return [np.asarray(ids, np.uint32) for ids in found]
 
 
 # The token files of a run
@@ -291,22 +300,23 @@ def write_tokens(
             (building / "validation.bin").open("wb") as validation,
             (building / "validation.raw").open("wb") as raw,
         ):
-            for source, text, is_held_out in read_parts(sources, skipped, fraction):
-                if unique:
-                    content = hashlib.sha256(text).digest()
-                    if content in seen:
-                        continue
-                    seen.add(content)
-                part, file = (manifest.validation, validation) if is_held_out else (manifest.train, train)
-                ids = encode(tokenizer, text)
-                ids.astype(dtype).tofile(file)
-                end.tofile(file)
-                part.files += 1
-                part.tokens += len(ids) + 1
-                part.bytes += len(text)
-                if is_held_out:
-                    raw.write(text)
-                    manifest.validation_documents.append((source.name, len(text)))
+            for group in _groups(read_parts(sources, skipped, fraction), _AT_ONCE):
+                encoded = encode_all(tokenizer, [text for _, text, _ in group])
+                for (source, text, is_held_out), ids in zip(group, encoded, strict=True):
+                    if unique:
+                        content = hashlib.sha256(text).digest()
+                        if content in seen:
+                            continue
+                        seen.add(content)
+                    part, file = (manifest.validation, validation) if is_held_out else (manifest.train, train)
+                    ids.astype(dtype).tofile(file)
+                    end.tofile(file)
+                    part.files += 1
+                    part.tokens += len(ids) + 1
+                    part.bytes += len(text)
+                    if is_held_out:
+                        raw.write(text)
+                        manifest.validation_documents.append((source.name, len(text)))
         manifest.skipped = str(skipped)
         _check_parts(manifest, arguments)
         (building / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
@@ -315,6 +325,19 @@ def write_tokens(
         shutil.rmtree(building, ignore_errors=True)
         raise
     return manifest
+
+
+def _groups(texts: Iterator[tuple[Source, bytes, bool]], most: int) -> Iterator[list[tuple[Source, bytes, bool]]]:
+    """Consecutive texts in groups of up to `most` bytes; a longer text is a group of its own."""
+    group, size = list[tuple[Source, bytes, bool]](), 0
+    for each in texts:
+        if group and size + len(each[1]) > most:
+            yield group
+            group, size = [], 0
+        group.append(each)
+        size += len(each[1])
+    if group:
+        yield group
 
 
 def _check_parts(manifest: Manifest, arguments: Sequence[str] | None) -> None:

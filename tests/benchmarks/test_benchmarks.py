@@ -15,6 +15,7 @@ from tiny_run import run_process, train, write_texts
 
 from benchmarks import bench_layer, bench_model, bench_pool, bench_serve, bench_steps, common, stages, table
 from benchmarks.bench_length import tokens
+from experiments.evidence import mfu
 from gka.cli import machine
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +223,7 @@ def test_bench_model_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peaks_of_cards() -> None:
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L4")
-    assert [bench_model.peak_of(name) for name in names] == [989e12, 756e12, 312e12, None]
+    assert [mfu.peak_of(name) for name in names] == [989e12, 756e12, 312e12, None]
 
 
 def test_results_of_models_stand_beside_each_other() -> None:

@@ -225,6 +225,11 @@ def test_a_chat_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch, s
         client.chat.completions.create(model="it", messages=messages, stream=stream)
     refused = web.post("/v1/completions", json=["a"])
     assert refused.status_code == 422 and refused.json()["error"]["message"].startswith("body: Input should be a")
+    failed = web.post("/v1/chat/completions", json={"model": "it"})
+    assert failed.status_code == 500 and failed.json()["error"] == {
+        "message": "KeyError: 'messages'", "type": "server_error", "param": None, "code": None,
+    }  # fmt: skip
+    assert web.get("/v1/chat/completions").headers["allow"] == "POST"
 
 
 # vLLM in place of transformers' server; tests/vllm_plugin/engine/test_server.py runs it

@@ -95,6 +95,7 @@ def test_two_gpus_compute_what_one_does() -> None:
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
         "-m",

@@ -144,6 +144,38 @@ def test_a_page_of_what_there_is_so_far(tmp_path: Path) -> None:
     assert pictures == ["evidence/numerics.png", "evidence/cost.png"]
     for picture in pictures:
         assert_drawn(tmp_path / picture)
+    assert "Repeat it: `python -m experiments evidence cost`" in text
+    full = (folder / "numerics.md").read_text(encoding="utf-8")
+    assert "[the evidence page](../evidence.md)" in full and "## Commands" in full and "now." not in full
+    assert len(rows_of(full)) > 2 and "](numerics.png)" in full
+
+
+def test_a_page_says_that_results_are_old(tmp_path: Path) -> None:
+    record = Record(tmp_path / "evidence" / "cost.json", "cost")
+    result = {"seconds": [0.25, 0.2, 0.3], "peak bytes": 5_000_000, "cache bytes": 18, "by": "gka"}
+    record.add(
+        {
+            "mixer": "gka",
+            "what": "forward",
+            "tokens": 8,
+            "size": "small",
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+        },
+        result,
+        1.0,
+    )
+    (run,) = record.content["runs"]
+    for date, command_then, expected in (
+        ("2026-11-27", "gka evidence cost", True),
+        ("2026-11-28", "python -m experiments evidence cost", False),
+    ):
+        run |= {"date": date, "command": command_then}
+        record.path.write_text(json.dumps(record.content))
+        text = write_page(tmp_path / "evidence").read_text(encoding="utf-8")
+        full = (tmp_path / "evidence" / "cost.md").read_text(encoding="utf-8")
+        assert ("older than a correction" in text) == ("older than a correction" in full) == expected
+        assert ("`gka evidence` is `python -m experiments evidence` now" in full) == expected
 
 
 def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -410,7 +442,8 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch, 
 def test_experiments_have_all_that_is_needed() -> None:
     for name, module in command.EXPERIMENTS.items():
         experiment: Any = importlib.import_module(module)
-        assert experiment.SUMMARY and callable(experiment.run) and callable(experiment.section), name
+        runs = getattr(experiment, "run", None) or experiment.run_until
+        assert experiment.SUMMARY and callable(runs) and callable(experiment.section), name
         for size in ("small", "full"):
             cells = experiment.cells(size)
             assert cells and len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)

@@ -1,4 +1,4 @@
-"""The experiments on recall on a CUDA device: steps that are replayed, and layers of flash-linear-attention."""
+"""Experiments on a CUDA device: steps that are replayed, layers of flash-linear-attention, spectra."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from experiments.evidence import parts, workers
 from experiments.evidence.changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from experiments.evidence.record import Record
 from experiments.evidence.skeleton import skeleton
+from experiments.evidence.spectra_measure import Inputs, memory_at, products_of_layer, spectrum, states_at
 from experiments.tasks import mqar_replay
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
@@ -128,3 +129,45 @@ def test_language_models_of_mesanet_have_gradients(device: torch.device) -> None
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     with pytest.raises(ValueError, match='past_key_values is given; expected None with mixer "mesa"'):
         model(tokens, use_cache=True)
+
+
+def test_spectra_are_those_of_the_cpu() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 130, 2, 16, generator=draw) + 1 for _ in range(3))
+    g, alpha, beta = (torch.randn(1, 130, 2, generator=draw).sigmoid() for _ in range(3))
+    inputs, positions = Inputs(q, k, v, -0.1 * g, alpha, beta), [20, 64, 129]
+    on_gpu = Inputs(*(x.cuda() for x in inputs))
+    states = states_at(on_gpu, positions)
+    assert relative_error(states.cpu(), states_at(inputs, positions)) < 1e-12
+    found, ref = spectrum(states, 0.02), spectrum(states.cpu(), 0.02)
+    assert all(relative_error(found[name].cpu(), ref[name]) < 1e-9 for name in ("rank", "top"))
+    assert memory_at(on_gpu.g, positions).cpu().equal(memory_at(inputs.g, positions))
+    products, wanted = (products_of_layer(x, positions, 0.02) for x in (on_gpu, inputs))
+    for tolerance, each in products.items():
+        assert each["cg"] == wanted[tolerance]["cg"] and each["chebyshev"] == wanted[tolerance]["chebyshev"]
+
+
+def test_gated_delta_net_as_it_is_trains() -> None:
+    if importlib.util.find_spec("fla") is None:
+        pytest.skip("flash-linear-attention is not installed")
+    torch.manual_seed(0)
+    config = skeleton(
+        "gdn_fla", vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=2, head_dim=64,
+    )  # fmt: skip
+    model = GKAForCausalLM(config).cuda()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    tokens = torch.randint(128, (2, 200), device="cuda")
+    for _ in range(10):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if "upgrade Triton" not in str(error):
+                raise
+            pytest.skip("flash-linear-attention needs another Triton on this GPU")
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1

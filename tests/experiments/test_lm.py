@@ -89,7 +89,7 @@ def test_a_training_that_is_cut_off_goes_on(output: Path, tmp_path: Path, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training._Clock, "on_step_end", cut)
+        patch.setattr(training.StepClock, "on_step_end", cut)
         trained(output, tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-4"]
     again, same = trained(output, tmp_path / "cut")

@@ -340,14 +340,18 @@ def test_the_page_has_the_best_accuracy_and_marks_what_is_missing(tmp_path: Path
 
 
 def test_the_page_says_how_soon_mixers_solve_the_task(tmp_path: Path) -> None:
-    def solved(dim: int, rate: float, epochs: int, mixer: str = "gka-paper") -> dict[str, Any]:
+    """At the settings that all reach, with the first rate that did."""
+
+    def solved(mixer: str, dim: int, rate: float, epochs: int) -> dict[str, Any]:
         made = entry(mixer, dim, 0.995, rate)
         made["result"] |= {"ended": "solved", "history": [[0, 0.0, 1.0]] * epochs}
         return made
 
-    entries = [solved(64, 1e-2, 9), solved(64, 1e-4, 3), solved(128, 1e-2, 6), entry("gla", 64, 0.6)]
-    text = recall_page.section(entries, tmp_path / "picture.png")
-    assert "over the settings that a mixer solves: GKA, no gates 4.5 (at 2)." in text
+    ours = [solved("gka-paper", 64, 1e-2, 9), solved("gka-paper", 64, 1e-4, 3), solved("gka-paper", 128, 1e-2, 6)]
+    text = recall_page.section([*ours, entry("gla", 64, 0.6)], tmp_path / "picture.png")
+    assert "at the 2 settings that these mixers all reach: GKA, no gates 7.5." in text
+    text = recall_page.section([*ours, solved("gla", 64, 1e-2, 20)], tmp_path / "picture.png")
+    assert "at the 1 settings that these mixers all reach: GKA, no gates 9, GLA 20." in text
     assert "Median epochs" not in recall_page.section([entry("gla", 64, 0.6)], tmp_path / "picture.png")
 
 
@@ -359,17 +363,31 @@ def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
         return recall_page.section([*right, *ours, *more], tmp_path / "picture.png")
 
     worse, equal = all_rates("gla", 64, 0.5), [entry("gla", 128, 0.998)]
-    assert "Figure 3a holds" in said(*worse, *equal) and "in 1 of 2 settings" in said(*worse, *equal)
+    assert "Figure 3a holds" in said(*worse, *equal) and "at 1 of 2 settings" in said(*worse, *equal)
     assert "GLA: better in 1, equal in 1, worse in 0" in said(*worse, *equal)
-    assert "incomplete comparisons: 1." in said(*worse) and "Figure 3a holds" not in said(*worse)
-    assert "Figure 3a does not hold" in said(*all_rates("gla", 64, 0.8), *equal)
+    unfinished = said(*worse)
+    assert "no verdict on figure 3a yet: 1 of 2 comparisons are complete" in unfinished
+    assert "Figure 3a holds" not in unfinished and "above 99 percent at all 2 settings" in unfinished
+    assert "another mixer recalls more in 1 of 2" in said(*all_rates("gla", 64, 0.8), *equal)
     spread = [*all_rates("gla", 64, 0.8), entry("gla", 64, 0.6, seed=1)]
     assert "neither confirmed nor refuted" in said(*spread, *equal), "one seed is better, one is worse"
-    assert "above 99 percent at all 2 settings" in said(*worse)
     assert "GKA: " not in said(*all_rates("gka", 64, 0.9)), "the layer with gates is not a rival"
+    gone = ours.pop()
+    assert "no verdict" in said(*worse, *equal), "the layer of the figure has not run at dim 128"
+    ours.append(gone)
     right[0] = entry("attention", 64, 0.5)
     text = said(*all_rates("gla", 64, 0.8), *equal)
     assert "attention are missing at 16 tokens, 2 pairs, dim 64." in text and "fails at" not in text
-    assert "worse in 0" in text
+    assert "no verdict" in text and "worse in 0" in text
     right[:1] = all_rates("attention", 64, 0.5)
-    assert "fails at 16 tokens, 2 pairs, dim 64:" in said(*all_rates("gla", 64, 0.8), *equal)
+    text = said(*all_rates("gla", 64, 0.8), *equal)
+    assert "fails at 16 tokens, 2 pairs, dim 64:" in text and "neither confirmed nor refuted" in text
+
+
+def test_the_full_experiment_waits_for_all_of_the_verdict() -> None:
+    """Settings and rivals that have not run at all are missing, too."""
+    full = entry("gka-paper", 64, 0.995)
+    full["cell"]["size"] = "full"
+    settings, rivals = recall_page.wanted([full])
+    assert len(settings) == 5 * 2 and rivals == ["gla", "mesa", "gdn"]
+    assert "0 of 30 comparisons" in recall_page.verdict(recall_page.best([full]), settings, rivals)[1]

@@ -203,6 +203,20 @@ def test_the_same_files_give_the_same_tokens_from_another_folder(tmp_path: Path)
         assert one == two
 
 
+@pytest.mark.parametrize("at_once", [1, 500, 10**9])
+def test_texts_that_are_encoded_together_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    texts = write_texts(tmp_path / "texts")
+    tokenizer = data.load_tokenizer(save_tokenizer(tmp_path / "words", ["the", "of", "state"], eos_token="</s>"))
+    monkeypatch.setattr(data, "_AT_ONCE", at_once)
+    manifest = data.write_tokens(tmp_path / "data", [str(texts)], tokenizer, 0.3)
+    found = documents(tmp_path / "data", "validation", manifest, tokenizer.eos_token_id)
+    for document, (_, text) in zip(found, data.validation_texts(tmp_path / "data"), strict=True):
+        assert document[:-1].tolist() == data.encode(tokenizer, text).tolist()
+    assert manifest.train.files + manifest.validation.files == len(list(texts.iterdir()))
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_texts(tmp_path / "texts", files=4)
     calls = iter([0, 0])
