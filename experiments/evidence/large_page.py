@@ -7,7 +7,7 @@ from typing import Any
 
 from gka.training.errors import UserError
 
-from .lm import STYLE as MIXER_STYLE
+from .lm_page import STYLE as MIXER_STYLE
 from .picture import new_panels, save
 from .table import markdown_table, paired
 

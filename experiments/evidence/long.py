@@ -43,7 +43,8 @@ from gka.training.errors import UserError
 from ..tasks.examples import exact_match, f1
 from ..tasks.needles import TASKS
 from . import questions
-from .lm import ALL, STYLE, model_folder
+from .lm import model_folder
+from .lm_page import ALL, STYLE
 from .picture import new_panels, save
 from .questions import PLANS, Questions
 from .record import Cell

@@ -16,9 +16,9 @@ from ..tasks.recall_mixers import MIXERS as RECALL_MIXERS
 from . import ablations as parts_of_layer
 from . import cost as costs
 from . import large_page, parts_page, recall_page, seeds_page, spectra_page
-from . import lm as models
+from . import lm_page as models
 from . import long as contexts
-from . import mqar as mixed
+from . import mqar_page as mixed
 from .numerics import SOLVERS
 from .numerics_page import values
 from .table import markdown_table, spread

@@ -15,7 +15,7 @@ import torch
 from pages import assert_drawn, rows_of
 
 from experiments import __main__ as command_line
-from experiments.evidence import command, cost, mqar, numerics
+from experiments.evidence import command, cost, mqar, mqar_page, numerics
 from experiments.evidence.page import shown, sources_of, write_page
 from experiments.evidence.record import Record
 from experiments.evidence.table import spread
@@ -363,7 +363,7 @@ def test_mqar_shows_the_best_rate_with_all_its_seeds(tmp_path: Path) -> None:
 
     entries = [entry("gka", 0.1, 0, 0.5), entry("gka", 0.01, 0, 0.7), entry("gka", 0.01, 1, 0.8)]
     entries += [entry("gdn", 0.1, 0, 0.9), entry("gdn", 0.1, 1, 0.8), entry("gdn", 0.01, 0, 0.1)]
-    ours, gdn = mqar.best(entries)
+    ours, gdn = mqar_page.best(entries)
     assert (ours["mixer"], ours["learning_rate"], ours["rates"]) == ("gka", 0.01, {0.1: 0.5, 0.01: 0.7})
     assert ours["accuracies"] == {(16, 4): [0.7, 0.8]} and gdn["accuracies"] == {(16, 4): [0.9, 0.8]}
     text = mqar.section(entries, tmp_path / "picture.png")

@@ -13,7 +13,7 @@ from pages import assert_drawn, rows_of
 from transformers import AutoModelForCausalLM, set_seed
 
 import gka
-from experiments.evidence import command, corpus, lm
+from experiments.evidence import command, corpus, lm, lm_page
 from experiments.evidence.record import Record
 from experiments.evidence.skeleton import TOLERANCE, count_parameters
 from experiments.evidence.training import Trained, train
@@ -102,7 +102,7 @@ def test_a_training_that_diverges_says_where(output: Path, tmp_path: Path) -> No
 
 
 def test_models_are_equal_in_size() -> None:
-    sizes = {mixer: count_parameters(lm.language_model(mixer, "full", 8192, 0)) for mixer in lm.ALL}
+    sizes = {mixer: count_parameters(lm.language_model(mixer, "full", 8192, 0)) for mixer in lm_page.ALL}
     assert all(abs(size - sizes["gka"]) <= TOLERANCE * sizes["gka"] for size in sizes.values())
     assert 17e6 < sizes["gka"] < 21e6
     kinds = lm.language_model("hybrid", "full", 8192, 0).layer_types
@@ -111,7 +111,7 @@ def test_models_are_equal_in_size() -> None:
 
 def test_mixers_take_turns_in_the_measurement_of_speed() -> None:
     turns = [cell["mixer"] for cell in lm.cells("full") if cell["part"] == "speed"]
-    assert turns == [*lm.FULL] * lm.ROUNDS and lm.ROUNDS >= 3
+    assert turns == [*lm_page.FULL] * lm.ROUNDS and lm.ROUNDS >= 3
 
 
 def test_the_best_rate_trains_the_model_that_is_kept(
@@ -174,7 +174,9 @@ def test_the_page_names_mixers_that_are_not_trained_yet(tmp_path: Path) -> None:
 
 def test_other_seeds_are_shown_beside_the_first(tmp_path: Path) -> None:
     models = [cell for cell in lm.cells("full") if cell["part"] == "model"]
-    assert [(cell["mixer"], cell["seed"]) for cell in models] == [(m, seed) for seed in (0, 1, 2) for m in lm.FULL]
+    assert [(cell["mixer"], cell["seed"]) for cell in models] == [
+        (m, seed) for seed in (0, 1, 2) for m in lm_page.FULL
+    ]
     losses = {("gka", 0): 2.0, ("gka", 1): 2.2, ("gka", 2): 2.1, ("gdn", 0): 1.9, ("gdn", 1): 2.4}
     entries = []
     for cell in models:
