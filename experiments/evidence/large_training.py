@@ -12,18 +12,18 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, default_data_collator, set_seed
 
 from gka.cli.commands import TrainOptions
-from gka.cli.train import schedule_of, train_to_the_end, training_arguments
+from gka.cli.train import schedule_of, training_arguments
 from gka.hf import GKAForCausalLM
 from gka.hf.folders import write_whole
 from gka.training.data import TokenBlocks
 from gka.training.errors import UserError
-from gka.training.trainer import Diverged, GKATrainer, ProgressCallback, ScheduleCallback
+from gka.training.trainer import GKATrainer, ProgressCallback, ScheduleCallback
 
 from .corpus import Corpus
 from .record import Cell
 from .skeleton import skeleton
 from .together import OutOfTime, agreed, processes
-from .training import StepClock
+from .training import StepClock, logged, step_of_divergence
 
 MODEL_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 SPEED_STEPS = 12
@@ -184,18 +184,14 @@ def train_to_steps(
     starts = _begin(folder, trainer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    diverged = None
-    try:
-        train_to_the_end(trainer, folder)
-    except Diverged as error:
-        diverged = error.step
+    diverged = step_of_divergence(trainer, folder)
     if diverged is None and trainer.state.global_step < steps:
         raise OutOfTime
     history = trainer.state.log_history
     return {
-        "train loss": [[entry["step"], round(entry["loss"], 5)] for entry in history if "loss" in entry],
-        "gradient norms": [[e["step"], round(float(e["grad_norm"]), 5)] for e in history if "grad_norm" in e],
-        "evaluations": [[e["step"], round(e["eval_loss"], 5)] for e in history if "eval_loss" in e],
+        "train loss": logged(history, "loss"),
+        "gradient norms": logged(history, "grad_norm"),
+        "evaluations": logged(history, "eval_loss"),
         "starts": starts,
         "seconds": round(trainer.schedule.seconds, 1),
         "tokens per second": round(per_step / statistics.median(clock.times)) if clock.times else None,

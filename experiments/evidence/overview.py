@@ -82,8 +82,7 @@ def mqar(entries: Entries) -> str:
         "3 seeds. The gates and the alpha connection of GKA are on.",
         markdown_table(["dim", *(mixed.STYLE[mixer][0] for mixer in mixers)], rows),
         f"GKA compared with the others, as numbers of settings (up to half a percent counts as equal), without "
-        f"failed "
-        f"trainings: {counts}."
+        f"failed trainings: {counts}."
         if counts
         else "",
         f"Failed trainings, which say nothing about the mixer: {lost}." if lost else "",
@@ -267,8 +266,7 @@ def cost(entries: Entries) -> str:
         f"{', '.join(said)} as long." if ours and said else "",
         f"Twice the tokens, up to {last:,}, take {', '.join(grown)} as long." if len(grown) == 2 else "",
         f"After {last:,} tokens the cache of a GKA block has {held['gka'] / 1e6:.3g} MB, that of softmax "
-        f"attention "
-        f"{held['attention'] / 1e6:.4g} MB." if all(held.values()) else "",
+        f"attention {held['attention'] / 1e6:.4g} MB." if all(held.values()) else "",
     )  # fmt: skip
 
 

@@ -133,22 +133,32 @@ def train(
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    diverged = None
-    try:
-        train_to_the_end(trainer, folder)
-    except Diverged as error:
-        diverged = error.step
+    diverged = step_of_divergence(trainer, folder)
     history = trainer.state.log_history
     tokens = batch_size * len(dataset[0]["input_ids"])
     return Trained(
-        loss=[[entry["step"], round(entry["loss"], 5)] for entry in history if "loss" in entry],
-        grad_norms=[[e["step"], round(float(e["grad_norm"]), 5)] for e in history if "grad_norm" in e],
+        loss=logged(history, "loss"),
+        grad_norms=logged(history, "grad_norm"),
         seconds=round(schedule.seconds, 1),
         tokens_per_second=round(tokens / statistics.median(clock.times)) if clock.times else None,
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
         diverged=diverged,
         history=history,
     )
+
+
+def step_of_divergence(trainer: GKATrainer, folder: Path) -> int | None:
+    """Train to the end; the step at which the loss was not finite, None if it always was."""
+    try:
+        train_to_the_end(trainer, folder)
+    except Diverged as error:
+        return error.step
+    return None
+
+
+def logged(history: list[dict[str, Any]], name: str) -> list[list[float]]:
+    """[step, value] of all entries of a Trainer's log that have the value, rounded for a results file."""
+    return [[entry["step"], round(float(entry[name]), 5)] for entry in history if name in entry]
 
 
 def train_on_text(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from gpu_helpers import moved
+from gpu_helpers import moved, on_two_gpus
 from helpers import Case, converted, doubled, make_inputs, relative_error, run
 from sharded_op import run_shared
 
@@ -22,7 +18,6 @@ from gka.distributed.sums import span_sums
 # Deterministic: an operator that is not raises an error.
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 NARROW = (torch.bfloat16, torch.float16)
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +86,4 @@ def test_nothing_waits_for_the_gpu(context: ContextParallel, device: torch.devic
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_compute_what_one_does() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "parallel_devices_run",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    done = subprocess.run(command, check=True, env=environment, timeout=280, stdout=subprocess.PIPE, text=True)
-    assert "zigzag padding torch.bfloat16" in done.stdout
+    assert "zigzag padding torch.bfloat16" in on_two_gpus("parallel_devices_run")
