@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..tasks.recall_mixers import MIXERS, heads
 from ..tasks.recall_train import RATES, SOLVED
-from .picture import draw_band, new_panels, save
+from .recall_picture import draw
 from .table import markdown_table, spread
 
 VERDICT = ("gka-paper", "gla", "attention", "mesa", "gdn")
@@ -43,8 +43,7 @@ def best(entries: Entries) -> Table:
     """The best accuracies of every mixer at every setting."""
     groups: dict[tuple[Place, int, str], Entries] = defaultdict(list)
     for entry in entries:
-        cell = entry["cell"]
-        groups[(cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]].append(entry)
+        groups[_key(entry)].append(entry)
     found = {}
     for key, group in groups.items():
         seeds: dict[int, float] = {}
@@ -53,6 +52,11 @@ def best(entries: Entries) -> Table:
             seeds[seed] = max(accuracy, seeds.get(seed, 0.0))
         found[key] = Found(list(seeds.values()), max(seeds.values()) > SOLVED or _rates(group) == set(RATES))
     return found
+
+
+def _key(entry: dict[str, Any]) -> tuple[Place, int, str]:
+    cell = entry["cell"]
+    return (cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]
 
 
 def _rates(group: Entries) -> set[float]:
@@ -65,7 +69,7 @@ def section(entries: Entries, picture: Path) -> str:
     found = best(entries)
     mixers = [mixer for mixer in MIXERS if any(key[2] == mixer for key in found)]
     settings = sorted({key[:2] for key in found})
-    _draw(found, mixers, picture)
+    draw([entry for entry in entries if found[_key(entry)].complete], picture)
     rows = [
         [str(T), str(P), str(dim), *(_cell(found.get(((T, P), dim, mixer))) for mixer in mixers)]
         for (T, P), dim in settings
@@ -86,7 +90,8 @@ def section(entries: Entries, picture: Path) -> str:
             "layer of figure 3a without the solve.",
             "The table has the best accuracy in percent over the learning rates, on new sequences. With several "
             "seeds it has the median, with the smallest and largest in brackets. A star marks a number for which "
-            "learning rates are missing.",
+            "learning rates are missing. The picture has the accuracy after each epoch, with the best learning "
+            "rate, for numbers without a star.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
             " ".join((_attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers))),
             f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
@@ -222,33 +227,3 @@ def compare(ours: Found, theirs: Found) -> int:
     if min(ours.accuracies) > max(theirs.accuracies) + APART:
         return 1
     return -1 if max(ours.accuracies) < min(theirs.accuracies) - APART else 0
-
-
-def _draw(found: Table, mixers: list[str], path: Path) -> None:
-    """Accuracy against dim, one panel per place, as in figure 3a; only where no learning rate is missing."""
-    places, every_dim = sorted({key[0] for key in found}), sorted({key[1] for key in found})
-    figure, panels = new_panels(1, len(places), (max(5.0, 3.4 * len(places)), 4.0), 130, sharey=True)
-    for axes, place in zip(panels, places, strict=True):
-        for mixer in mixers:
-            points = sorted(
-                (dim, value.accuracies)
-                for (at, dim, name), value in found.items()
-                if (at, name) == (place, mixer) and value.complete
-            )
-            if points:
-                dims, accuracies = zip(*points, strict=True)
-                kind = MIXERS[mixer]
-                draw_band(
-                    axes, dims, accuracies, kind.colour, statistics.median, marker=kind.marker, label=kind.name
-                )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(every_dim, [str(dim) for dim in every_dim])
-        axes.set_xlabel("model dim")
-        axes.set_ylim(-0.03, 1.04)
-        axes.set_title(f"{place[0]} tokens, {place[1]} pairs", loc="left", fontsize=10)
-    panels[0].set_ylabel("accuracy")
-    labels: dict[str, Any] = {}
-    for axes in panels:
-        labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    panels[0].legend(labels.values(), labels.keys(), frameon=False, fontsize=8)
-    save(figure, path)

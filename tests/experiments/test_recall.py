@@ -319,7 +319,13 @@ def test_a_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def entry(mixer: str, dim: int, accuracy: float, rate: float = RATES[0], seed: int = 0) -> dict[str, Any]:
     kind = {"learning_rate": rate} if seed == 0 else {"rates": list(RATES)}
-    result = {"accuracy": accuracy, "ended": "all epochs", "graph": True, "learning_rate": rate}
+    result = {
+        "accuracy": accuracy,
+        "ended": "all epochs",
+        "graph": True,
+        "learning_rate": rate,
+        "history": [[1, accuracy, 0.5]],
+    }
     return {"cell": {**cell(mixer=mixer, dim=dim), **kind, "seed": seed}, "result": result, "seconds": 60.0}
 
 

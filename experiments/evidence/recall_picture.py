@@ -1,0 +1,47 @@
+"""The picture of the experiment `recall`: how soon the mixers learn, a column for each place, a row for each dim.
+
+Most mixers reach 99 percent at most places, so their last accuracies would be one line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..tasks.recall_mixers import MIXERS
+from .picture import new_panels, save
+
+Entries = list[dict[str, Any]]
+
+
+def draw(entries: Entries, path: Path) -> None:
+    """Draw the accuracy after each epoch of the best training of every mixer at every setting."""
+    best: dict[tuple[tuple[int, int], int, str], Any] = {}
+    for entry in entries:
+        cell, result = entry["cell"], entry["result"]
+        key = (cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]
+        if result["history"] and (key not in best or result["accuracy"] > best[key]["accuracy"]):
+            best[key] = result
+    places, dims = sorted({key[0] for key in best}), sorted({key[1] for key in best})
+    if not best:
+        places, dims = [(0, 0)], [0]
+    size = (max(5.0, 2.7 * len(places)), 2.3 * len(dims) + 0.7)
+    figure, panels = new_panels(len(dims), len(places), size, 130, sharex=True, sharey=True)
+    labels: dict[str, Any] = {}
+    for number, axes in enumerate(panels):
+        dim, place = dims[number // len(places)], places[number % len(places)]
+        for name, mixer in MIXERS.items():
+            if (result := best.get((place, dim, name))) is not None:
+                epochs, accuracies = zip(*(point[:2] for point in result["history"]), strict=True)
+                marked = {"marker": mixer.marker, "markevery": [len(epochs) - 1], "label": mixer.name}
+                (labels[mixer.name],) = axes.plot(epochs, accuracies, color=mixer.colour, **marked)
+        axes.set_title(f"{place[0]} tokens, {place[1]} pairs, dim {dim}", loc="left", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_ylim(-0.03, 1.04)
+        if axes.get_subplotspec().is_last_row():
+            axes.set_xlabel("epochs")
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("accuracy")
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    save(figure, path)
