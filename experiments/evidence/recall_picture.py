@@ -27,6 +27,7 @@ def draw(entries: Entries, path: Path) -> None:
         places, dims = [(0, 0)], [0]
     size = (max(5.0, 2.7 * len(places)), 2.3 * len(dims) + 0.7)
     figure, panels = new_panels(len(dims), len(places), size, 130, sharex=True, sharey=True)
+    longest = max((len(result["history"]) for result in best.values()), default=1)
     labels: dict[str, Any] = {}
     for number, axes in enumerate(panels):
         dim, place = dims[number // len(places)], places[number % len(places)]
@@ -37,6 +38,7 @@ def draw(entries: Entries, path: Path) -> None:
                 (labels[mixer.name],) = axes.plot(epochs, accuracies, color=mixer.colour, **marked)
         axes.set_title(f"{place[0]} tokens, {place[1]} pairs, dim {dim}", loc="left", fontsize=9)
         axes.set_xscale("log", base=2)
+        axes.set_xlim(0.85, 1.15 * max(2, longest))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(-0.03, 1.04)
         if axes.get_subplotspec().is_last_row():
