@@ -203,6 +203,8 @@ def test_hopeless_trainings() -> None:
 
     rising = [0.012 * epoch for epoch in range(1, 65)]
     assert reason(curve(*[0.0] * 15)) is None and reason(curve(*[0.0] * 16)) == "learnt nothing"
+    assert reason(curve(*[0.0] * 16, fall=0.002)) is None, "its loss still falls"
+    assert reason(curve(*[0.0] * 40, fall=0.001)) == "learnt nothing"
     assert reason(curve(*[0.25] * 31)) is None and reason(curve(*[0.25] * 32)) == "stays at guessing"
     assert reason(curve(*[0.25] * 32, fall=0.004)) is None, "its loss still falls"
     assert reason(curve(*rising[:32])) is None and reason(curve(*[0.4] * 60)) is None
