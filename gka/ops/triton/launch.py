@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from .prepared import PreparedKernel
 
 _AHEAD: ContextVar[bool] = ContextVar("gka_compiling_ahead", default=False)
-THREADS = 8
+THREADS = 16  # a training step has 16 kernels
 
 
 def can_compile_side_by_side() -> bool:

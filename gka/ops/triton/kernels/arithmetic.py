@@ -5,7 +5,8 @@ Two arithmetics, chosen by the constexpr WIDE:
                   state, an iterate or a state's gradient, is a pair hi + lo of bfloat16, and a product of pairs is
                   three products. In memory a pair takes three bytes: hi, and as int8 (`lo8`) the eight bits of the
                   float32 number that follow those of hi.
-    WIDE = True   (float32 and float16 inputs): operands are float32, products three-part TF32.
+    WIDE = True   (float32 and float16 inputs): operands are float32, products three-part TF32. What came in
+                  float16 stays so as an operand: TF32 holds it exactly, so a product needs two parts or one.
 """
 
 import os
@@ -32,7 +33,7 @@ def cast(x, dtype: tl.constexpr):
 def to_operand(x, WIDE: tl.constexpr):
     """x as an operand of a product."""
     if WIDE:
-        return x.to(tl.float32)
+        return x if x.dtype == tl.float16 else x.to(tl.float32)
     else:
         return cast(x, tl.bfloat16)
 
@@ -177,12 +178,27 @@ def through_registers(x):
 
 
 @triton.jit
+def _tf32_parts(x):
+    """x in float32 as two numbers of TF32: its first 11 bits, and the rest."""
+    hi = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return hi, x - hi
+
+
+@triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
     """acc + a b of operands."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif WIDE:
+    elif WIDE and a.dtype == tl.float32 and b.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="tf32x3")
+    elif WIDE and a.dtype == tl.float32:
+        hi, lo = _tf32_parts(a)
+        acc = tl.dot(lo, b.to(tl.float32), acc, input_precision="tf32")
+        return tl.dot(hi, b.to(tl.float32), acc, input_precision="tf32")
+    elif WIDE and b.dtype == tl.float32:
+        hi, lo = _tf32_parts(b)
+        acc = tl.dot(a.to(tl.float32), lo, acc, input_precision="tf32")
+        return tl.dot(a.to(tl.float32), hi, acc, input_precision="tf32")
     else:
         return tl.dot(a, b, acc)
 

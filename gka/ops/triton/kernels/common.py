@@ -191,11 +191,33 @@ def past_mask(G, C: tl.constexpr):
 
 
 @triton.jit
-def future_mask(G, C: tl.constexpr):
-    """The transpose of `past_mask`."""
+def both_masks(G, C: tl.constexpr):
+    """`past_mask` and its transpose in one: e^{G_c - G_j} of the later and the earlier of two tokens [C, C]."""
     c = tl.arange(0, C)
     G = G * LOG2_E
-    return _exp2(tl.where(c[:, None] <= c[None, :], G[None, :] - G[:, None], float("-inf")))
+    return _exp2(tl.where(c[:, None] >= c[None, :], G[:, None] - G[None, :], G[None, :] - G[:, None]))
+
+
+@triton.jit
+def _decay_and_add(decay, total, next_decay, next_total):
+    """One span of tokens from two neighbours: its decay, and the sum at its end."""
+    return decay * next_decay, total * next_decay + next_total
+
+
+@triton.jit
+def sums_of_earlier(x, power, g_ptr, start, end, H, h, C: tl.constexpr):
+    """sum_{i <= c} e^{power (G_c - G_i)} x_i [C], without a mask [C, C]."""
+    g = tl.maximum(load_scalars(g_ptr, start, end, H, h, C), G_FLOOR)
+    _, sums = tl.associative_scan((tl.exp(power * g), x), 0, _decay_and_add)
+    return sums
+
+
+@triton.jit
+def sums_of_later(x, power, g_ptr, start, end, H, h, C: tl.constexpr):
+    """sum_{c >= i} e^{power (G_c - G_i)} x_c [C], without a mask [C, C]."""
+    next_g = tl.maximum(load_scalars(g_ptr, start + 1, end, H, h, C), G_FLOOR)
+    _, sums = tl.associative_scan((tl.exp(power * next_g), x), 0, _decay_and_add, reverse=True)
+    return sums
 
 
 @triton.jit

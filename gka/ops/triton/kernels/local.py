@@ -35,7 +35,7 @@ from ..call import BackwardWorkspace, Call, Part, Scales, keys_and_values
 from ..launch import launch
 from .arithmetic import dot, through_registers, to_operand
 from .common import (
-    future_mask,
+    both_masks,
     head_and_chunk,
     key_weights,
     last_of,
@@ -45,10 +45,10 @@ from .common import (
     load_rows,
     load_scalars,
     log_decays,
-    past_mask,
     store_matrix,
     store_rows,
     store_scalars,
+    sums_of_later,
 )
 
 
@@ -114,7 +114,9 @@ def value_gradients(
         return
     hk, row, first = h // (H // Hk), program * C, program * 4
     G = log_decays(g_ptr, start, end, H, h, C)
-    N = future_mask(G, C)
+    upper = tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]
+    both = both_masks(G, C)
+    N = tl.where(upper, both, 0.0)
     beta, key_scale = key_weights(beta_ptr, key_scale_ptr, start, end, H, h, Hk, hk, C, HAS_BETA, NORMALIZE)
     query_scale = tl.full([C], 1.0, tl.float32)
     if NORMALIZE:
@@ -128,9 +130,10 @@ def value_gradients(
     keys_y = zeros
     if SOLVE:
         gram = dot(K, tl.trans(K), zeros, WIDE)
-        weighted_gram = dot(to_operand(N * load_scalars(w_ptr, start, end, H, h, C)[None, :], WIDE),
-                      to_operand(past_mask(G, C), WIDE), zeros, WIDE)  # fmt: skip
-        weighted_gram = gram * weighted_gram * (-2.0 * beta * beta * key_scale * key_scale)[None, :]
+        # With m = max(i, j), N_{i,c} N_{j,c} is N_{m,c}^2 e^{G_m - G_i} e^{G_m - G_j}, and one exponent is 0.
+        sum_N2_w = sums_of_later(load_scalars(w_ptr, start, end, H, h, C), 2.0, g_ptr, start, end, H, h, C)
+        weighted_gram = gram * both * tl.where(upper, sum_N2_w[None, :], sum_N2_w[:, None])
+        weighted_gram *= (-2.0 * beta * beta * key_scale * key_scale)[None, :]
         sum_pk = tl.sum(weighted_gram * gram, 1)
         store_matrix(scores_ptr, weighted_gram * key_scale[:, None], first + 2, C, C, 0, 0, C, C)
         x_scores = _scores(k_ptr, start, end, Hk, hk, x_hi_ptr, x_lo_ptr, start, end, H, h, D, D, C, BD,

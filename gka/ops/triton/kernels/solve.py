@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import config
 from ..call import NO_PAIR, Call, Pair, Part, StatePairs
 from ..launch import launch
-from .arithmetic import dot, fine_dot, operand_product, pair_dot, split, to_operand, widened
+from .arithmetic import dot, fine_dot, operand_product, split, to_operand, widened
 from .common import (
     floored,
     head_and_chunk,
@@ -37,17 +37,21 @@ from .common import (
     past_mask,
     store_pairs,
     store_scalars,
+    sums_of_earlier,
 )
 from .conjugate_gradient import compiles_tolerance, conjugate_gradient_stage
 
 
 @triton.jit
-def _norms(K, K_lo, S, G, weight, C: tl.constexpr, BD: tl.constexpr, FROM_WIDE: tl.constexpr, WIDE: tl.constexpr):
-    """max(||S_c||_F, NORM_FLOOR) [C] of every token, 0 for 0, where M_{c,j} = e^{G_c - G_j} beta_j^2 r_j^2 and
-    zeta_c = e^{G_c}:
+def _norms(
+    K, K_lo, S, G, g_ptr, start, end, H, h, weight,
+    C: tl.constexpr, BD: tl.constexpr, FROM_WIDE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """max(||S_c||_F, NORM_FLOOR) [C] of every token, 0 for 0. S_0 is the chunk's first state, zeta_c = e^{G_c} and
+    w = beta^2 r^2. To the square a token adds products of its w k k^T, with itself and with the decayed state:
 
-        ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + 2 zeta_c sum_j M_{c,j} k_j^T S_0 k_j
-                      + sum_j [M (K K^T)^2]_{c,j} M_{c,j}
+        ||S_c||_F^2 = zeta_c^2 ||S_0||_F^2 + sum_{i <= c} e^{2 (G_c - G_i)} added_i
+        added_i = w_i (2 zeta_i k_i^T S_0 k_i + 2 sum_{j < i} e^{G_i - G_j} w_j (k_i^T k_j)^2 + w_i (k_i^T k_i)^2)
 
     Every term is at least zero, nothing cancels.
     """
@@ -62,11 +66,10 @@ def _norms(K, K_lo, S, G, weight, C: tl.constexpr, BD: tl.constexpr, FROM_WIDE: 
         gram = dot(K, tl.trans(K_lo), gram, WIDE)
     else:
         quadratic = tl.sum(keys_S * K.to(tl.float32), 1)
-    gram = gram * gram
-    M = past_mask(G, C) * weight[None, :]
-    gram_hi, gram_lo = split(gram, WIDE)
-    gram_sums = pair_dot(M, gram_hi, gram_lo, tl.zeros([C, C], tl.float32), WIDE)
-    square = zeta * zeta * S_square + tl.sum(M * (2.0 * zeta[:, None] * quadratic[None, :] + gram_sums), 1)
+    c = tl.arange(0, C)
+    counted = tl.where(c[:, None] == c[None, :], 1.0, 2.0) * weight[None, :]
+    added = weight * (2.0 * zeta * quadratic + tl.sum(past_mask(G, C) * counted * gram * gram, 1))
+    square = zeta * zeta * S_square + sums_of_earlier(added, 2.0, g_ptr, start, end, H, h, C)
     return floored(tl.sqrt(tl.maximum(square, 0.0)))
 
 
@@ -134,7 +137,7 @@ def solve_chunks(
         row, stop, rows_H, rows_h, rows_D = program * C, program * C + C, 1, program * 0, BD
 
     keys = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD)
-    K = to_operand(keys, WIDE)
+    K = to_operand(keys.to(tl.float32) if WIDE else keys, WIDE)
     K_lo = K
     S = to_operand(load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD), WIDE)
     if FROM_WIDE:
@@ -146,7 +149,7 @@ def solve_chunks(
     if ADJOINT:
         norm = load_scalars(norm_ptr, start, end, H, h, C)
     else:
-        norm = _norms(K, K_lo, S, G, weight, C, BD, FROM_WIDE, WIDE)
+        norm = _norms(K, K_lo, S, G, g_ptr, start, end, H, h, weight, C, BD, FROM_WIDE, WIDE)
         store_scalars(norm_ptr, norm, start, end, H, h, C)
     inverse = tl.where(norm > 0.0, 1.0 / norm, 0.0)
     zeta = tl.exp(G) * inverse

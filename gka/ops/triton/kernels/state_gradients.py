@@ -31,10 +31,10 @@ from .common import (
     load_scalars,
     load_transposed,
     log_decays,
-    past_mask,
     store_matrix,
     store_matrix_pair,
     store_scalars,
+    sums_of_later,
 )
 
 
@@ -75,7 +75,7 @@ def increments_kk(
     G = log_decays(g_ptr, start, stop, H, h, C)
     half_zeta = -0.5 * tl.exp(G)
     w_zeta = load_scalars(w_ptr, start, stop, H, h, C) * tl.exp(G)
-    sum_M_w_zeta = tl.sum(past_mask(G, C) * w_zeta[:, None], 0)
+    sum_M_w_zeta = sums_of_later(w_zeta, 1.0, g_ptr, start, stop, H, h, C)
     if half == 0:
         store_scalars(sum_M_w_zeta_ptr, sum_M_w_zeta, start, stop, H, h, C)
         tl.store(sum_w_zeta2_ptr + program, tl.sum(w_zeta * tl.exp(G), 0))
