@@ -60,9 +60,9 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
 
     A model that answers with any value of the sequence is right in 1 of P cases. A training ends
 
-    * from a quarter of the epochs on, if its accuracy is below 1 / (2 P), so that it does not even do that, and its
-      loss has fallen by less than 1 percent in the last eighth of the epochs. MesaNet once rose from an accuracy
-      of 0 to 0.998 in one epoch; before, its loss had fallen by 1.1 percent;
+    * from a quarter of the epochs on, if its accuracy is below 1 / (2 P), so that it does not even do that, and
+      its loss has fallen by less than 1 percent in the last eighth of the epochs. MesaNet once rose from an
+      accuracy of 0 to 0.998 in one epoch; before, its loss had fallen by 1.1 percent;
     * from half of the epochs on, if its accuracy is below 1.5 / P and, in the last eighth of the epochs, has risen
       by less than 0.01 and its loss has fallen by less than 2 percent: it stays there. Before softmax attention
       solves the task, its accuracy rests at 1 / P for thousands of steps, but its loss falls;
