@@ -103,11 +103,11 @@ def recall(entries: Entries) -> str:
     names = [RECALL_MIXERS[mixer].name for mixer in mixers]
     rows = [[f"{T}, {P}", *(cell((T, P), mixer) for mixer in mixers)] for T, P in places]
     return _joined(
-        "Does the paper's figure 3a hold, in its own setting? The figure shows the recall of GKA without gates "
-        "and without the alpha connection; the setting is that of Zoology's figure 2, with one training for "
-        "each place, which ends once it is above 99 percent. The numbers are percent of right answers with the "
-        f"best learning rate, at model dims {' / '.join(map(str, dims))}. A question mark: learning rates are "
-        "missing.",
+        "Does the paper's figure 3a hold, in its own setting? The figure shows GKA without gates and without "
+        "the alpha connection above all other layers that have a state. Every training ends once its accuracy is "
+        "above 99 percent, so two mixers that get there are equal. The numbers are percent of right answers with "
+        f"the best learning rate, at model dims {' / '.join(map(str, dims))}. A question mark: not all learning "
+        "rates were tried yet. The picture shows the accuracy after each epoch.",
         markdown_table(["tokens, pairs", *names], rows),
         recall_page.verdict(found, *recall_page.wanted(entries))[1],
         recall_page.epochs(entries, mixers),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,27 +78,51 @@ def section(entries: Entries, picture: Path) -> str:
     cell = entries[0]["cell"]
     wide = max(dim for _, dim in settings)
     parts = "" if heads(wide) == 1 else f" Recurrent mixers have {heads(wide)} heads at dim {wide}."
+    solved = f"{100 * SOLVED:g}"
     replayed = sum(entry["result"]["graph"] for entry in entries)
     return "\n\n".join(
         (
-            "Does the paper's figure 3a hold? It shows the recall of GKA without gates and without the alpha "
-            "connection. The setting is the one of Zoology's figure 2: models of two layers with one head and no "
-            f"feed-forward part, {cell['train_examples']:,} training sequences, {cell['vocab_size']} tokens in "
-            f"the vocabulary, up to {cell['epochs']} epochs, here in {cell['dtype']}. A training ends when its "
-            f"accuracy is above {100 * SOLVED:g} percent, or early by the rules in "
-            f"`experiments/tasks/recall_train.py`. Learned positions are for softmax attention alone.{parts} "
-            "GLA is here the layer of flash-linear-attention, with a short convolution. Linear attention is the "
-            "layer of figure 3a without the solve.",
-            "The table has the best accuracy in percent over the learning rates, on new sequences. With several "
-            "seeds it has the median, with the smallest and largest in brackets. A star marks a number for which "
-            "learning rates are missing. The picture has the accuracy after each epoch, with the best learning "
-            "rate, for numbers without a star.",
+            "Does the paper's figure 3a hold? It shows GKA without gates and without the alpha connection above "
+            "all other layers that have a state. Here it holds if none of them recalls more at any setting, and "
+            "that layer recalls more than all of them at one or more. The setting is the one of Zoology's figure "
+            "2: models of two layers with one head and no feed-forward part, "
+            f"{cell['train_examples']:,} training sequences, {cell['vocab_size']} tokens in the vocabulary, up to "
+            f"{cell['epochs']} epochs, here in {cell['dtype']}. Learned positions are for softmax attention alone."
+            f"{parts}{_about(mixers)}",
+            f"A training ends when its accuracy is above {solved} percent. So two mixers that get there are equal "
+            "here; how soon they do is in the picture. A training also ends if its accuracy stays near 0 or at "
+            "guessing while its loss does not fall, or if it is far behind another learning rate (`hopeless` in "
+            "`experiments/tasks/recall_train.py`).",
+            f"The table has the best accuracy in percent over the learning rates {_listed(RATES)}, on new "
+            f"sequences. After one of them gets above {solved}, the others are not run.{_about_seeds(entries)} "
+            "A star: not all learning rates were tried yet. Empty: not trained yet.",
+            "The picture has the accuracy after each epoch, for numbers without a star. A curve ends with a mark.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
             " ".join((_attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers))),
             f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
-            f"processes that share GPUs; {replayed} of them replayed a CUDA graph. Early ends: {_ends(entries)}.",
+            f"processes that share GPUs; {replayed} of them replayed a CUDA graph. How they ended: "
+            f"{_ends(entries)}.",
         )
     )
+
+
+def _about(mixers: list[str]) -> str:
+    """What a reader must know of some mixers, if they are in the table."""
+    notes = {
+        "gla": " GLA is the layer of flash-linear-attention, with a short convolution.",
+        "linear": " Linear attention is the layer of figure 3a without the solve.",
+    }
+    return "".join(note for mixer, note in notes.items() if mixer in mixers)
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in sorted(rates))
+
+
+def _about_seeds(entries: Entries) -> str:
+    if all(entry["cell"]["seed"] == 0 for entry in entries):
+        return " All trainings have the same seed."
+    return " With several seeds the number is the median, with the smallest and largest in brackets."
 
 
 def _cell(found: Found | None) -> str:
@@ -130,7 +155,7 @@ def epochs(entries: Entries, mixers: list[str]) -> str:
         return ""
     medians = (f"{MIXERS[mixer].name} {statistics.median(of[s] for s in common):g}" for mixer, of in first.items())
     return (
-        f"Median epochs to {100 * SOLVED:g} percent, with the first learning rate that reached it, at the "
+        f"Median epochs to {100 * SOLVED:g} percent, with the one learning rate that reached it, at the "
         f"{len(common)} settings that these mixers all reach: {', '.join(medians)}."
     )
 
@@ -191,7 +216,7 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
     said = (
         f"{MIXERS[PAPER].name} compared with other mixers that have a state, as numbers of settings where softmax "
         f"attention is above {100 * SOLVED:g} percent (better and worse: by more than {100 * APART:g} point with "
-        f"every seed): {counts}."
+        f"every seed; two above {100 * SOLVED:g} percent are equal): {counts}."
     )
     every = [sign for of in signs.values() for sign in of.values()]
     where = f"where softmax attention is above {100 * SOLVED:g} percent"

@@ -31,19 +31,26 @@ def draw(entries: Entries, path: Path) -> None:
     labels: dict[str, Any] = {}
     for number, axes in enumerate(panels):
         dim, place = dims[number // len(places)], places[number % len(places)]
-        for name, mixer in MIXERS.items():
+        for order, (name, mixer) in enumerate(MIXERS.items()):  # the first above the others
             if (result := best.get((place, dim, name))) is not None:
-                epochs, accuracies = zip(*(point[:2] for point in result["history"]), strict=True)
-                marked = {"marker": mixer.marker, "markevery": [len(epochs) - 1], "label": mixer.name}
-                (labels[mixer.name],) = axes.plot(epochs, accuracies, color=mixer.colour, **marked)
+                epochs, accuracies, _ = zip(*result["history"], strict=True)
+                marked = {
+                    "marker": mixer.marker,
+                    "markevery": [len(epochs) - 1],
+                    "zorder": 3 - order / len(MIXERS),
+                }
+                percent = [100 * accuracy for accuracy in accuracies]
+                (labels[mixer.name],) = axes.plot(epochs, percent, color=mixer.colour, **marked)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not finished yet", transform=axes.transAxes, ha="center", color="#6b6b6b")
         axes.set_title(f"{place[0]} tokens, {place[1]} pairs, dim {dim}", loc="left", fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_xlim(0.85, 1.15 * max(2, longest))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_ylim(-0.03, 1.04)
+        axes.set_ylim(-3, 104)
         if axes.get_subplotspec().is_last_row():
-            axes.set_xlabel("epochs")
+            axes.set_xlabel("epochs (log scale)")
         if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("accuracy")
+            axes.set_ylabel("accuracy, percent")
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save(figure, path)

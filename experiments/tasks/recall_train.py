@@ -61,8 +61,8 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
     A model that answers with any value of the sequence is right in 1 of P cases. A training ends
 
     * from a quarter of the epochs on, if its accuracy is below 1 / (2 P), so that it does not even do that, and
-      its loss has fallen by less than 1 percent in the last eighth of the epochs. MesaNet once rose from an
-      accuracy of 0 to 0.998 in one epoch; before, its loss had fallen by 1.1 percent;
+      its loss has fallen by less than 0.2 percent in the last eighth of the epochs. MesaNet once rose from an
+      accuracy of 0 to 0.998 in one epoch, after a quarter of them; before, its loss had fallen by 1.1 percent;
     * from half of the epochs on, if its accuracy is below 1.5 / P and, in the last eighth of the epochs, has risen
       by less than 0.01 and its loss has fallen by less than 2 percent: it stays there. Before softmax attention
       solves the task, its accuracy rests at 1 / P for thousands of steps, but its loss falls;
@@ -76,14 +76,15 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
         epochs: of a whole training.
     """
     done, back = len(history), max(1, epochs // 8)
-    if done < epochs // 4 or done <= back:
+    late, accuracy, loss = done >= epochs // 2, history[-1][1], history[-1][2]
+    if done < epochs // 4:
         return None
-    late = done >= epochs // 2
-    (_, earlier, earlier_loss), (_, accuracy, loss) = history[-1 - back], history[-1]
-    if accuracy < 0.5 / num_pairs and loss > 0.99 * earlier_loss:
-        return "learnt nothing"
-    if late and accuracy < min(1.5 / num_pairs, earlier + 0.01) and loss > 0.98 * earlier_loss:
-        return "stays at guessing"
+    if done > back:
+        _, earlier, earlier_loss = history[-1 - back]
+        if accuracy < 0.5 / num_pairs and loss > 0.998 * earlier_loss:
+            return "learnt nothing"
+        if late and accuracy < min(1.5 / num_pairs, earlier + 0.01) and loss > 0.98 * earlier_loss:
+            return "stays at guessing"
     best = max((rival[done - 1][1] for rival in rivals if len(rival) >= done), default=0.0)
     return "behind another rate" if accuracy < best - (0.1 if late else 0.3) else None
 

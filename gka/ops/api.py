@@ -63,8 +63,8 @@ def gated_kalmanet(
         k: keys [B, T, Hk, D], dtype of q.
         v: values [B, T, Hk, V], dtype of q.
         g: log-decay [B, T, H], any float dtype, at most 0; -inf forgets the past.
-        alpha: weight of the solve [B, T, H] in [0, 1], any float dtype; None means 1. With alpha = 0 the
-            output is that of gated linear attention.
+        alpha: weight of the solve [B, T, H], any float dtype, usually in [0, 1], which is not checked; None
+            means 1. With alpha = 0 the output is that of gated linear attention.
         beta: write strength [B, T, H], any float dtype; it multiplies k and v of every query head. None
             means 1. A token with beta = 0 and g = 0 leaves the state exactly unchanged; use this for
             padding.

@@ -68,8 +68,15 @@ class Entry:
 
 
 def _triton() -> Backend:
-    from .triton import op  # imports Triton at the first use
-
+    try:
+        from .triton import op  # imports Triton at the first use
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ModuleNotFoundError(
+            f"backend 'triton' needs the package triton: {error}; leave `backend` out to use PyTorch",
+            name="triton",
+        ) from None
     return op
 
 

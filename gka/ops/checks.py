@@ -61,8 +61,10 @@ def check_heads_and_dims(k: Tensor, v: Tensor, H: int, D: int, head_dim: int) ->
     if v.shape[-1] < 1:
         raise ValueError(f"v has shape {tuple(v.shape)}; expected a value dim V of at least 1")
     Hk = v.shape[head_dim]
+    if k.shape[head_dim] != Hk:
+        raise ValueError(f"k has {k.shape[head_dim]} heads and v has {Hk}; expected as many of both")
     if Hk < 1 or H % Hk:
-        raise ValueError(f"v has {Hk} key/value heads; expected a divisor of q's {H} heads")
+        raise ValueError(f"k and v have {Hk} heads; expected a divisor of q's {H} heads")
 
 
 def check_shapes(tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
@@ -80,6 +82,11 @@ def check_tokens(
     dims = layout.count(",") + 1
     check_dims(q, dims, layout)
     *lead, H, D = q.shape
+    if tuple(g.shape) != (*lead, H) and dims == 4 and tuple(g.shape) == (lead[0], H, lead[1]):
+        raise ValueError(
+            f"g has shape {tuple(g.shape)}; expected {(*lead, H)}, [B, T, H], from q's shape {tuple(q.shape)}; "
+            "is q [B, H, T, D]? It must be [B, T, H, D]"
+        )
     check_heads_and_dims(k, v, H, D, dims - 2)
     Hk, V = v.shape[-2:]
     check_shapes({"k": (k, (*lead, Hk, D)), "v": (v, (*lead, Hk, V))})

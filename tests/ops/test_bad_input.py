@@ -33,11 +33,16 @@ BAD = {
     ),
     "k dim": ({"k": z(2, 6, 2, 4)}, ValueError, "k has head dim 4; expected q's, D = 3"),
     "k dims": ({"k": z(6, 2, 3)}, ValueError, r"k has shape \(6, 2, 3\); expected 4 dims"),
-    "k heads": ({"k": z(2, 6, 4, 3)}, ValueError, r"k has shape \(2, 6, 4, 3\); expected \(2, 6, 2, 3\)"),
-    "v heads": (
-        {"v": z(2, 6, 3, 5)},
+    "k heads": ({"k": z(2, 6, 4, 3)}, ValueError, "k has 4 heads and v has 2; expected as many of both"),
+    "k and v heads": (
+        {"k": z(2, 6, 3, 3), "v": z(2, 6, 3, 5)},
         ValueError,
-        "v has 3 key/value heads; expected a divisor of q's 4 heads",
+        "k and v have 3 heads; expected a divisor of q's 4 heads",
+    ),
+    "heads before tokens": (
+        {"q": z(2, 4, 6, 3), "k": z(2, 2, 6, 3), "v": z(2, 2, 6, 5)},
+        ValueError,
+        r"is q \[B, H, T, D\]\?",
     ),
     "v empty": ({"v": z(2, 6, 2, 0)}, ValueError, "value dim V of at least 1"),
     "v length": ({"v": z(2, 7, 2, 5)}, ValueError, r"v has shape \(2, 7, 2, 5\); expected \(2, 6, 2, 5\)"),

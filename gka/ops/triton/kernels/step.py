@@ -61,31 +61,24 @@ def _by_rows(x, G: tl.constexpr):
 
 
 @triton.jit
-def _decay(g):
-    """Whether g is small, and e^g - 1 if it is, else e^g.
+def _decay_parts(g):
+    """(kept, rate): e^g S = kept S + rate S, for a small g with kept = 1 and rate = e^g - 1.
 
     e^g alone would be rounded, for a constant g the same way at every token (`gka.ops.torch.step._decay_parts`).
     """
     series = 1.0 + g / 4.0 * (1.0 + g / 5.0 * (1.0 + g / 6.0 * (1.0 + g / 7.0)))
     near = g * (1.0 + g / 2.0 * (1.0 + g / 3.0 * series))  # e^g - 1, to 1e-7 of it where it is taken
     small = g > -0.25
-    return small, tl.where(small, near, tl.exp(g))
+    return tl.where(small, 1.0, 0.0), tl.where(small, near, tl.exp(g))
 
 
 @triton.jit
-def _updated(S, small, rate, weighted_k, row, G: tl.constexpr):
-    """e^g S + weighted_k row^T in float32, [BR, BC] -> [R, G, BC], with small and rate of `_decay`.
-
-    Two instructions for each number, since small is the same for all of a program.
-    """
+def _updated(S, kept, rate, weighted_k, row, G: tl.constexpr):
+    """(kept + rate) S + weighted_k row^T in float32, [BR, BC] -> [R, G, BC]."""
     BR: tl.constexpr = S.shape[0]
     BC: tl.constexpr = S.shape[1]
     S = tl.reshape(S.to(tl.float32), [BR // G, G, BC])
-    if small:
-        S = S + rate * S
-    else:
-        S = rate * S
-    return S + _by_rows(weighted_k, G)[:, :, None] * row[None, None, :]
+    return kept * S + (rate * S + _by_rows(weighted_k, G)[:, :, None] * row[None, None, :])
 
 
 @triton.jit
@@ -205,7 +198,7 @@ def step_token(
         tl.debug_barrier()
     q = _load_vector(q_ptr + sequence * q_stride + head * D, D, BD)
     k = _load_vector(k_ptr + sequence * k_stride + kv_head * D, D, BD)
-    small, rate = _decay(tl.load(g_ptr + program).to(tl.float32))
+    kept, rate = _decay_parts(tl.load(g_ptr + program).to(tl.float32))
     if NORMALIZE:
         q = q / (tl.sqrt(tl.sum(q * q, 0)) + 1e-6)
         k = k / (tl.sqrt(tl.sum(k * k, 0)) + 1e-6)
@@ -216,7 +209,7 @@ def step_token(
 
     y = q
     if SOLVE:
-        S = _updated(S, small, rate, weighted, k, G_KK)
+        S = _updated(S, kept, rate, weighted, k, G_KK)
         place, inside = _places(new_kk_ptr, kk_start, 0, D, D, BD, BD, G_KK)
         _store_state(place, S, inside)
         norm = floored(tl.sqrt(tl.sum(tl.sum(S * S, 0))))
@@ -236,7 +229,7 @@ def step_token(
         j = block * BV + tl.arange(0, BV)
         v = tl.load(v_ptr + sequence * v_stride + kv_head * V + j, mask=j < V, other=0.0).to(tl.float32)
         place, inside = _places(kv_ptr, kv_start, block * BV, D, V, BD, BV, G_KV)
-        S = _updated(tl.load(place, mask=inside, other=0.0), small, rate, weighted, v, G_KV)
+        S = _updated(tl.load(place, mask=inside, other=0.0), kept, rate, weighted, v, G_KV)
         place, inside = _places(new_kv_ptr, kv_start, block * BV, D, V, BD, BV, G_KV)
         _store_state(place, S, inside)
         o = scale * _times(y, S, G_KV, LOG_KV)
