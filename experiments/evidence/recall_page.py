@@ -12,6 +12,7 @@ import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +32,14 @@ Setting = tuple[Place, int]  # with a dim
 
 
 class Found(NamedTuple):
-    """One mixer at a setting. `accuracies`: the best one of each seed; `complete`: no learning rate is missing."""
+    """One mixer at a setting. `results`: of each seed the best training; `complete`: no rate is missing."""
 
-    accuracies: list[float]
+    results: list[dict[str, Any]]
     complete: bool
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [result["accuracy"] for result in self.results]
 
 
 Table = dict[tuple[Place, int, str], Found]  # place, dim, mixer
@@ -44,20 +49,16 @@ def best(entries: Entries) -> Table:
     """The best accuracies of every mixer at every setting."""
     groups: dict[tuple[Place, int, str], Entries] = defaultdict(list)
     for entry in entries:
-        groups[_key(entry)].append(entry)
+        cell = entry["cell"]
+        groups[(cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]].append(entry)
     found = {}
     for key, group in groups.items():
-        seeds: dict[int, float] = {}
+        seeds: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for entry in group:
-            seed, accuracy = entry["cell"]["seed"], entry["result"]["accuracy"]
-            seeds[seed] = max(accuracy, seeds.get(seed, 0.0))
-        found[key] = Found(list(seeds.values()), max(seeds.values()) > SOLVED or _rates(group) == set(RATES))
+            seeds[entry["cell"]["seed"]].append(entry["result"])
+        of_seeds = Found([max(each, key=itemgetter("accuracy")) for each in seeds.values()], complete=False)
+        found[key] = of_seeds._replace(complete=_solved(of_seeds) or _rates(group) == set(RATES))
     return found
-
-
-def _key(entry: dict[str, Any]) -> tuple[Place, int, str]:
-    cell = entry["cell"]
-    return (cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]
 
 
 def _rates(group: Entries) -> set[float]:
@@ -70,7 +71,8 @@ def section(entries: Entries, picture: Path) -> str:
     found = best(entries)
     mixers = [mixer for mixer in MIXERS if any(key[2] == mixer for key in found)]
     settings = sorted({key[:2] for key in found})
-    draw([entry for entry in entries if found[_key(entry)].complete], picture)
+    curves = {key: [result["history"] for result in of.results if of.complete] for key, of in found.items()}
+    draw(curves, picture)
     rows = [
         [str(T), str(P), str(dim), *(_cell(found.get(((T, P), dim, mixer))) for mixer in mixers)]
         for (T, P), dim in settings

@@ -11,29 +11,27 @@ from typing import Any
 from ..tasks.recall_mixers import MIXERS
 from .picture import new_panels, save
 
-Entries = list[dict[str, Any]]
+Place = tuple[int, int]  # tokens, pairs
+History = list[list[Any]]  # of a training: [epoch, accuracy, loss] of every epoch
 
 
-def draw(entries: Entries, path: Path) -> None:
-    """Draw the accuracy after each epoch of the best training of every mixer at every setting."""
-    best: dict[tuple[tuple[int, int], int, str], Any] = {}
-    for entry in entries:
-        cell, result = entry["cell"], entry["result"]
-        key = (cell["seq_len"], cell["num_pairs"]), cell["dim"], cell["mixer"]
-        if result["history"] and (key not in best or result["accuracy"] > best[key]["accuracy"]):
-            best[key] = result
-    places, dims = sorted({key[0] for key in best}), sorted({key[1] for key in best})
-    if not best:
-        places, dims = [(0, 0)], [0]
+def draw(curves: dict[tuple[Place, int, str], list[History]], path: Path) -> None:
+    """Draw the accuracy after each epoch.
+
+    Args:
+        curves: of every place, dim and mixer the trainings to draw, none if they are not finished.
+        path: of the PNG.
+    """
+    places, dims = sorted({key[0] for key in curves}), sorted({key[1] for key in curves})
     size = (max(5.0, 2.7 * len(places)), 2.3 * len(dims) + 0.7)
     figure, panels = new_panels(len(dims), len(places), size, 130, sharex=True, sharey=True)
-    longest = max((len(result["history"]) for result in best.values()), default=1)
+    longest = max((len(history) for trainings in curves.values() for history in trainings), default=1)
     labels: dict[str, Any] = {}
     for number, axes in enumerate(panels):
         dim, place = dims[number // len(places)], places[number % len(places)]
         for order, (name, mixer) in enumerate(MIXERS.items()):  # the first above the others
-            if (result := best.get((place, dim, name))) is not None:
-                epochs, accuracies, _ = zip(*result["history"], strict=True)
+            for history in filter(None, curves.get((place, dim, name), [])):
+                epochs, accuracies, _ = zip(*history, strict=True)
                 marked = {
                     "marker": mixer.marker,
                     "markevery": [len(epochs) - 1],

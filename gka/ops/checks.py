@@ -82,6 +82,7 @@ def check_tokens(
     dims = layout.count(",") + 1
     check_dims(q, dims, layout)
     *lead, H, D = q.shape
+    # A right shape is seen first: a traced length then need not differ from the number of heads.
     if tuple(g.shape) != (*lead, H) and dims == 4 and tuple(g.shape) == (lead[0], H, lead[1]):
         raise ValueError(
             f"g has shape {tuple(g.shape)}; expected {(*lead, H)}, [B, T, H], from q's shape {tuple(q.shape)}; "

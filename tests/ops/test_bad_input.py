@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import Case, make_inputs
 
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
@@ -173,3 +174,12 @@ def test_any_pair_is_a_state(pair: Callable[..., Any]) -> None:
     o, state = gated_kalmanet_step(*token, state=pair(held), inplace=True)
     assert torch.equal(o, expected) and isinstance(state, State)
     assert state.S_kk is held[0] and state.S_kv is held[1], "written where they were"
+
+
+def test_the_kernels_without_triton() -> None:
+    code = (
+        "import sys, torch; sys.modules['triton'] = None; from gka.ops import gated_kalmanet; "
+        "q = torch.zeros(1, 2, 1, 4); gated_kalmanet(q, q, q, q[..., 0], backend='triton')"
+    )
+    done = run_forked("-c", code, check=False)
+    assert done.returncode != 0 and "backend 'triton' needs the package triton" in done.stderr

@@ -6,7 +6,8 @@ Two arithmetics, chosen by the constexpr WIDE:
                   three products. In memory a pair takes three bytes: hi, and as int8 (`lo8`) the eight bits of the
                   float32 number that follow those of hi.
     WIDE = True   (float32 and float16 inputs): operands are float32, products three-part TF32. What came in
-                  float16 stays so as an operand: TF32 holds it exactly, so a product needs two parts or one.
+                  float16 stays so as an operand, but in the solve: TF32 holds it exactly, so a product needs two
+                  parts, or with two such operands is one product of float16.
 """
 
 import os

@@ -165,10 +165,15 @@ def store_matrix_pair(
 
 
 @triton.jit
+def _load_gates(g_ptr, start, end, H, h, C: tl.constexpr):
+    """g [C], at least G_FLOOR; zero past the end."""
+    return tl.maximum(load_scalars(g_ptr, start, end, H, h, C), G_FLOOR)
+
+
+@triton.jit
 def log_decays(g_ptr, start, end, H, h, C: tl.constexpr):
     """G [C]."""
-    g = load_scalars(g_ptr, start, end, H, h, C)
-    return tl.cumsum(tl.maximum(g, G_FLOOR), 0)
+    return tl.cumsum(_load_gates(g_ptr, start, end, H, h, C), 0)
 
 
 @triton.jit
@@ -207,7 +212,7 @@ def _decay_and_add(decay, total, next_decay, next_total):
 @triton.jit
 def sums_of_earlier(x, power, g_ptr, start, end, H, h, C: tl.constexpr):
     """sum_{i <= c} e^{power (G_c - G_i)} x_i [C], without a mask [C, C]."""
-    g = tl.maximum(load_scalars(g_ptr, start, end, H, h, C), G_FLOOR)
+    g = _load_gates(g_ptr, start, end, H, h, C)
     _, sums = tl.associative_scan((tl.exp(power * g), x), 0, _decay_and_add)
     return sums
 
@@ -215,7 +220,7 @@ def sums_of_earlier(x, power, g_ptr, start, end, H, h, C: tl.constexpr):
 @triton.jit
 def sums_of_later(x, power, g_ptr, start, end, H, h, C: tl.constexpr):
     """sum_{c >= i} e^{power (G_c - G_i)} x_c [C], without a mask [C, C]."""
-    next_g = tl.maximum(load_scalars(g_ptr, start + 1, end, H, h, C), G_FLOOR)
+    next_g = _load_gates(g_ptr, start + 1, end, H, h, C)
     _, sums = tl.associative_scan((tl.exp(power * next_g), x), 0, _decay_and_add, reverse=True)
     return sums
 

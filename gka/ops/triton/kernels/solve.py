@@ -137,7 +137,7 @@ def solve_chunks(
         row, stop, rows_H, rows_h, rows_D = program * C, program * C + C, 1, program * 0, BD
 
     keys = load_rows(k_ptr, start, end, Hk, hk, D, 0, C, BD)
-    K = to_operand(keys.to(tl.float32) if WIDE else keys, WIDE)
+    K = to_operand(keys.to(tl.float32) if WIDE else keys, WIDE)  # float16 would be widened in every product
     K_lo = K
     S = to_operand(load_matrix(kk_hi_ptr, program, D, D, 0, 0, BD, BD), WIDE)
     if FROM_WIDE:
