@@ -277,21 +277,26 @@ def compile_case(name: str, architecture: int, only: str | None = None) -> list[
     return rows
 
 
-def compile_all(
-    architectures: list[int], cases: list[str], only: str | None = None, workers: int = 1
-) -> list[dict[str, Any]]:
-    """Rows of all cases on all architectures, in this order; several processes compile."""
-    wanted = [
-        (name, architecture, only)
+def wanted(architectures: list[int], cases: list[str]) -> list[tuple[str, int]]:
+    """Cases and architectures that are compiled, in the order of the committed rows."""
+    return [
+        (name, architecture)
         for name, architecture in itertools.product(cases, architectures)
         # tf32x3 gives the same code everywhere, and ptxas needs minutes for it
         if not (name.startswith("float32 ") and architecture != 90)
         and not (name.startswith("float16 ") and architecture not in (89, 90))
         and ("tolerance" not in name or compiles_tolerance(divmod(architecture, 10)))
     ]
+
+
+def compile_all(
+    architectures: list[int], cases: list[str], only: str | None = None, workers: int = 1
+) -> list[dict[str, Any]]:
+    """Rows of all cases on all architectures, in this order; several processes compile."""
     rows = []
+    names, targets = zip(*wanted(architectures, cases), strict=True)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(compile_case, *zip(*wanted, strict=True)):
+        for found in pool.map(compile_case, names, targets, itertools.repeat(only)):
             for row in found:
                 rows.append(row)
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -348,7 +353,10 @@ def main() -> None:
             if (row["case"], row["architecture"]) not in done
             or (options.only and options.only not in row["kernel"])
         ]
-        table[triton.__version__] = kept + rows
+        order = {place: number for number, place in enumerate(wanted(list(ARCHITECTURES), ALL_CASES))}
+        table[triton.__version__] = sorted(
+            kept + rows, key=lambda row: (order[row["case"], row["architecture"]], row["kernel"])
+        )
         lines = (f" {json.dumps(version)}: [\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
                  for version, rows in table.items())  # fmt: skip
         COMMITTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
