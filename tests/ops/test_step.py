@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from decode_helpers import STEP_CASES, StepCase, assert_step_equals_the_reference, copied, step_arguments
+from decode_helpers import (
+    STEP_CASES,
+    StepCase,
+    assert_slow_decay_adds_no_error_up,
+    assert_step_equals_the_reference,
+    copied,
+    step_arguments,
+)
 from helpers import relative_error
 
 import gka
@@ -116,3 +123,7 @@ def test_a_decay_that_never_changes_adds_no_error_up(g: float) -> None:
             _, S = gated_kalmanet_step(zero, zero, zero, g * unit, state=S, solver_steps=(2,), inplace=True)
     exact = old * torch.tensor(g).double().mul(tokens).exp()
     assert relative_error(S.S_kv, exact) < 5e-6 if exact.norm() > 1e-30 else S.S_kv.norm() < 1e-30
+
+
+def test_a_slow_decay_of_a_state_at_rest_adds_no_error_up() -> None:
+    assert_slow_decay_adds_no_error_up(step.gated_kalmanet_step)

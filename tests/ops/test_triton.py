@@ -13,6 +13,7 @@ import torch
 from decode_helpers import (
     STEP_CASES,
     StepCase,
+    assert_slow_decay_adds_no_error_up,
     assert_step_equals_the_reference,
     call_step,
     reference_step,
@@ -20,7 +21,7 @@ from decode_helpers import (
 )
 from families import FAMILIES, Family, family_inputs, first_tokens, gradients_of, with_gates
 from forked import run_forked
-from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, relative_error, run
+from helpers import CASES, Case, assert_close, converted, doubled, make_inputs, run
 
 from gka.ops import State, gated_kalmanet
 
@@ -234,21 +235,9 @@ def test_step(case: StepCase) -> None:
 
 
 def test_a_slow_decay_of_a_state_at_rest_adds_no_error_up() -> None:
-    """A step rounds once at the size of the state. Twice, for a slow decay alike at every token, gives 5e-6."""
     from gka.ops.triton import step as triton_step
 
-    torch.manual_seed(0)
-    g = torch.full((1, 1), -1e-5)
-    k, v = torch.rand(2, 1, 1, 16) + 0.5
-    exact = (k.mT @ v).double() / -torch.expm1(g.double())
-    state = State(None, exact.float()[None])
-    for _ in range(200):
-        keys, values = (x + 0.3 * torch.randn(1, 1, 16) for x in (k, v))
-        given = dict(q=keys, k=keys, v=values, g=g, alpha=None, beta=None, solver_steps=(), normalize_qk=False)
-        given["state"] = state
-        _, state = call_step(triton_step.gated_kalmanet_step, given, inplace=False)
-        exact = exact * g.double().exp() + keys.mT.double() @ values.double()
-    assert relative_error(state.S_kv[0], exact) < 1e-6
+    assert_slow_decay_adds_no_error_up(triton_step.gated_kalmanet_step)
 
 
 def test_step_of_a_zero_state_and_forgetting() -> None:

@@ -94,9 +94,11 @@ def _decay_parts(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _updated(S: Tensor, kept: Tensor, rate: Tensor, weighted: Tensor, row: Tensor, inplace: bool) -> Tensor:
-    """(kept + rate) S + weighted row^T, over S if `inplace`; S [B, H, D, D or V], weighted, row [B, H, D or V]."""
-    column, row = weighted.unsqueeze(-1), row.unsqueeze(-2)
-    decayed = torch.addcmul(kept * S, rate, S)
-    if inplace:
-        return S.copy_(decayed).addcmul_(column, row)
-    return torch.addcmul(decayed, column, row)
+    """(kept + rate) S + weighted row^T, over S if `inplace`; S [B, H, D, D or V], weighted, row [B, H, D or V].
+
+    What is small is summed first, so that one rounding has the size of S. Two add up over the tokens: for a slow
+    decay of a state at rest the first is alike at every token.
+    """
+    change = torch.addcmul(weighted.unsqueeze(-1) * row.unsqueeze(-2), rate, S)
+    updated = torch.addcmul(change, kept, S)
+    return S.copy_(updated) if inplace else updated
