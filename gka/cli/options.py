@@ -291,7 +291,8 @@ def parse_options(parser: OptionParser, cls: type, arguments: Sequence[str]) -> 
     if unknown:
         word = unknown[0].split("=")[0]
         hint = nearest(word, parser.flags()) if word.startswith("-") else ""
-        raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+        fits = "" if hint else f"; {' '.join(parser.format_usage().split())}"
+        raise UserError(f"unknown argument {unknown[0]!r}{hint}{fits}")
     flags = vars(namespace)
     config = flags.pop("config", None)
     for field in dataclasses.fields(cls):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..ops.autocast import autocast_dtype
 from ..ops.checks import MAX_DIM, check_cu_seqlens
 from .cache import check_cache
 from .padding import check_mask
@@ -47,6 +48,12 @@ def check_call(layer: Any, x: Tensor, mask: Tensor | None, cache: Cache | None, 
     """TypeError or ValueError for arguments of a call that do not fit the layer or each other."""
     if x.ndim != 3 or x.shape[2] != layer.hidden_size:
         raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {layer.hidden_size}]")
+    first = layer.q_proj  # of another class it may be quantised, adapted or sharded, and cast its input
+    if type(first) is nn.Linear and x.dtype != first.weight.dtype and autocast_dtype(x.device) is None:
+        raise TypeError(
+            f"hidden_states has dtype {x.dtype}; expected that of the weights, {first.weight.dtype}, outside of "
+            "torch.autocast"
+        )
     if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
     if mask is not None:

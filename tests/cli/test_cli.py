@@ -202,6 +202,10 @@ def test_bad_yaml(tmp_path: Path, text: str, words: list[str], capsys: pytest.Ca
         (["trian"], ["unknown command 'trian'", "did you mean train?"]),
         (["train", "--lerning-rate", "1"], ["'--lerning-rate'", "did you mean --learning-rate?"]),
         (["train", "--max", "1"], ["unknown argument '--max'"]),
+        (
+            ["convert", "a", "--output", "b"],
+            ["unknown argument '--output'; usage: gka convert MODEL OUT [options]"],
+        ),
         (["train", "stray"], ["unknown argument 'stray'"]),
         (["train", "--max-steps", "x"], ["--max-steps", "expected a whole number, got 'x'"]),
         (["train", "--max-steps"], ["--max-steps", "expected one argument"]),

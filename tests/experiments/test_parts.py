@@ -170,7 +170,8 @@ def test_a_model_has_diverged_where_weights_or_gates_are_not_finite() -> None:
 
     assert not has_diverged(model, forward) and not has_diverged(model, mistake)
     first, second = layers_of(model)
-    first.a_proj.weight.data.fill_(3e38)  # type: ignore[union-attr]  # finite, the gates are not
+    first.A_log.data.fill_(1000.0)  # finite, but the gates are -inf * 0
+    first.dt_bias.data.fill_(-1e30)
     with pytest.raises(ValueError, match="log-decays of at most 0"):
         forward()
     assert has_diverged(model, forward) and not has_diverged(model, mistake) and not first._forward_pre_hooks

@@ -283,6 +283,11 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     return {
         "dims": (dict(hidden_states=random_inputs(7, 36)), ValueError, r"hidden_states has shape \(7, 36\)"),
         "width": (dict(hidden_states=random_inputs(1, 7, 35)), ValueError, r"expected \[B, T, 36\]"),
+        "dtype": (
+            dict(hidden_states=random_inputs(1, 7, 36).bfloat16()),
+            TypeError,
+            "hidden_states has dtype torch.bfloat16; expected that of the weights, torch.float64",
+        ),
         "mask": (dict(attention_mask=torch.ones(1, 8)), ValueError, r"attention_mask has shape \(1, 8\)"),
         "packed mask": (
             dict(cu_seqlens=edges, attention_mask=torch.ones(1, 7)),
