@@ -344,7 +344,7 @@ def test_half_of_the_layers_replaced_recover_the_teacher(tmp_path: Path) -> None
     library = sysconfig.get_paths()["stdlib"]
     shared = {
         "data": [f"{library}/{name}" for name in ("email", "json", "html")],
-        "seq_len": 96,
+        "seq_len": 64,
         "validation_fraction": 0.1,
         "device": "cpu",
         "eval_every": 1000,
