@@ -68,6 +68,17 @@ def test_bfloat16_is_refined(case: Case, solver_steps: tuple[int, ...]) -> None:
     assert_close(out, ref, 1.5e-2)
 
 
+def test_parts_of_tf32() -> None:
+    """Both have at most the 11 + 13 bits of float32, their sum is x, and TF32 holds the first."""
+    from tf32_kernel import write_parts
+
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 1024)
+    hi, lo = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    write_parts[(1,)](x, hi, lo)
+    assert torch.equal(hi + lo, x) and not (hi.view(torch.int32) & 0x1FFF).any()
+    assert lo.any() and (lo.abs() < x.abs() * 2**-10).all()
+
+
 @pytest.mark.parametrize("random", [False, True], ids=["gates 1", "gates random"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, random: bool) -> None:
