@@ -293,8 +293,8 @@ def compile_all(
     architectures: list[int], cases: list[str], only: str | None = None, workers: int = 1
 ) -> list[dict[str, Any]]:
     """Rows of all cases on all architectures, in this order; several processes compile."""
-    rows = []
-    names, targets = zip(*wanted(architectures, cases), strict=True)
+    rows, places = [], wanted(architectures, cases)
+    names, targets = ([place[n] for place in places] for n in range(2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(compile_case, names, targets, itertools.repeat(only)):
             for row in found:
@@ -323,6 +323,32 @@ def worse(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[s
     return found
 
 
+def left_over(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
+    """One message for each committed row of a kernel that is not compiled, or that stands there twice."""
+    left = Counter(tuple(row[key] for key in KEYS) for row in committed)
+    left.subtract({tuple(row[key] for key in KEYS) for row in rows})
+    return [f"{', '.join(map(str, key))}: a row too many in {COMMITTED.name}" for key in (+left).elements()]
+
+
+def merged(
+    committed: list[dict[str, Any]], rows: list[dict[str, Any]], only: str | None = None
+) -> list[dict[str, Any]]:
+    """The committed rows with those of this run in place of theirs, in the order of the cases.
+
+    Rows of cases that there no longer are are left out, and of those of this run the kernels that there no longer
+    are, unless it has compiled some kernels alone, `only`.
+    """
+    order = {place: number for number, place in enumerate(wanted(list(ARCHITECTURES), ALL_CASES))}
+    done = {(row["case"], row["architecture"]) for row in rows}
+    found = {}
+    for row in committed:
+        place = row["case"], row["architecture"]
+        if place in order and (place not in done or (only and only not in row["kernel"])):
+            found[(*place, row["kernel"])] = row
+    found |= {(row["case"], row["architecture"], row["kernel"]): row for row in rows}
+    return sorted(found.values(), key=lambda row: (order[row["case"], row["architecture"]], row["kernel"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile_kernels",
@@ -343,20 +369,13 @@ def main() -> None:
     if options.check:
         if triton.__version__ not in table:
             sys.exit(f"{COMMITTED.name} has no rows for Triton {triton.__version__}; add them with --write")
-        if found := worse(rows, table[triton.__version__]):
+        found = worse(rows, table[triton.__version__])
+        if not (options.arch or options.case or options.only):
+            found += left_over(rows, table[triton.__version__])
+        if found:
             sys.exit("\n".join(found))
     if options.write:
-        done = {(row["case"], row["architecture"]) for row in rows}
-        kept = [
-            row
-            for row in table.get(triton.__version__, [])
-            if (row["case"], row["architecture"]) not in done
-            or (options.only and options.only not in row["kernel"])
-        ]
-        order = {place: number for number, place in enumerate(wanted(list(ARCHITECTURES), ALL_CASES))}
-        table[triton.__version__] = sorted(
-            kept + rows, key=lambda row: (order[row["case"], row["architecture"]], row["kernel"])
-        )
+        table[triton.__version__] = merged(table.get(triton.__version__, []), rows, options.only)
         lines = (f" {json.dumps(version)}: [\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
                  for version, rows in table.items())  # fmt: skip
         COMMITTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -157,7 +157,7 @@ def epochs(entries: Entries, mixers: list[str]) -> str:
         return ""
     medians = (f"{MIXERS[mixer].name} {statistics.median(of[s] for s in common):g}" for mixer, of in first.items())
     return (
-        f"Median epochs to {100 * SOLVED:g} percent, with the one learning rate that reached it, at the "
+        f"Median epochs to {100 * SOLVED:g} percent, with the learning rate that reached it first, at the "
         f"{len(common)} settings that these mixers all reach: {', '.join(medians)}."
     )
 
@@ -215,10 +215,11 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
         if attention and attention.complete and ours and ours.complete and other and other.complete:
             signs[mixer][setting] = compare(ours, other)
     counts = "; ".join(f"{MIXERS[mixer].name}: {_counted(list(of.values()))}" for mixer, of in signs.items())
+    with_seeds = " with every seed" if any(len(each.results) > 1 for each in found.values()) else ""
     said = (
         f"{MIXERS[PAPER].name} compared with other mixers that have a state, as numbers of settings where softmax "
-        f"attention is above {100 * SOLVED:g} percent (better and worse: by more than {100 * APART:g} point with "
-        f"every seed; two above {100 * SOLVED:g} percent are equal): {counts}."
+        f"attention is above {100 * SOLVED:g} percent (better and worse: by more than {100 * APART:g} point"
+        f"{with_seeds}; two above {100 * SOLVED:g} percent are equal): {counts}."
     )
     every = [sign for of in signs.values() for sign in of.values()]
     where = f"where softmax attention is above {100 * SOLVED:g} percent"

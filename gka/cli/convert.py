@@ -28,10 +28,11 @@ def main(options: ConvertOptions) -> None:
         raise UserError(f"{options.model}: {error}") from None
     copied = write_checkpoint(hybrid, source, out, overwrite=options.overwrite)
     kinds = ["gka" if kind == "linear_attention" else kind for kind in hybrid.config.layer_types]
+    missing = f"none in {options.model}; the next commands need one in both folders"
     print(
         f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "
         f"parameters\nlayers     {', '.join(f'{i} {kind}' for i, kind in enumerate(kinds))}\n"
-        f"tokenizer  {', '.join(copied) or 'no tokenizer in the model folder'}\n"
+        f"tokenizer  {', '.join(copied) or missing}\n"
         f"next       gka distill {out} --teacher {options.model} --data PATH --output DIR"
     )
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ..hf.checkpoint import BadCheckpoint, check_finite
 from ..hf.config import GKAConfig, PublishedConfig
 from ..hf.folders import begin_folder, end_folder, replaced
-from ..training.data import document_token
+from ..training.data import read_tokenizer, vocabulary_size
 from ..training.errors import UserError, reason
 
 MODEL_FOLDER = "model"
@@ -58,7 +58,12 @@ def find_checkpoint(folder: str, families: tuple[str, ...] = OURS) -> Path:
         raise UserError(f"{config}: is not a model configuration") from None
     if model_type not in families:
         needed = " or ".join(map(repr, families)) if len(families) < 3 else f"one of {', '.join(families)}"
-        raise UserError(f"{folder}: contains a model of type {model_type!r}; this command needs type {needed}")
+        from ..hf.convert import FAMILIES  # it takes seconds to import
+
+        hint = "; convert it first with gka convert" if families == OURS and model_type in FAMILIES else ""
+        raise UserError(
+            f"{folder}: contains a model of type {model_type!r}; this command needs type {needed}{hint}"
+        )
     return candidate
 
 
@@ -117,17 +122,13 @@ def load_checkpoint(
     """Load (model, tokenizer); the arguments are those of load_model.
 
     Raises:
-        UserError: as load_model; or the tokenizer cannot be loaded or has no end-of-text token.
+        UserError: as load_model and read_tokenizer, or the tokenizer has more tokens than the model.
     """
     model = load_model(folder, device, dtype, families)
     path = find_checkpoint(folder, families)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first})") from None
-    if document_token(tokenizer) is None:
-        raise UserError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    tokenizer = read_tokenizer(path, folder)
+    if (size := vocabulary_size(tokenizer)) > model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {size} tokens, the model {model.config.vocab_size}")
     return model, tokenizer
 
 

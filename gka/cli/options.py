@@ -71,7 +71,9 @@ class Kind:
         if self.choices:
             return f"{'a list of' if self.is_list else 'one of'} {', '.join(map(str, self.choices))}"
         one = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.item]
-        many = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false"}[self.item]
+        many = {int: "whole numbers", float: "numbers", str: "texts such as [a, b]", bool: "true or false"}[
+            self.item
+        ]
         return f"a list of {many}" if self.is_list else one
 
     @classmethod

@@ -38,7 +38,7 @@ def trained_model() -> Any:
 def solver(group: str, *, default: str) -> Any:
     return option(
         None,
-        "solver of the ridge regression: chebyshev, or cg, conjugate gradient, which is slower on a GPU; "
+        "solver of the ridge regression: chebyshev, or cg, conjugate gradient, which is not faster in training on a GPU; "
         f"default: {default}",
         group=group,
     )

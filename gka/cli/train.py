@@ -292,7 +292,7 @@ def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
             if trainer.is_world_process_zero():
-                print("training is complete already; only the remaining steps of the command run", file=sys.stderr)
+                print("training is complete already; its report follows", file=sys.stderr)
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -23,6 +23,17 @@ from .recipe import read_recipe
 from .tensor_parallel import plan
 
 _FORMER = {"steps": "solver_steps"}  # former names in saved configurations
+_ELSEWHERE = {  # names of the same sizes in the layer, in the commands and in other libraries
+    "num_heads": "num_attention_heads",
+    "heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "kv_heads": "num_key_value_heads",
+    "num_layers": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "layers": "num_hidden_layers",
+    "hidden_dim": "hidden_size",
+    "d_model": "hidden_size",
+}
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 _COUNTS = (
@@ -337,8 +348,8 @@ class GKAConfig(PreTrainedConfig):
         """Raise ValueError for a misspelt field; transformers would keep it as an attribute."""
         fields = [name for name in GKAConfig.__annotations__ if not name.endswith("_token_id")]
         for name in unknown:
-            if name in _FORMER:
-                raise ValueError(f"{name} is no field of GKAConfig; expected {_FORMER[name]}")
+            if other := _FORMER.get(name, _ELSEWHERE.get(name)):
+                raise ValueError(f"{name} is no field of GKAConfig; expected {other}")
             if near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
                 raise ValueError(f"{name} is no field of GKAConfig; expected {near[0]}?")
 

@@ -174,6 +174,8 @@ def _config(model: PreTrainedModel) -> GKAConfig:
 
 
 def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise TypeError(f"layers is {layers!r}; expected a sequence of integers such as [1, 3]")
     for index in layers:
         if not isinstance(index, int) or isinstance(index, bool):
             raise TypeError(f"layers has {index!r}; expected integers")
@@ -182,7 +184,9 @@ def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
             raise ValueError(f"layers has {index}, and there is no such layer; expected 0 to {last}")
         if config.layer_types[index] == _LINEAR:
             raise ValueError(f"layers has {index}, which is no attention layer")
-    return sorted(set(layers))
+    if repeated := sorted({index for index in layers if layers.count(index) > 1}):
+        raise ValueError(f"layers has {repeated[0]} more than once")
+    return sorted(layers)
 
 
 def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any]) -> GKAConfig:

@@ -248,7 +248,7 @@ class GatedKalmaNet(DecayParameters):
         """Mix every token with the earlier tokens of its row.
 
         Args:
-            hidden_states: [B, T, hidden_size], any float dtype.
+            hidden_states: [B, T, hidden_size], in the dtype of the weights; under autocast any float dtype.
             attention_mask: [B, T], any dtype, 0 for padding and 1 for a token. Padding may be anywhere. It does
                 not change the other tokens or the cache, and its output is 0. Other values are an error; on a GPU
                 this is an assertion of the device.

@@ -13,6 +13,7 @@ from ..ops.autocast import autocast_dtype
 from ..ops.checks import MAX_DIM, check_cu_seqlens
 from .cache import check_cache
 from .padding import check_mask
+from .projections import is_plain
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -46,14 +47,18 @@ def check_sizes(layer: Any, kv_proj_rank: int | None, kv_learnable_residual: boo
 
 def check_call(layer: Any, x: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
     """TypeError or ValueError for arguments of a call that do not fit the layer or each other."""
+    for name, value in (("hidden_states", x), ("attention_mask", mask)):
+        if not isinstance(value, Tensor) and (value is not None or name == "hidden_states"):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
     if x.ndim != 3 or x.shape[2] != layer.hidden_size:
         raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [B, T, {layer.hidden_size}]")
-    first = layer.q_proj  # of another class it may be quantised, adapted or sharded, and cast its input
-    if type(first) is nn.Linear and x.dtype != first.weight.dtype and autocast_dtype(x.device) is None:
-        raise TypeError(
-            f"hidden_states has dtype {x.dtype}; expected that of the weights, {first.weight.dtype}, outside of "
-            "torch.autocast"
-        )
+    if x.shape[1] and not x.is_meta and autocast_dtype(x.device) is None and is_plain(layer.q_proj, nn.Linear):
+        dtype = layer.q_proj.weight.dtype  # a projection that is not plain may cast its input
+        if x.dtype != dtype:
+            raise TypeError(
+                f"hidden_states has dtype {x.dtype}; expected that of the weights, {dtype}, outside of "
+                "torch.autocast"
+            )
     if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}")
     if mask is not None:

@@ -257,7 +257,8 @@ def check_decay(g: Tensor) -> None:
     if g.numel() and values_may_be_read(g):
         largest = unwrapped(g).detach().amax().item()
         if not largest <= 0.0:
-            raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0")
+            why = "; is an input or a weight not finite?" if largest != largest else ""
+            raise ValueError(f"g has a value of {largest}; expected log-decays of at most 0{why}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:

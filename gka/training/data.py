@@ -204,13 +204,28 @@ def load_tokenizer(folder: str | None) -> Any:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"--tokenizer {folder}: no such folder")
+    return read_tokenizer(path, f"--tokenizer {folder}")
+
+
+def read_tokenizer(path: Path, name: str) -> Any:
+    """The tokenizer in a folder, which the errors call `name`.
+
+    Raises:
+        UserError: the folder has no tokenizer, or the tokenizer has no end-of-text token or no other tokens.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each kind of tokenizer raises other errors for unreadable files
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--tokenizer {folder}: the tokenizer cannot be loaded ({first})") from None
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
+        raise UserError(
+            f"{name}: the tokenizer cannot be loaded ({first}); the folder needs its files, such as tokenizer.json"
+        ) from None
     if document_token(tokenizer) is None:
-        raise UserError(f"--tokenizer {folder}: the tokenizer has no end-of-text token (eos_token)")
+        raise UserError(f"{name}: the tokenizer has no end-of-text token (eos_token)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where the files are missing
+        raise UserError(
+            f"{name}: the tokenizer has no vocabulary; the folder needs its files, such as tokenizer.json"
+        )
     return tokenizer
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny_run import SETTINGS, command, run_process, train, write_texts
+from transformers import ByT5Tokenizer
 
 from gka.cli import commands, options
 from gka.cli import main as cli
@@ -356,11 +357,15 @@ def _truncate(model: Path) -> None:
     [
         (lambda model: (model / "config.json").unlink(), ["is not a checkpoint"]),
         (lambda model: (model / "config.json").write_text("{"), ["is not a model configuration"]),
-        (_spoil_type, ["type 'llama'", "needs type 'gka'"]),
+        (_spoil_type, ["type 'llama'", "needs type 'gka'", "convert it first"]),
         (_spoil_size, ["weights do not fit", "missing keys"]),
         (lambda model: (model / "model.safetensors").unlink(), ["model cannot be loaded"]),
         (_truncate, ["model cannot be loaded"]),
         (lambda model: (model / "tokenizer_config.json").unlink(), ["tokenizer cannot be loaded"]),
+        (
+            lambda model: ByT5Tokenizer(extra_ids=9).save_pretrained(model),
+            ["tokenizer has 268 tokens, the model 259"],
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["generate", "eval"])

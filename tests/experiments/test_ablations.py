@@ -204,7 +204,7 @@ def test_a_model_without_a_change_is_the_model() -> None:
     ref = model(IDS, labels=IDS)
     for variant in (Variant(), Variant(sketch=16)):
         out = with_variant(small_model(num_key_value_heads=1), variant).double()(IDS, labels=IDS)
-        assert relative_error(out.logits, ref.logits) < 1e-6, variant
+        assert relative_error(out.logits, ref.logits) < 1e-5, variant
 
 
 @pytest.mark.parametrize("variant", [Variant(ridge=0.25), Variant(sketch=4), CONJUGATE], ids=str)

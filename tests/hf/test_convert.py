@@ -206,6 +206,8 @@ def _moe() -> Any:
         (_moe, [0], TypeError, "Qwen2MoeForCausalLM of the family 'qwen2_moe'"),
         (lambda: small("qwen3").model, [0], TypeError, "Qwen3Model of the family 'qwen3'"),
         (lambda: torch.nn.Linear(1, 1), [0], TypeError, "Linear of the family None"),
+        (lambda: small("qwen3"), 1, TypeError, r"layers is 1; expected a sequence of integers such as \[1, 3\]"),
+        (lambda: small("qwen3"), [1, 2, 1], ValueError, "layers has 1 more than once"),
         (lambda: small("qwen3"), [4], ValueError, "layers has 4, and there is no such layer; expected 0 to 3"),
         (lambda: small("qwen3"), [-1], ValueError, "layers has -1"),
         (lambda: small("qwen3"), [1.0], TypeError, "layers has 1.0; expected integers"),

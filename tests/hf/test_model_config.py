@@ -50,6 +50,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"kv_learnable_residual": True}, "kv_learnable_residual is True; expected False without kv_proj_rank"),
     ({"pad_token_id": 61}, "pad_token_id is 61; expected None or a token id less than vocab_size, 61"),
     ({"ridge_ration": 0.1}, "ridge_ration is no field of GKAConfig; expected ridge_ratio"),
+    ({"num_heads": 2}, "num_heads is no field of GKAConfig; expected num_attention_heads"),
+    ({"layers": 2}, "layers is no field of GKAConfig; expected num_hidden_layers"),
     ({"use_forgetting_gate": False}, "use_forgetting_gate is no field of GKAConfig; expected use_forget_gate"),
 ]
 

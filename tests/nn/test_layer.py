@@ -288,6 +288,17 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             TypeError,
             "hidden_states has dtype torch.bfloat16; expected that of the weights, torch.float64",
         ),
+        "array": (dict(hidden_states=[[0.0]]), TypeError, "hidden_states is a list; expected a torch.Tensor"),
+        "list as a mask": (
+            dict(attention_mask=[[1] * 7]),
+            TypeError,
+            "attention_mask is a list; expected a torch.T",
+        ),
+        "not finite": (
+            dict(hidden_states=random_inputs(1, 7, 36) * torch.nan),
+            ValueError,
+            r"g has a value of nan.*is an input or a weight not finite\?",
+        ),
         "mask": (dict(attention_mask=torch.ones(1, 8)), ValueError, r"attention_mask has shape \(1, 8\)"),
         "packed mask": (
             dict(cu_seqlens=edges, attention_mask=torch.ones(1, 7)),
@@ -314,6 +325,14 @@ def test_refuses(name: str) -> None:
     arguments, error, message = bad_calls()[name]
     with pytest.raises(error, match=message):
         tiny_layer()(**{"hidden_states": random_inputs(1, 7, 36), **arguments})
+
+
+def test_projections_that_cast_their_input_take_any_dtype() -> None:
+    layer, x = tiny_layer(), random_inputs(1, 7, 36).float()
+    for module in layer.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, given: (given[0].to(module.weight.dtype),))
+    assert_near(layer(x), tiny_layer()(x.double()), 1e-6)  # gates in float32
 
 
 def test_refuses_a_cache_of_another_batch() -> None:

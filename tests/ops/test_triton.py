@@ -220,17 +220,22 @@ assert len(worse(rows, rows[1:])) == 1
     run_forked("-c", script, folder=ROOT)
 
 
-def test_every_kernel_has_one_committed_row() -> None:
-    """For both versions of Triton. The older one cannot compile a tolerance for every GPU."""
+def test_rows_of_kernels_are_merged_and_counted() -> None:
+    """A run of some kernels replaces their rows alone; what is left over or stands twice is told."""
     script = """
-import json
-from collections import Counter
-from benchmarks.compile_kernels import ALL_CASES, ARCHITECTURES, COMMITTED, KEYS, wanted
-for version, rows in json.loads(COMMITTED.read_text()).items():
-    places = {(row["case"], row["architecture"]) for row in rows}
-    differ = places ^ set(wanted(list(ARCHITECTURES), ALL_CASES))
-    assert all("tolerance" in case and architecture == 100 for case, architecture in differ), (version, differ)
-    assert set(Counter(tuple(row[key] for key in KEYS) for row in rows).values()) == {1}, version
+from benchmarks.compile_kernels import left_over, merged
+def row(case, kernel, architecture, registers=9):
+    return {"case": case, "kernel": kernel, "architecture": architecture, "registers": registers}
+gates, padded = "gates", "gates, padded"
+old = [row(padded, "b", 80), row(gates, "b", 90), row(gates, "a", 90), row("gone", "a", 80), row(gates, "a", 80)]
+new = [row(gates, "a", 90, 7)]
+rest = [row(gates, "a", 80)], [row(padded, "b", 80)]
+assert merged(old, new, "a") == [*rest[0], *new, row(gates, "b", 90), *rest[1]]
+assert merged(old, new) == [*rest[0], *new, *rest[1]]
+assert not left_over(old, old[::-1])
+(found,) = left_over(old[1:], old)
+assert found.startswith("gates, padded, b, 80: a row too many")
+assert len(left_over(old, [*old, old[0]])) == 1
 """
     run_forked("-c", script, folder=ROOT)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import write_texts
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from gka.training import data
 from gka.training.errors import UserError
@@ -85,6 +85,9 @@ def test_tokenizer_that_cannot_be_used(tmp_path: Path) -> None:
         data.load_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="end-of-text"):
         data.load_tokenizer(save_tokenizer(tmp_path / "endless", ["a"]))
+    Qwen3Config(vocab_size=300).save_pretrained(tmp_path / "model")  # transformers makes an empty tokenizer of it
+    with pytest.raises(UserError, match=r"no vocabulary; the folder needs its files, such as tokenizer\.json"):
+        data.load_tokenizer(str(tmp_path / "model"))
 
 
 # Files
