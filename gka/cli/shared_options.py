@@ -38,8 +38,8 @@ def trained_model() -> Any:
 def solver(group: str, *, default: str) -> Any:
     return option(
         None,
-        "solver of the ridge regression: chebyshev, or cg, conjugate gradient, which is not faster in training on a GPU; "
-        f"default: {default}",
+        "solver of the ridge regression: chebyshev, or cg, conjugate gradient, which is not "
+        f"faster in training on a GPU; default: {default}",
         group=group,
     )
 
