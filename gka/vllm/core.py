@@ -154,10 +154,13 @@ def rehearse(
 
     Args:
         pools: at least one row; nothing is written.
+        g: its values are not read. While vLLM measures memory, softmax attention leaves its output
+            uninitialised, and what follows from that may be NaN.
         number: at least 1; some requests have no token if it is larger than T.
-        qkv, g, alpha, beta, mixing, out: as in `mix_tokens`.
+        qkv, alpha, beta, mixing, out: as in `mix_tokens`.
     """
     T, device = qkv.shape[0], qkv.device
+    g = None if g is None else torch.zeros_like(g)
     requests = Requests(
         prefill_tokens=T,
         prefill_slots=torch.full((number,), -1, device=device),

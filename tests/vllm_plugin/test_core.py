@@ -117,6 +117,18 @@ def test_a_rehearsal_computes_all_tokens_and_writes_nothing(number: int) -> None
     assert all(torch.equal(bits(pool), old) for pool, old in zip(pools, before, strict=True))
 
 
+def test_a_rehearsal_takes_values_that_are_not_finite() -> None:
+    """As after softmax attention that computes nothing while memory is measured."""
+    layer = core_layer("grouped", torch.float32)
+    pools = new_pools(layer, torch.float32)
+    before = [bits(pool).clone() for pool in pools]
+    qkv, g, alpha, beta = (torch.full(shape, torch.nan) for shape in ((7, 80), (7, 4), (7, 4), (7, 4)))
+    out = torch.zeros(7, 4, 10)
+    rehearse(qkv, g, alpha, beta, pools, 3, mixing_of(layer), out)
+    assert out.isnan().all()
+    assert all(torch.equal(bits(pool), old) for pool, old in zip(pools, before, strict=True))
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What has been read of tensors so far, on a device where that waits."""
