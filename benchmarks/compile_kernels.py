@@ -303,17 +303,21 @@ def compile_all(
     return rows
 
 
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in KEYS)
+
+
 def worse(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
     """One message for each kernel that needs more registers, stack or shared memory than in the committed rows.
 
     Also for kernels that have no committed row, and for kernels that need too much shared memory.
     """
-    found = []
+    found, before_of = [], {key_of(old): old for old in committed}
     for row in rows:
-        name = ", ".join(str(row[key]) for key in KEYS)
+        name = ", ".join(map(str, key_of(row)))
         if row["shared bytes"] > SHARED_LIMIT[row["architecture"]]:
             found.append(f"{name}: {row['shared bytes']} bytes of shared memory are too many")
-        before = next((old for old in committed if all(old[key] == row[key] for key in KEYS)), None)
+        before = before_of.get(key_of(row))
         if before is None:
             found.append(f"{name}: not in {COMMITTED.name}")
             continue
@@ -325,8 +329,8 @@ def worse(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[s
 
 def left_over(rows: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
     """One message for each committed row of a kernel that is not compiled, or that stands there twice."""
-    left = Counter(tuple(row[key] for key in KEYS) for row in committed)
-    left.subtract({tuple(row[key] for key in KEYS) for row in rows})
+    left = Counter(map(key_of, committed))
+    left.subtract(set(map(key_of, rows)))
     return [f"{', '.join(map(str, key))}: a row too many in {COMMITTED.name}" for key in (+left).elements()]
 
 
@@ -344,8 +348,8 @@ def merged(
     for row in committed:
         place = row["case"], row["architecture"]
         if place in order and (place not in done or (only and only not in row["kernel"])):
-            found[(*place, row["kernel"])] = row
-    found |= {(row["case"], row["architecture"], row["kernel"]): row for row in rows}
+            found[key_of(row)] = row
+    found |= {key_of(row): row for row in rows}
     return sorted(found.values(), key=lambda row: (order[row["case"], row["architecture"]], row["kernel"]))
 
 

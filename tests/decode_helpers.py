@@ -135,14 +135,14 @@ def assert_step_equals_the_reference(function: Any, case: StepCase, device: torc
         assert x is given and (x is None or torch.equal(x, ref))
 
 
-def assert_slow_decay_adds_no_error_up(function: Any, tokens: int = 200) -> None:
+def assert_slow_decay_adds_no_error_up(function: Any) -> None:
     """A step rounds once at the size of the state. Twice, for a slow decay alike at every token, gives 5e-6."""
     torch.manual_seed(0)
     g = torch.full((1, 1), -1e-5)
     k, v = torch.rand(2, 1, 1, 16) + 0.5
     exact = (k.mT @ v).double() / -torch.expm1(g.double())
     state = State(None, exact.float()[None])
-    for _ in range(tokens):
+    for _ in range(200):
         keys, values = (x + 0.3 * torch.randn(1, 1, 16) for x in (k, v))
         given = dict(q=keys, k=keys, v=values, g=g, alpha=None, beta=None, solver_steps=(), normalize_qk=False)
         given["state"] = state
