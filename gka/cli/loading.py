@@ -15,7 +15,7 @@ from ..hf.checkpoint import BadCheckpoint, check_finite
 from ..hf.config import GKAConfig, PublishedConfig
 from ..hf.folders import begin_folder, end_folder, replaced
 from ..training.data import read_tokenizer, vocabulary_size
-from ..training.errors import UserError, reason
+from ..training.errors import UserError, first_line, reason
 
 MODEL_FOLDER = "model"
 _TOKENIZER_FILES = (
@@ -105,8 +105,7 @@ def load_model(folder: str, device: str = "auto", dtype: str = "float32", famili
     except BadCheckpoint as error:
         raise UserError(str(error).replace(str(path), folder)) from None
     except Exception as error:  # safetensors, json and transformers raise different classes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: the model cannot be loaded ({first})") from None
+        raise UserError(f"{folder}: the model cannot be loaded ({first_line(error)})") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
             raise UserError(

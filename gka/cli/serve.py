@@ -15,9 +15,10 @@ from typing import Any
 from unittest import mock
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_serve_available
 
+from ..training.data import open_tokenizer
 from ..training.errors import UserError, reason
 from .commands import ServeOptions
 from .generate import ready_attention
@@ -104,13 +105,9 @@ def serving_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint. The server needs a fast one (library `tokenizers`) for streaming.
 
     Raises:
-        UserError: there is no tokenizer, or it is not a fast one.
+        UserError: there is no tokenizer or it has no vocabulary, or it is not a fast one.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: the tokenizer cannot be loaded ({first})") from None
+    tokenizer = open_tokenizer(path, str(path))
     if isinstance(tokenizer, ByT5Tokenizer):
         return fast_byte_tokenizer(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -12,7 +12,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..training.errors import UserError, reason
+from ..training.errors import UserError, first_line, reason
 
 Result = TypeVar("Result")
 
@@ -52,5 +52,5 @@ def _is_the_users(error: Exception) -> bool:
 def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {reason(error)}"
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

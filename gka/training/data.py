@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from ..hf.folders import begin_folder, end_folder
-from .errors import UserError, reason
+from .errors import UserError, first_line, reason
 
 TEXT_SUFFIXES = frozenset(
     ".adoc .asm .awk .bash .bat .bib .c .cc .cfg .clj .cmake .cpp .cs .css .csv .cu .cuh .cxx .dart .el "
@@ -193,6 +193,9 @@ def _cut(text: bytes, fraction: float) -> tuple[bytes, bytes]:
 # Tokens
 
 
+_NEEDED = "the folder needs its files, such as tokenizer.json"
+
+
 def load_tokenizer(folder: str | None) -> Any:
     """Load a local Hugging Face tokenizer; None gives the byte tokenizer (ids 3..258, end token 1).
 
@@ -208,24 +211,30 @@ def load_tokenizer(folder: str | None) -> Any:
 
 
 def read_tokenizer(path: Path, name: str) -> Any:
-    """The tokenizer in a folder, which the errors call `name`.
+    """The tokenizer in a folder, which the errors call `name`, for text in documents.
 
     Raises:
-        UserError: the folder has no tokenizer, or the tokenizer has no end-of-text token or no other tokens.
+        UserError: as open_tokenizer, or the tokenizer has no end-of-text token.
+    """
+    tokenizer = open_tokenizer(path, name)
+    if document_token(tokenizer) is None:
+        raise UserError(f"{name}: the tokenizer has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def open_tokenizer(path: Path, name: str) -> Any:
+    """Any tokenizer in a folder, which the errors call `name`.
+
+    Raises:
+        UserError: the folder has no tokenizer, or one of special tokens alone.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each kind of tokenizer raises other errors for unreadable files
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
-        raise UserError(
-            f"{name}: the tokenizer cannot be loaded ({first}); the folder needs its files, such as tokenizer.json"
-        ) from None
-    if document_token(tokenizer) is None:
-        raise UserError(f"{name}: the tokenizer has no end-of-text token (eos_token)")
+        first = first_line(error).rstrip(" :")
+        raise UserError(f"{name}: the tokenizer cannot be loaded ({first}); {_NEEDED}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where the files are missing
-        raise UserError(
-            f"{name}: the tokenizer has no vocabulary; the folder needs its files, such as tokenizer.json"
-        )
+        raise UserError(f"{name}: the tokenizer has no vocabulary; {_NEEDED}")
     return tokenizer
 
 

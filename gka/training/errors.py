@@ -10,6 +10,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason(error: OSError) -> str:
     """Describe an operating system error in a few words, e.g. "no such file or directory"."""
     text = error.strerror or str(error) or type(error).__name__
