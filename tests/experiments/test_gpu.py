@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,17 @@ def cell(mixer: str, **changes: Any) -> dict[str, Any]:
     return {**sizes, **rest, **changes}
 
 
+@contextmanager
+def may_need_another_triton() -> Iterator[None]:
+    """Skip the test where flash-linear-attention refuses the backward pass of Gated DeltaNet with this Triton."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "upgrade Triton" not in str(error):
+            raise
+        pytest.skip("flash-linear-attention needs another Triton on this GPU")
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> None:
     """The same losses and weights over two epochs; without dropout, since graphs draw other random numbers."""
@@ -51,7 +64,8 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
             if mixer == "attention":
                 for block in model.blocks:
                     block.mixer.dropout = 0.0
-            losses = [steps.epoch(batches) for _ in range(2)]
+            with may_need_another_triton():
+                losses = [steps.epoch(batches) for _ in range(2)]
             assert steps.step.graph == graph and None not in losses
             torch.cuda.synchronize()
         outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
@@ -161,12 +175,8 @@ def test_gated_delta_net_as_it_is_trains() -> None:
     for _ in range(10):
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(tokens, labels=tokens, use_cache=False).loss
-        try:
+        with may_need_another_triton():
             loss.backward()
-        except RuntimeError as error:
-            if "upgrade Triton" not in str(error):
-                raise
-            pytest.skip("flash-linear-attention needs another Triton on this GPU")
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
