@@ -57,7 +57,7 @@ test-parallel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "not gpu" $(SEVERAL) $(ARGS)
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu tests/*/test_gpu.py tests/ops/test_pool_gpu.py tests/hf/test_captured_step.py $(ARGS)
+	$(BIN)/python -m pytest -m gpu tests/*/test_gpu.py tests/ops/test_pool_gpu.py tests/hf/test_captured_step.py tests/hf/test_recording.py $(ARGS)
 
 # The pins of constraints.txt, but for transformers and the one library that it does not take as new.
 $(OLDEST)/.ready: pyproject.toml constraints.txt

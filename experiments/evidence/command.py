@@ -13,6 +13,7 @@ A cell is one measurement or one training. An experiment is a module with
     section(entries, picture) -> str  all tables and the text about them as markdown; draws the picture
     ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
                                       needed for several processes
+    SIDE_BY_SIDE                      optional: True if threads of a process may run cells at the same time
 
 and is listed in catalogue.py. overview.py has its short section of the page. Every cell has its size as a field,
 and the machine if BY_MACHINE is True. To resume an interrupted run, start the same command again. If a cell fails,
@@ -69,6 +70,12 @@ class EvidenceOptions:
         "processes that run cells at the same time and share the GPUs of CUDA_VISIBLE_DEVICES; default: this one",
         minimum=1,
     )
+    streams: int | None = option(
+        None,
+        "cells that each process runs at the same time, for recall; a GPU computes small models faster in streams "
+        "of one process than for several processes, which take turns",
+        minimum=1,
+    )
     minutes: float | None = option(
         None,
         "time after which no cell starts; with --processes, and in the experiment large, cells that still run are "
@@ -113,6 +120,7 @@ def main(options: EvidenceOptions) -> None:
         options.device,
         options.data,
         processes=options.processes,
+        streams=options.streams,
         minutes=options.minutes,
         given={name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None},
     )
@@ -127,6 +135,7 @@ def measure(
     data: list[str] | None = None,
     *,
     processes: int | None = None,
+    streams: int | None = None,
     minutes: float | None = None,
     given: dict[str, Any] | None = None,
 ) -> None:
@@ -139,6 +148,12 @@ def measure(
     quiet()
     start, experiment = time.monotonic(), importlib.import_module(EXPERIMENTS[name])
     place = choose_device(device)
+    if streams is not None:
+        if not getattr(experiment, "SIDE_BY_SIDE", False):
+            raise UserError(
+                f"--streams {streams}: the cells of {name} run one at a time in a process; leave it out"
+            )
+        processes = processes or 1
     cells = [cell for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
     if not cells:
         raise UserError(f"--only {' '.join(only)}: matches no cell of {name}")
@@ -163,7 +178,7 @@ def measure(
     elif processes is None:
         failed = run.one_by_one(record, missing, seconds)
     else:
-        failed = run.in_processes(record, missing, seconds, processes)
+        failed = run.in_processes(record, missing, seconds, processes, streams or 1)
     if not first:
         return
     print(f"results: {record.path}")
@@ -270,8 +285,10 @@ class _Cells:
             self.report(cell, f"{taken:.1f} s")
         return failed
 
-    def in_processes(self, record: Any, cells: list[Any], seconds: float | None, processes: int) -> list[Any]:
-        """Run the cells in several processes; returns those that failed."""
+    def in_processes(
+        self, record: Any, cells: list[Any], seconds: float | None, processes: int, streams: int
+    ) -> list[Any]:
+        """Run the cells in several processes and threads; returns those that failed."""
         from .workers import Shared, run_in_processes
 
         if not hasattr(self.experiment, "ready"):
@@ -285,6 +302,7 @@ class _Cells:
             self.ready,
             shared,
             processes=processes,
+            streams=streams,
             seconds=seconds,
             report=self.report,
         )

@@ -32,6 +32,7 @@ from .record import Cell, Record
 
 SUMMARY = "recall in the setting of the paper's figure 3a"
 BY_MACHINE = False
+SIDE_BY_SIDE = True
 Entries = list[dict[str, Any]]
 SEEDS = (0, 1, 2)
 LEARNT = 0.05  # accuracy of a mixer that has learnt something

@@ -7,6 +7,10 @@ A cell that has to wait for others, or that others make needless, is told by the
 The processes share the GPUs that CUDA_VISIBLE_DEVICES names, in turn; each process sees only its own. Every result
 is in the file as soon as it is there. When the time is over, cells that still run are stopped. They run again next
 time, from their checkpoint if they have written one into their folder.
+
+Processes that share a GPU take turns on it. Threads of a process do not: each has a stream of its own, and small
+kernels of several cells run at the same time. So a process may run several cells, in a thread each, of an
+experiment that says SIDE_BY_SIDE. After an error in one of them the process ends; the others run again.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -28,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..tasks.replay import alone
 from .record import Cell, Record
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -35,7 +41,9 @@ Ready = Callable[[Cell, list[dict[str, Any]]], bool | None]
 
 
 class _Worker(NamedTuple):
-    number: int  # decides the GPU
+    """A thread of a process, and the end of its pipe that is here."""
+
+    number: int  # of the process; decides the GPU
     process: Any
     connection: Connection
 
@@ -55,6 +63,7 @@ def run_in_processes(
     shared: Shared,
     *,
     processes: int,
+    streams: int = 1,
     seconds: float | None,
     report: Callable[[Cell, str], None],
 ) -> list[Cell]:
@@ -66,6 +75,7 @@ def run_in_processes(
         ready: as above.
         shared: what the processes need.
         processes: how many.
+        streams: cells that each process runs at the same time.
         seconds: time after which cells are stopped; None for no limit.
         report: called with a cell and what became of it.
 
@@ -78,7 +88,9 @@ def run_in_processes(
     try:
         while end is None or monotonic() < end:
             while (idle or unused) and (cell := take(pending, record.entries, ready)) is not None:
-                worker = idle.pop(0) if idle else _start(unused.pop(0), processes, shared)
+                if not idle:
+                    idle += _start(unused.pop(0), processes, streams, shared)
+                worker = idle.pop(0)
                 worker.connection.send(cell)
                 running[worker.connection] = worker, cell, perf_counter()
             if not running:
@@ -86,6 +98,8 @@ def run_in_processes(
             left = None if end is None else max(0.0, end - monotonic())
             for connection in wait(list(running), left):
                 assert isinstance(connection, Connection)
+                if connection not in running:  # its process has ended because of another cell
+                    continue
                 worker, cell, start = running.pop(connection)
                 taken = perf_counter() - start
                 try:
@@ -100,6 +114,9 @@ def run_in_processes(
                     failed.append(cell)
                     worker.process.kill()  # after some CUDA errors a process cannot use its GPU any more
                     unused.append(worker.number)
+                    idle = [other for other in idle if other.process is not worker.process]
+                    beside = [key for key, (other, _, _) in running.items() if other.process is worker.process]
+                    pending[:0] = [running.pop(key)[1] for key in beside]
                 report(cell, f"{taken:.1f} s" if error is None else error)
     finally:
         for worker in [*idle, *(worker for worker, _, _ in running.values())]:
@@ -124,14 +141,16 @@ def scratch_folder(folder: Path, cell: Cell) -> Path:
     return folder / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _start(number: int, processes: int, shared: Shared) -> _Worker:
+def _start(number: int, processes: int, streams: int, shared: Shared) -> list[_Worker]:
+    """A new process; a worker for each of its threads."""
     context = _context(shared)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, processes, shared), daemon=True)
+    pipes = [context.Pipe() for _ in range(streams)]
+    process = context.Process(target=_work, args=([theirs for _, theirs in pipes], processes, shared), daemon=True)
     with _one_gpu(number, shared.device):
         process.start()
-    theirs.close()
-    return _Worker(number, process, ours)
+    for _, theirs in pipes:
+        theirs.close()
+    return [_Worker(number, process, ours) for ours, _ in pipes]
 
 
 def _context(shared: Shared) -> Any:
@@ -169,14 +188,22 @@ def _code(process: Any) -> int | None:
     return code
 
 
-def _work(connection: Connection, processes: int, shared: Shared) -> None:
-    """In a process: run the cells that come, send (result, None) or (None, error)."""
+def _work(connections: list[Connection], processes: int, shared: Shared) -> None:
+    """In a process: run the cells that come, in a thread for each connection."""
     from gka.cli.quiet import quiet
 
     quiet()
     device = torch.device("cuda", 0) if shared.device == "cuda" else torch.device(shared.device)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (processes * len(connections))))
     experiment: Any = importlib.import_module(shared.module)
+    first, *others = connections
+    for connection in others:
+        threading.Thread(target=_serve, args=(connection, experiment, device, shared), daemon=True).start()
+    _serve(first, experiment, device, shared)
+
+
+def _serve(connection: Connection, experiment: Any, device: torch.device, shared: Shared) -> None:
+    """In a thread: run the cells that come, send (result, None) or (None, error)."""
     while True:
         try:
             cell = connection.recv()
@@ -189,6 +216,7 @@ def _work(connection: Connection, processes: int, shared: Shared) -> None:
             answer = None, f"{type(error).__name__}: {error}"
         gc.collect()  # frees the memory of the cell
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            with alone():
+                torch.cuda.empty_cache()
         connection.send(answer)
         sys.stderr.flush()

@@ -30,7 +30,7 @@ from .gates import has_diverged
 from .mqar import make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
-from .replay import Batch, ReplayedSteps, own_stream, parameter_groups
+from .replay import Batch, ReplayedSteps, alone, own_stream, parameter_groups
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
@@ -108,10 +108,11 @@ def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device,
 
 
 def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, saved: Path) -> dict[str, Any]:
-    set_seed(cell["seed"])
     positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
-    model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
-    data, test = (make_examples(cell, split, device) for split in ("train", "test"))
+    with alone():
+        set_seed(cell["seed"])
+        model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
+        data, test = (make_examples(cell, split, device) for split in ("train", "test"))
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
     run = Steps(model, cell, device, graph=device.type == "cuda")
     history, before = run.load(saved) if saved.exists() else ([], 0.0)
@@ -125,9 +126,9 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         if loss is None:
             ended = "not finite"
             break
-        history.append(
-            [epoch + 1, accuracy(model, logits_of, test, cell["batch_size"], cell["dtype"]), round(loss, 5)]
-        )
+        with alone():
+            reached = accuracy(model, logits_of, test, cell["batch_size"], cell["dtype"])
+        history.append([epoch + 1, reached, round(loss, 5)])
         if history[-1][1] > SOLVED:
             ended = "solved"
             break

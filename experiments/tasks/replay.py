@@ -5,12 +5,19 @@ run as usual: kernels compile, the optimiser makes its state. The next step of t
 copy their batch into the recorded tensors and replay. All graphs share one pool of memory, since nothing in it is
 needed from one step to the next: weights, state of the optimiser and the sum of the losses lie outside. A step
 that cannot be recorded runs without a graph, and a message says so.
+
+Threads of a process may train a model each, in a stream each: small kernels of several trainings then run at the
+same time. They share the random numbers of the device, which a recording needs for itself. So one thread at a time
+sends a step, and `alone` keeps the others from sending one, e.g. while weights are drawn. No thread is more than
+some steps ahead of the device: a full queue would block it while the others wait for their turn.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gka.hf.recording import recording
+
 Batch = tuple[Tensor, ...]
 _WARM_UP = 3  # steps of a shape before one is recorded
+_AHEAD = 8  # steps of a training that the device has not finished
+_ALONE = threading.RLock()
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
@@ -30,6 +41,11 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
+
+
+def alone() -> AbstractContextManager[object]:
+    """No other thread makes a step inside."""
+    return _ALONE
 
 
 def parameter_groups(
@@ -104,12 +120,19 @@ class ReplayedSteps:
         self.wants_graph, self.graph = graph, False
         self._pool = torch.cuda.graph_pool_handle() if graph else None
         self._shapes: dict[tuple[torch.Size, ...], _Shape] = {}
+        self._sent = deque[torch.cuda.Event]()  # the end of each step on its way
         self._total, self._since = torch.zeros((), device=device), 0  # the losses since they were read
 
     def __call__(self, batch: Batch) -> None:
         """Make a step."""
-        self._run(batch)
+        with alone():
+            self._run(batch)
         self._since += 1
+        if self.device.type == "cuda":
+            self._sent.append(torch.cuda.Event(blocking=True))
+            self._sent[-1].record()
+            if len(self._sent) > _AHEAD:
+                self._sent.popleft().synchronize()
 
     def mean_loss(self) -> float | None:
         """The mean loss of the steps since the last call; None if it is not finite. Waits for the device."""
@@ -151,8 +174,7 @@ class ReplayedSteps:
         torch.cuda.synchronize(self.device)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            # "thread_local": the thread of the backward pass may allocate memory meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with recording(graph, stream, self._pool):
                 self._step(shape.places)
         except RuntimeError as error:
             torch.cuda.synchronize(self.device)

@@ -33,13 +33,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache_name import CACHE, NEW, OLD, named
 from .fixed_cache import FULL, FixedCache, layout, new_zeros
 from .mixers import OURS
+from .recording import recording
 
 DEVICE = "cuda"
 SMALLEST = 256  # slots of an attention layer
 FEW = 8192  # so many cost little, also where fewer would do
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _ATTENTION = ("sdpa", "eager")  # take a mask of slots
-_RECORDING = threading.Lock()
 _STEP_INPUTS = {
     *("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "no_pads", "return_dict"),
     *(OLD, NEW),
@@ -49,11 +49,8 @@ _STEP_INPUTS = {
 def record(function: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
     """A function that replays what `function` launches, and the tensor for its result; nothing runs yet."""
     graph = torch.cuda.CUDAGraph()
-    # PyTorch records one graph at a time, and after an error it leaves its own stream as the current one.
-    with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        # "thread_local": other threads, such as those of a server, may use the GPU meanwhile
-        with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
-            result = function()
+    with recording(graph, _stream(device)):
+        result = function()
     return graph.replay, result
 
 

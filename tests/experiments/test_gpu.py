@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -77,6 +78,21 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
 def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> None:
     found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path)
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
+
+
+def test_trainings_in_threads_of_a_process_learn(device: torch.device, tmp_path: Path) -> None:
+    record = Record(tmp_path / "recall.json", "recall")
+    shared = workers.Shared("experiments.evidence.recall", "cuda", tmp_path / "recall")
+    cells = [
+        cell(mixer, num_pairs=2, train_examples=4096, epochs=8, size="test", seed=seed)
+        for mixer, seed in itertools.product(("gka-paper", "attention"), range(2))
+    ]
+    failed = workers.run_in_processes(
+        record, cells, lambda *_: True, shared, processes=1, streams=3, seconds=240, report=print
+    )
+    assert not failed and len(record.entries) == 4
+    for found in (entry["result"] for entry in record.entries):
+        assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
 
 
 @pytest.mark.parametrize("variant", [BASE, NO_SOLVE, PAPER, "conjugate gradient", "float32"])

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from experiments.tasks import recall_model, recall_train
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
+from experiments.tasks.replay import ReplayedSteps, alone
 from gka.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -260,7 +262,7 @@ def test_processes_run_all_cells_once_and_resume(tmp_path: Path, capfd: pytest.C
     assert command_line.main([*arguments, "--processes", "2", "--minutes", "1e-9"]) == 0
     assert "6 cells have no result" in capfd.readouterr().err and not (tmp_path / "recall.json").exists()
     assert command_line.main([*arguments, "learning_rate=0.01"]) == 0
-    assert command_line.main([*arguments, "--processes", "2"]) == 0
+    assert command_line.main([*arguments, "--streams", "2"]) == 0
     entries = Record(tmp_path / "recall.json", "recall").entries
     assert len(entries) >= 4 and {e["cell"].get("learning_rate") for e in entries} >= set(RATES)
     best = max(e["result"]["accuracy"] for e in entries if "learning_rate" in e["cell"])
@@ -299,6 +301,64 @@ def test_processes_survive_errors_and_stop_when_the_time_is_over(
     outcomes = [outcome for _, outcome in said]
     assert outcomes[0] == "RuntimeError: no kernel" and outcomes[1] == "its process ended with exit code 7"
     assert len(said) == 3
+
+
+SIDE_BY_SIDE = """
+import os, threading, time
+from pathlib import Path
+both = threading.Barrier(2, timeout=60)
+def run(cell, folder, device):
+    first = Path(cell["folder"], "first")
+    if cell["n"] == 0:
+        both.wait()
+        while not first.exists():
+            time.sleep(0.01)
+        raise RuntimeError("no kernel")
+    if not first.exists():
+        both.wait()
+        first.touch()
+        time.sleep(600)
+    return os.getpid()
+"""
+
+
+def test_threads_of_a_process_run_cells_and_run_again_after_an_error_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cell 0 fails while cell 1 runs beside it; cells 1 and 2 then run in a new process."""
+    (tmp_path / "stub_side_by_side.py").write_text(SIDE_BY_SIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    cells = [{"n": n, "folder": str(tmp_path)} for n in range(3)]
+    said, record = list[Any](), Record(tmp_path / "it.json", "it")
+    shared = workers.Shared("stub_side_by_side", "cpu", tmp_path)
+    failed = workers.run_in_processes(
+        record, cells, lambda *_: True, shared, processes=1, streams=2, seconds=100,
+        report=lambda *what: said.append(what),
+    )  # fmt: skip
+    assert failed == cells[:1] and said[0] == (cells[0], "RuntimeError: no kernel") and len(said) == 3
+    assert sorted(entry["cell"]["n"] for entry in record.entries) == [1, 2]
+    assert len({entry["result"] for entry in record.entries}) == 1
+
+
+def test_streams_are_for_experiments_that_allow_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["evidence", "numerics", "--streams", "2", "--output", str(tmp_path)]) == 2
+    assert "--streams 2: the cells of numerics run one at a time" in capsys.readouterr().err
+
+
+def test_no_training_makes_a_step_while_another_is_alone() -> None:
+    done = list[str]()
+    weight = torch.nn.Parameter(torch.zeros(1))
+    step = ReplayedSteps(
+        lambda batch: (weight * batch[0]).sum(), torch.optim.SGD([weight], 1.0), torch.device("cpu"), graph=False,
+        name="it",
+    )  # fmt: skip
+    thread = threading.Thread(target=lambda: (step((torch.ones(1),)), done.append("step")))
+    with alone():
+        thread.start()
+        thread.join(0.3)
+        done.append("alone")
+    thread.join(60)
+    assert done == ["alone", "step"] and weight.item() == -1.0
 
 
 def test_a_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

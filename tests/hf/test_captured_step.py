@@ -339,6 +339,8 @@ def test_says_once_why_there_is_no_graph(
         texts = [x if isinstance(x, Tensor) else x.sequences for x in (out, ref)]
         assert torch.equal(*texts)
     assert watch.replayed == 0
+    if reason == "cannot be recorded":
+        watch.both(model, tokens, do_sample=True)  # draws random numbers
     if "hooks" in reason:
         assert len(calls) == 4 * 9  # with and without the switch, twice, for every token
 
