@@ -72,8 +72,8 @@ class EvidenceOptions:
     )
     streams: int | None = option(
         None,
-        "cells that each process runs at the same time, for recall; a GPU computes small models faster in streams "
-        "of one process than for several processes, which take turns",
+        "cells that each process runs at the same time, for recall and parts; a GPU computes small models faster "
+        "in streams of one process than for several processes, which take turns",
         minimum=1,
     )
     minutes: float | None = option(

@@ -32,6 +32,7 @@ from ..tasks.asked import Asked, accuracy, asked
 from ..tasks.gates import gates_of
 from ..tasks.mqar import make_mqar
 from ..tasks.mqar_replay import logits_of, train
+from ..tasks.replay import alone
 from . import mqar
 from .changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from .parts_page import section as section
@@ -40,6 +41,7 @@ from .starts import start_from
 
 SUMMARY = "which part of the layer costs recall"
 BY_MACHINE = False
+SIDE_BY_SIDE = True
 Entries = list[dict[str, Any]]
 DIMS, SEEDS, RATES = (128, 64), (0, 1, 2), (1e-3, 3e-3)
 _SMALL = (BASE, NO_SOLVE, "no forget gate", "alpha starts at 0.88", "dt starts 10 times smaller", PAPER, "float32")
@@ -106,14 +108,16 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     else:
         tried = _tried(cell, Record(folder.parents[1] / "parts.json", "parts").entries)
         rate = max(tried, key=tried.__getitem__)
-    model = build(cell).to(device)  # type: ignore[arg-type]  # transformers wraps it
-    tests = _tests(cell["longest"], cell["test_tokens"], cell["vocab_size"], device)
-    hardest = max(tests)
-    some = tests[hardest].inputs[: max(1, cell["batch_tokens"] // hardest[0])]
-    before = gates_of(model, some)
+    with alone():
+        model = build(cell).to(device)  # type: ignore[arg-type]  # transformers wraps it
+        tests = _tests(cell["longest"], cell["test_tokens"], cell["vocab_size"], device)
+        hardest = max(tests)
+        some = tests[hardest].inputs[: max(1, cell["batch_tokens"] // hardest[0])]
+        before = gates_of(model, some)
+        batches = _batches(cell, device)
     outcome = train(
         model,
-        _batches(cell, device),
+        batches,
         steps=cell["steps"],
         learning_rate=rate,
         dtype=cell["dtype"],
@@ -125,8 +129,9 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     def accuracy_at(T: int, examples: Asked) -> float:
         return accuracy(model, logits_of, examples, max(1, cell["batch_tokens"] // T), cell["dtype"])
 
-    found = [[T, P, accuracy_at(T, test) if finite else 0.0] for (T, P), test in tests.items()]
-    after = gates_of(model, some) if finite else None
+    with alone():
+        found = [[T, P, accuracy_at(T, test) if finite else 0.0] for (T, P), test in tests.items()]
+        after = gates_of(model, some) if finite else None
     return {"learning_rate": rate, "accuracy": found, **outcome, "gates": {"first": before, "trained": after}}
 
 
@@ -149,11 +154,14 @@ def build(cell: Cell) -> GKAForCausalLM:
 def _batches(cell: Cell, device: torch.device) -> Iterator[Asked]:
     """The batches of the mqar experiment, on the device; its Trainer shuffles their order once more."""
     order, tasks = _examples(tuple(cell[name] for name in _DATA), device)
-    for index in order:
+
+    def batch(index: int) -> Asked:
         task, number = divmod(index, cell["pool"])
         rows = len(tasks[task].inputs) // cell["pool"]
         part = slice(number * rows, (number + 1) * rows)
-        yield Asked(*(x[part] for x in tasks[task]))
+        return Asked(*(x[part] for x in tasks[task]))
+
+    return map(batch, order)
 
 
 @lru_cache(maxsize=len(SEEDS))

@@ -266,6 +266,25 @@ def test_a_small_run_by_the_command(tmp_path: Path) -> None:
     assert_drawn(tmp_path / "out/parts.png")
 
 
+def test_trainings_beside_each_other_do_not_mix(tmp_path: Path) -> None:
+    """The same weights and losses as one after the other."""
+    found = []
+    for name, more in (("alone", []), ("beside", ["--streams", "3"])):
+        arguments = ["evidence", "parts", "--output", str(tmp_path / name), "--device", "cpu", *more]
+        assert (
+            command_line.main([*arguments, "--only", "learning_rate=0.001", f"variant={BASE}|{PAPER}|float32"])
+            == 0
+        )
+        entries = Record(tmp_path / name / "parts.json", "parts").entries
+        found.append({e["cell"]["variant"]: e["result"] for e in entries})
+    alone, beside = found
+    assert alone.keys() == beside.keys() == {"float32", BASE, PAPER}
+    for variant, result in alone.items():
+        assert beside[variant]["gates"]["first"] == result["gates"]["first"]
+        losses = [torch.tensor(x["loss"]) for x in (beside[variant], result)]
+        assert relative_error(*losses) < 1e-3
+
+
 # The page
 
 
