@@ -72,14 +72,14 @@ class EvidenceOptions:
     )
     streams: int | None = option(
         None,
-        "cells that each process runs at the same time, for recall and parts; a GPU computes small models faster "
-        "in streams of one process than for several processes, which take turns",
+        "for recall and parts: cells that each process runs at the same time, in threads with a CUDA stream each; "
+        "several processes on one GPU take turns. After an error in one cell the others start again",
         minimum=1,
     )
     minutes: float | None = option(
         None,
-        "time after which no cell starts; with --processes, and in the experiment large, cells that still run are "
-        "stopped",
+        "time after which no cell starts; with --processes or --streams, and in the experiment large, cells that "
+        "still run are stopped",
         above=0,
     )
     budget: float | None = option(

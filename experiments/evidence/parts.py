@@ -30,9 +30,9 @@ from gka.hf import GKAForCausalLM
 
 from ..tasks.asked import Asked, accuracy, asked
 from ..tasks.gates import gates_of
+from ..tasks.launching import launch_lock
 from ..tasks.mqar import make_mqar
 from ..tasks.mqar_replay import logits_of, train
-from ..tasks.replay import alone
 from . import mqar
 from .changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from .parts_page import section as section
@@ -108,7 +108,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     else:
         tried = _tried(cell, Record(folder.parents[1] / "parts.json", "parts").entries)
         rate = max(tried, key=tried.__getitem__)
-    with alone():
+    with launch_lock():
         model = build(cell).to(device)  # type: ignore[arg-type]  # transformers wraps it
         tests = _tests(cell["longest"], cell["test_tokens"], cell["vocab_size"], device)
         hardest = max(tests)
@@ -129,7 +129,7 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     def accuracy_at(T: int, examples: Asked) -> float:
         return accuracy(model, logits_of, examples, max(1, cell["batch_tokens"] // T), cell["dtype"])
 
-    with alone():
+    with launch_lock():
         found = [[T, P, accuracy_at(T, test) if finite else 0.0] for (T, P), test in tests.items()]
         after = gates_of(model, some) if finite else None
     return {"learning_rate": rate, "accuracy": found, **outcome, "gates": {"first": before, "trained": after}}

@@ -10,7 +10,8 @@ time, from their checkpoint if they have written one into their folder.
 
 Processes that share a GPU take turns on it. Threads of a process do not: each has a stream of its own, and small
 kernels of several cells run at the same time. So a process may run several cells, in a thread each, of an
-experiment that says SIDE_BY_SIDE. After an error in one of them the process ends; the others run again.
+experiment that says SIDE_BY_SIDE. After an error the process ends, and each of its cells runs again, without
+others: only then is it known which of them fails.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import os
 import shutil
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -33,19 +35,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tasks.replay import alone
+from ..tasks.launching import launch_lock
 from .record import Cell, Record
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 Ready = Callable[[Cell, list[dict[str, Any]]], bool | None]
-
-
-class _Worker(NamedTuple):
-    """A thread of a process, and the end of its pipe that is here."""
-
-    number: int  # of the process; decides the GPU
-    process: Any
-    connection: Connection
 
 
 class Shared(NamedTuple):
@@ -54,6 +48,16 @@ class Shared(NamedTuple):
     module: str
     device: str
     folder: Path
+
+
+class _Process:
+    """A process that runs one cell in each of its threads, with the ends of its pipes that are here."""
+
+    def __init__(self, number: int, process: Any, connections: list[Connection]) -> None:
+        self.number = number  # decides the GPU
+        self.process = process
+        self.threads = len(connections)
+        self.idle = connections
 
 
 def run_in_processes(
@@ -82,47 +86,127 @@ def run_in_processes(
     Returns:
         The cells that failed.
     """
-    end = None if seconds is None else monotonic() + seconds
-    pending, failed, running = list(cells), list[Cell](), dict[Connection, tuple[_Worker, Cell, float]]()
-    idle, unused = list[_Worker](), list(range(processes))
-    try:
-        while end is None or monotonic() < end:
-            while (idle or unused) and (cell := take(pending, record.entries, ready)) is not None:
-                if not idle:
-                    idle += _start(unused.pop(0), processes, streams, shared)
-                worker = idle.pop(0)
-                worker.connection.send(cell)
-                running[worker.connection] = worker, cell, perf_counter()
-            if not running:
-                break
-            left = None if end is None else max(0.0, end - monotonic())
-            for connection in wait(list(running), left):
-                assert isinstance(connection, Connection)
-                if connection not in running:  # its process has ended because of another cell
-                    continue
-                worker, cell, start = running.pop(connection)
-                taken = perf_counter() - start
-                try:
-                    result, error = connection.recv()
-                except EOFError:
-                    result, error = None, f"its process ended with exit code {_code(worker.process)}"
-                if error is None:
-                    record.add(cell, result, taken)
-                    shutil.rmtree(scratch_folder(shared.folder, cell), ignore_errors=True)
-                    idle.append(worker)
-                else:
-                    failed.append(cell)
-                    worker.process.kill()  # after some CUDA errors a process cannot use its GPU any more
-                    unused.append(worker.number)
-                    idle = [other for other in idle if other.process is not worker.process]
-                    beside = [key for key, (other, _, _) in running.items() if other.process is worker.process]
-                    pending[:0] = [running.pop(key)[1] for key in beside]
-                report(cell, f"{taken:.1f} s" if error is None else error)
-    finally:
-        for worker in [*idle, *(worker for worker, _, _ in running.values())]:
-            worker.process.kill()
-            worker.process.join()
-    return failed
+    return _Run(record, cells, ready, shared, processes, streams, report).until(seconds)
+
+
+class _Run:
+    """The cells of a call of `run_in_processes`, and the processes that run them."""
+
+    def __init__(
+        self,
+        record: Record,
+        cells: list[Cell],
+        ready: Ready,
+        shared: Shared,
+        processes: int,
+        streams: int,
+        report: Callable[[Cell, str], None],
+    ) -> None:
+        self.record, self.ready, self.shared, self.report = record, ready, shared, report
+        self.processes, self.streams = processes, streams
+        self.pending, self.failed = list(cells), list[Cell]()
+        self.suspects = list[Cell]()  # ran in a process that ended with an error
+        self.running: dict[Connection, tuple[_Process, Cell, float]] = {}
+        self.started, self.unused = list[_Process](), list(range(processes))
+
+    def until(self, seconds: float | None) -> list[Cell]:
+        """Run the cells for so many seconds; returns those that failed."""
+        end = None if seconds is None else monotonic() + seconds
+        try:
+            while end is None or monotonic() < end:
+                while self._send():
+                    pass
+                if not self.running:
+                    break
+                for connection in wait(list(self.running), None if end is None else max(0.0, end - monotonic())):
+                    assert isinstance(connection, Connection)
+                    if connection in self.running:  # else its process has ended meanwhile
+                        self._receive(connection)
+        finally:
+            for process in list(self.started):
+                self._end(process)
+        return self.failed
+
+    def _send(self) -> bool:
+        """Send a cell to a thread, if there are both."""
+        free = [process for process in self.started if process.idle and process.threads == self.streams]
+        if self.suspects and self.unused:
+            cell, process = self.suspects.pop(0), self._start(threads=1)
+        elif not (free or self.unused):
+            return False
+        else:
+            next_cell = take(self.pending, self.record.entries, self.ready)
+            if next_cell is None:
+                return False
+            cell = next_cell
+            emptiest = max(free, key=lambda each: len(each.idle), default=None)
+            if emptiest is None or (len(emptiest.idle) < emptiest.threads and self.unused):
+                process = self._start(self.streams)
+            else:
+                process = emptiest
+        connection = process.idle.pop(0)
+        with suppress(OSError):  # the process may have ended; `_receive` learns it
+            connection.send(cell)
+        self.running[connection] = process, cell, perf_counter()
+        return True
+
+    def _receive(self, connection: Connection) -> None:
+        """Take the answer of a thread; after an error end its process."""
+        process, cell, _ = self.running[connection]
+        error = self._answer(connection)
+        beside = [other for other, (its, _, _) in self.running.items() if its is process]
+        if error is None:
+            process.idle.append(connection)
+            if process.threads < self.streams:
+                self._end(process)
+        elif beside:
+            unfinished = [cell]
+            for other in beside:
+                _, other_cell, _ = self.running[other]
+                if not other.poll():
+                    del self.running[other]
+                    unfinished.append(other_cell)
+                elif self._answer(other) is not None:
+                    unfinished.append(other_cell)
+            self.suspects += unfinished
+            self._end(process)
+        else:
+            self.failed.append(cell)
+            self.report(cell, error)
+            self._end(process)  # after some CUDA errors a process cannot use its GPU any more
+
+    def _answer(self, connection: Connection) -> str | None:
+        """Read an answer and write the result down; returns the error if there is none."""
+        process, cell, start = self.running.pop(connection)
+        taken = perf_counter() - start
+        try:
+            result, error = connection.recv()
+        except (EOFError, OSError):
+            process.process.join()
+            return f"its process ended with exit code {process.process.exitcode}"
+        if error is None:
+            self.record.add(cell, result, taken)
+            shutil.rmtree(scratch_folder(self.shared.folder, cell), ignore_errors=True)
+            self.report(cell, f"{taken:.1f} s")
+        return None if error is None else str(error)
+
+    def _start(self, threads: int) -> _Process:
+        context, number = _context(self.shared), self.unused.pop(0)
+        pipes = [context.Pipe() for _ in range(threads)]
+        theirs = [end for _, end in pipes]
+        process = context.Process(target=_work, args=(theirs, self.processes, self.shared), daemon=True)
+        with _one_gpu(number, self.shared.device):
+            process.start()
+        for end in theirs:
+            end.close()
+        self.started.append(_Process(number, process, [end for end, _ in pipes]))
+        return self.started[-1]
+
+    def _end(self, process: _Process) -> None:
+        process.process.kill()
+        process.process.join()
+        self.started.remove(process)
+        self.unused.append(process.number)
 
 
 def take(pending: list[Cell], entries: list[dict[str, Any]], ready: Ready) -> Cell | None:
@@ -141,18 +225,6 @@ def scratch_folder(folder: Path, cell: Cell) -> Path:
     return folder / hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _start(number: int, processes: int, streams: int, shared: Shared) -> list[_Worker]:
-    """A new process; a worker for each of its threads."""
-    context = _context(shared)
-    pipes = [context.Pipe() for _ in range(streams)]
-    process = context.Process(target=_work, args=([theirs for _, theirs in pipes], processes, shared), daemon=True)
-    with _one_gpu(number, shared.device):
-        process.start()
-    for _, theirs in pipes:
-        theirs.close()
-    return [_Worker(number, process, ours) for ours, _ in pipes]
-
-
 def _context(shared: Shared) -> Any:
     """New processes for a GPU; else forks of one that has imported the libraries, which is quicker.
 
@@ -161,7 +233,7 @@ def _context(shared: Shared) -> Any:
     if shared.device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():  # not on Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([shared.module, "gka.cli.quiet"])
+    context.set_forkserver_preload([__name__, shared.module, "gka.cli.quiet"])
     return context
 
 
@@ -182,12 +254,6 @@ def _one_gpu(number: int, device: str) -> Iterator[None]:
             os.environ[_VISIBLE] = before
 
 
-def _code(process: Any) -> int | None:
-    process.join()
-    code: int | None = process.exitcode
-    return code
-
-
 def _work(connections: list[Connection], processes: int, shared: Shared) -> None:
     """In a process: run the cells that come, in a thread for each connection."""
     from gka.cli.quiet import quiet
@@ -203,20 +269,30 @@ def _work(connections: list[Connection], processes: int, shared: Shared) -> None
 
 
 def _serve(connection: Connection, experiment: Any, device: torch.device, shared: Shared) -> None:
-    """In a thread: run the cells that come, send (result, None) or (None, error)."""
-    while True:
-        try:
-            cell = connection.recv()
-        except EOFError:  # the command has ended
-            return
-        answer: tuple[Any, str | None]
-        try:
-            answer = experiment.run(cell, scratch_folder(shared.folder, cell), device), None
-        except Exception as error:  # after any error in one cell, the other cells still run
-            answer = None, f"{type(error).__name__}: {error}"
-        gc.collect()  # frees the memory of the cell
-        if device.type == "cuda":
-            with alone():
-                torch.cuda.empty_cache()
-        connection.send(answer)
+    """In a thread: answer cells until the command ends. A thread that cannot answer ends its process."""
+    try:
+        while True:
+            try:
+                cell = connection.recv()
+            except EOFError:  # the command has ended
+                return
+            connection.send(_result(cell, experiment, device, shared))
+            sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
         sys.stderr.flush()
+        os._exit(1)
+
+
+def _result(cell: Cell, experiment: Any, device: torch.device, shared: Shared) -> tuple[Any, str | None]:
+    """(result, None) or (None, error) of a cell, whose memory is then free."""
+    answer: tuple[Any, str | None]
+    try:
+        answer = experiment.run(cell, scratch_folder(shared.folder, cell), device), None
+    except Exception as error:  # after any error in one cell, the other cells still run
+        answer = None, f"{type(error).__name__}: {error}"
+    with launch_lock():
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return answer

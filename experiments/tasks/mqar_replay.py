@@ -85,6 +85,7 @@ def train(
                 losses.append([number, round(mean, 5)])
         if cuda:
             torch.cuda.synchronize(device)
+        step.free()
     return {"loss": losses, "diverged": diverged, "graph": step.graph}
 
 

@@ -27,10 +27,11 @@ from transformers import set_seed
 
 from .asked import Asked, accuracy, asked, loss
 from .gates import has_diverged
+from .launching import launch_lock
 from .mqar import make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
-from .replay import Batch, ReplayedSteps, alone, own_stream, parameter_groups
+from .replay import Batch, ReplayedSteps, own_stream, parameter_groups
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
@@ -109,12 +110,12 @@ def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device,
 
 def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, saved: Path) -> dict[str, Any]:
     positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
-    with alone():
+    with launch_lock():
         set_seed(cell["seed"])
         model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
         data, test = (make_examples(cell, split, device) for split in ("train", "test"))
+        run = Steps(model, cell, device, graph=device.type == "cuda")  # goes on with the random numbers from here
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
-    run = Steps(model, cell, device, graph=device.type == "cuda")
     history, before = run.load(saved) if saved.exists() else ([], 0.0)
     ended, start = "all epochs", time.perf_counter()
     last_saved = start
@@ -126,7 +127,7 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         if loss is None:
             ended = "not finite"
             break
-        with alone():
+        with launch_lock():  # a first pass compiles and tunes kernels
             reached = accuracy(model, logits_of, test, cell["batch_size"], cell["dtype"])
         history.append([epoch + 1, reached, round(loss, 5)])
         if history[-1][1] > SOLVED:
@@ -135,6 +136,7 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         if reason := hopeless(history, rivals, cell["num_pairs"], cell["epochs"]):
             ended = reason
             break
+    run.step.free()
     return {
         "accuracy": history[-1][1] if history else 0.0,
         "ended": ended,

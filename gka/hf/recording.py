@@ -1,22 +1,27 @@
-"""Recording a CUDA graph, such that an error while recording leaves nothing behind."""
+"""Recording a CUDA graph; after an error, the current stream and random numbers are as before.
+
+What PyTorch keeps after an error up to version 2.11 is the memory of the recording, and from then on
+`torch.cuda.empty_cache` does nothing (pytorch#180395 mends it).
+"""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_ALONE = threading.Lock()  # PyTorch records one graph at a time
+_RECORDING_LOCK = threading.RLock()  # PyTorch records one graph at a time
 
 
 @contextmanager
-def recording(graph: Any, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
     """Record what is launched inside; nothing of it runs.
 
-    Other threads may use the GPU meanwhile, but not its random numbers.
+    Other threads may use the GPU meanwhile, but random numbers on it are an error for them.
 
     Args:
         graph: a new `torch.cuda.CUDAGraph`.
@@ -24,17 +29,18 @@ def recording(graph: Any, stream: torch.cuda.Stream, pool: Any = None) -> Iterat
         pool: memory that the graph shares with others, from `torch.cuda.graph_pool_handle`; None for its own.
 
     Raises:
-        RuntimeError: what was launched cannot be recorded, e.g. since it waits for the GPU. The current stream is
-            then the one from before, and random numbers work as before.
+        RuntimeError: what was launched cannot be recorded, e.g. since it waits for the GPU.
     """
     device, own = stream.device, {} if pool is None else {"pool": pool}
-    with _ALONE, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+    with _RECORDING_LOCK, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **own):
                 yield
         except BaseException:
-            with suppress(RuntimeError):
+            try:
                 _record_something(device)
+            except RuntimeError as error:
+                warnings.warn(f"random numbers of {device} may fail from now on: {error}", stacklevel=2)
             raise
 
 

@@ -20,10 +20,11 @@ from experiments import __main__ as command_line
 from experiments.evidence import recall, recall_page, workers
 from experiments.evidence.record import Record
 from experiments.tasks import recall_model, recall_train
+from experiments.tasks.launching import launch_lock
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
-from experiments.tasks.replay import ReplayedSteps, alone
+from experiments.tasks.replay import ReplayedSteps
 from gka.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -304,40 +305,79 @@ def test_processes_survive_errors_and_stop_when_the_time_is_over(
 
 
 SIDE_BY_SIDE = """
-import os, threading, time
+import os, sys, threading, time
 from pathlib import Path
 both = threading.Barrier(2, timeout=60)
 def run(cell, folder, device):
     first = Path(cell["folder"], "first")
-    if cell["n"] == 0:
-        both.wait()
-        while not first.exists():
-            time.sleep(0.01)
-        raise RuntimeError("no kernel")
-    if not first.exists():
+    if first.exists():
+        time.sleep(0.3)
+    else:
         both.wait()
         first.touch()
-        time.sleep(600)
+        time.sleep(600 * (cell["n"] == 1))
+    if cell["n"] == 0:
+        if cell["how"] == "raises":
+            raise RuntimeError("no kernel")
+        if cell["how"] == "dies":
+            os._exit(7)
+        return lambda: None  # no other process can have it
     return os.getpid()
 """
 
 
-def test_threads_of_a_process_run_cells_and_run_again_after_an_error_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "how, told",
+    [("raises", "RuntimeError: no kernel"), ("dies", "exit code 7"), ("has no answer", "exit code 1")],
+)
+def test_after_an_error_the_cells_of_a_process_run_alone(
+    how: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cell 0 fails while cell 1 runs beside it; cells 1 and 2 then run in a new process."""
+    """Cell 0 fails while cell 1 runs; then it fails alone, and the other cells succeed."""
     (tmp_path / "stub_side_by_side.py").write_text(SIDE_BY_SIDE)
     monkeypatch.syspath_prepend(tmp_path)
-    cells = [{"n": n, "folder": str(tmp_path)} for n in range(3)]
+    cells = [{"n": n, "how": how, "folder": str(tmp_path)} for n in (1, 0, 2, 3)]
     said, record = list[Any](), Record(tmp_path / "it.json", "it")
     shared = workers.Shared("stub_side_by_side", "cpu", tmp_path)
     failed = workers.run_in_processes(
         record, cells, lambda *_: True, shared, processes=1, streams=2, seconds=100,
         report=lambda *what: said.append(what),
     )  # fmt: skip
-    assert failed == cells[:1] and said[0] == (cells[0], "RuntimeError: no kernel") and len(said) == 3
-    assert sorted(entry["cell"]["n"] for entry in record.entries) == [1, 2]
-    assert len({entry["result"] for entry in record.entries}) == 1
+    assert failed == [cells[1]] and len(said) == 4
+    (outcome,) = (text for which, text in said if which["n"] == 0)
+    assert outcome.endswith(told)
+    pids = {entry["cell"]["n"]: entry["result"] for entry in record.entries}
+    assert pids.keys() == {1, 2, 3} and pids[2] == pids[3] != pids[1]
+
+
+def test_processes_start_before_a_second_thread_gets_a_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stub_two_processes.py").write_text(
+        "import os, time\ndef run(cell, folder, device):\n    time.sleep(3)\n    return os.getpid()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_two_processes", "cpu", tmp_path)
+    assert not workers.run_in_processes(
+        record, [{"n": 0}, {"n": 1}], lambda *_: True, shared, processes=2, streams=2, seconds=100,
+        report=lambda *_: None,
+    )  # fmt: skip
+    assert len({entry["result"] for entry in record.entries}) == 2
+
+
+def test_trainings_beside_each_other_draw_their_own_masks(tmp_path: Path) -> None:
+    """These models have dropout; the results are those of one training after the other."""
+    found = []
+    for name, more in (("alone", []), ("beside", ["--streams", "3"])):
+        arguments = ["evidence", "recall", "--output", str(tmp_path / name), "--device", "cpu", *more]
+        only = ["--only", "mixer=attention|gka|gka-paper", "learning_rate=0.01"]
+        assert command_line.main([*arguments, *only]) == 0
+        entries = Record(tmp_path / name / "recall.json", "recall").entries
+        found.append({e["cell"]["mixer"]: torch.tensor(e["result"]["history"]) for e in entries})
+    alone, beside = found
+    assert alone.keys() == beside.keys() == {"attention", "gka", "gka-paper"}
+    for mixer, history in alone.items():
+        assert relative_error(beside[mixer], history) < 1e-3
 
 
 def test_streams_are_for_experiments_that_allow_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,7 +393,7 @@ def test_no_training_makes_a_step_while_another_is_alone() -> None:
         name="it",
     )  # fmt: skip
     thread = threading.Thread(target=lambda: (step((torch.ones(1),)), done.append("step")))
-    with alone():
+    with launch_lock():
         thread.start()
         thread.join(0.3)
         done.append("alone")
