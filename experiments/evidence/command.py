@@ -59,7 +59,8 @@ class EvidenceOptions:
     output: str = option("runs/evidence", "folder of the results, one JSON file per experiment", metavar="DIR")
     only: list[str] | None = option(
         None,
-        "run only the cells with these values, e.g. mixer=gka 'seed=0|1' for either seed",
+        "run only the cells (single trainings or measurements) with these values, e.g. mixer=gka 'seed=0|1' for "
+        "either seed",
         metavar="KEY=VALUE",
     )
     data: list[str] | None = option(
@@ -154,9 +155,10 @@ def measure(
                 f"--streams {streams}: the cells of {name} run one at a time in a process; leave it out"
             )
         processes = processes or 1
-    cells = [cell for cell in experiment.cells(size) if all(_fits(cell, text) for text in only)]
+    known = experiment.cells(size)
+    cells = [cell for cell in known if all(_fits(cell, text) for text in only)]
     if not cells:
-        raise UserError(f"--only {' '.join(only)}: matches no cell of {name}")
+        raise UserError(f"--only {' '.join(only)}: matches no cell of {name}{_what_there_is(known, only)}")
     team = _team(name, experiment, place, processes)
     first = team is None or team.first
     with nullcontext() if team is None else team.first_process_first():
@@ -315,6 +317,18 @@ def _machine(device: Any) -> str:
     machine = describe_machine()
     name: str = machine["gpu"] if device.type == "cuda" else machine["processor"]
     return name
+
+
+def _what_there_is(cells: list[dict[str, Any]], only: list[str]) -> str:
+    """For the first filter that no cell passes: the values of its key, or the keys."""
+    for text in only:
+        key = text.partition("=")[0]
+        values = sorted({str(cell[key]) for cell in cells if key in cell})
+        if not values:
+            return f"; the keys are {', '.join(sorted(set().union(*cells)))}"
+        if not any(_fits(cell, text) for cell in cells):
+            return f"; {key} is one of {', '.join(values)}"
+    return ""
 
 
 def _fits(cell: dict[str, Any], text: str) -> bool:

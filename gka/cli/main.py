@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,16 @@ from .commands import COMMANDS, Command
 from .options import build_parser, nearest, parse_options
 
 _RESUMABLE = ("train", "distill", "rank-layers")
+_IN_EXTRAS = (
+    "accelerate",
+    "matplotlib",
+    "numpy",
+    "safetensors",
+    "tensorboard",
+    "tokenizers",
+    "transformers",
+    "yaml",
+)
 
 
 _ABOUT = "gka: language models with Gated KalmaNet layers (linear time, constant-size state)"
@@ -85,6 +96,7 @@ def run(
         hint = nearest(name, list(commands)) or f"; commands are {', '.join(commands)}"
         return _fail(program, f"unknown command {name!r}{hint}")
     command, prog = commands[name], f"{program} {name}"
+    options: Any = None
     try:
         options_class = _load(command.options)
         parser = build_parser(options_class, prog, command.summary, command.examples)
@@ -102,14 +114,24 @@ def run(
         return _fail(prog, f"{error.filename}: {reason(error)}")
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in ("accelerate", "tensorboard", "matplotlib", "yaml"):
+        if package not in _IN_EXTRAS:
             raise
-        return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[train]'")
+        extra = "serve" if name == "serve" else "train"
+        return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[{extra}]'")
     except KeyboardInterrupt:
-        hint = f" (`{prog} --resume` resumes the run)" if name in _RESUMABLE else ""
-        print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
+        resumable = name in _RESUMABLE and options is not None
+        print(f"\n{prog}: interrupted{_how_to_resume(prog, options) if resumable else ''}", file=sys.stderr)
         return 130
     return 0
+
+
+def _how_to_resume(prog: str, options: Any) -> str:
+    """What the message of an interruption says about the next start; the result of a layer is kept at once."""
+    command = f"`{prog} --resume --output {shlex.quote(options.output)}`"
+    every = getattr(options, "save_every", None)
+    return f"; {command} goes on" + (
+        "" if every is None else f" from the last checkpoint, one every {every} steps"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ transformers answers in FastAPI's form, {"detail": the reason}, and a chat witho
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
 
 # Routes that apply the tokenizer's chat template.
@@ -41,6 +43,11 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
     async def failed(_request: Any, error: Exception) -> JSONResponse:
         return answer(500, f"{type(error).__name__}: {error}")
 
+    @app.exception_handler(ValueError)  # type: ignore[untyped-decorator]
+    async def unfit(_request: Any, error: ValueError) -> JSONResponse:
+        of_request = _raised_in(error, "configuration_utils.py")  # transformers' check of the generation settings
+        return answer(400, str(error)) if of_request else await failed(_request, error)
+
     @app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
     async def unreadable(_request: Any, error: RequestValidationError) -> JSONResponse:
         found = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
@@ -59,3 +66,9 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
                 "prompt to /v1/completions, or add chat_template.jinja to the folder of the checkpoint",
             )
         return await call_next(request)
+
+
+def _raised_in(error: Exception, file: str) -> bool:
+    """Whether a function of a file raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).name == file

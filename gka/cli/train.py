@@ -317,7 +317,13 @@ def _announce(
         f"{torch.get_num_threads()} threads"
         + (f", {per_row(options)} for each sequence" if per_row(options) > 1 else "")
         + (", FSDP" if options.fsdp else "")
-        + (f", resumed at step {step}" if step else ""),
+        + (
+            f", resumed at step {step}"
+            if step
+            else ", no checkpoint yet: starts at step 0"
+            if options.resume
+            else ""
+        ),
     ]
     if manifest.skipped:
         lines.insert(1, f"          left out: {manifest.skipped}")

@@ -231,8 +231,8 @@ def open_tokenizer(path: Path, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each kind of tokenizer raises other errors for unreadable files
-        first = first_line(error).rstrip(" :")
-        raise UserError(f"{name}: the tokenizer cannot be loaded ({first}); {_NEEDED}") from None
+        text = " ".join(str(error).split()) or first_line(error)
+        raise UserError(f"{name}: the tokenizer cannot be loaded ({text.rstrip(' .:')}); {_NEEDED}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where the files are missing
         raise UserError(f"{name}: the tokenizer has no vocabulary; {_NEEDED}")
     return tokenizer

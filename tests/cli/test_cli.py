@@ -397,6 +397,17 @@ def test_a_run_that_has_not_ended_says_how_to_go_on(tmp_path: Path, capsys: pyte
     one_line_error(capsys, ["generate", str(tmp_path)], "gka train --resume")
 
 
+def test_resuming_without_a_checkpoint_is_said(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    given = command("train", output=run, data=[texts], **SETTINGS | {"max_steps": 1})
+    (run / commands.OPTIONS_FILE).write_text(options.as_yaml(parse(*given)))
+    assert cli.main(["train", "--resume", "--output", str(run)]) == 0
+    assert "no checkpoint yet: starts at step 0" in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def missing(target: str) -> Any:
         if target == COMMANDS["train"].options:
@@ -405,6 +416,35 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(cli, "_load", missing)
     one_line_error(capsys, ["train"], "needs tensorboard", "gated-kalmanet[train]")
+
+
+@pytest.mark.parametrize("name, extra", [("serve", "serve"), ("convert", "train")])
+def test_a_missing_extra_of_the_models_is_named(
+    name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers.models")
+
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda target: missing if target == COMMANDS[name].run else load(target))
+    arguments = [str(tmp_path)] if name == "serve" else [str(tmp_path), str(tmp_path / "out"), "--layers", "1"]
+    one_line_error(capsys, [name, *arguments], "needs transformers", f"gated-kalmanet[{extra}]")
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda target: load(target) if "Options" in target else interrupted)
+    assert cli.main(["train", "--output", "runs/my run", "--save-every", "70"]) == 130
+    told = capsys.readouterr().err
+    assert (
+        "`gka train --resume --output 'runs/my run'` goes on from the last checkpoint, one every 70 steps" in told
+    )
+    assert cli.main(["eval", "runs/x"]) == 130 and capsys.readouterr().err.strip() == "gka eval: interrupted"
 
 
 def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,8 @@ def test_a_chat_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch, s
     assert failed.status_code == 500 and failed.json()["error"] == {
         "message": "KeyError: 'messages'", "type": "server_error", "param": None, "code": None,
     }  # fmt: skip
+    unfit = web.post("/v1/completions", json={"model": "it", "prompt": "a", "max_tokens": -3, "stream": False})
+    assert unfit.status_code == 400 and "must be greater than 0" in unfit.json()["error"]["message"]
     assert web.get("/v1/chat/completions").headers["allow"] == "POST"
 
 
