@@ -130,20 +130,18 @@ class _Run:
     def _send(self) -> bool:
         """Send a cell to a thread, if there are both."""
         free = [process for process in self.started if process.idle and process.threads == self.streams]
+        emptiest = max(free, key=lambda each: len(each.idle), default=None)
+        cell: Cell | None
         if self.suspects and self.unused:
             cell, process = self.suspects.pop(0), self._start(threads=1)
-        elif not (free or self.unused):
+        elif emptiest is None and not self.unused:
             return False
+        elif (cell := take(self.pending, self.record.entries, self.ready)) is None:
+            return False
+        elif emptiest is None or (len(emptiest.idle) < emptiest.threads and self.unused):
+            process = self._start(self.streams)
         else:
-            next_cell = take(self.pending, self.record.entries, self.ready)
-            if next_cell is None:
-                return False
-            cell = next_cell
-            emptiest = max(free, key=lambda each: len(each.idle), default=None)
-            if emptiest is None or (len(emptiest.idle) < emptiest.threads and self.unused):
-                process = self._start(self.streams)
-            else:
-                process = emptiest
+            process = emptiest
         connection = process.idle.pop(0)
         with suppress(OSError):  # the process may have ended; `_receive` learns it
             connection.send(cell)
@@ -179,6 +177,7 @@ class _Run:
         """Read an answer and write the result down; returns the error if there is none."""
         process, cell, start = self.running.pop(connection)
         taken = perf_counter() - start
+        error: str | None
         try:
             result, error = connection.recv()
         except (EOFError, OSError):
@@ -188,7 +187,7 @@ class _Run:
             self.record.add(cell, result, taken)
             shutil.rmtree(scratch_folder(self.shared.folder, cell), ignore_errors=True)
             self.report(cell, f"{taken:.1f} s")
-        return None if error is None else str(error)
+        return error
 
     def _start(self, threads: int) -> _Process:
         context, number = _context(self.shared), self.unused.pop(0)

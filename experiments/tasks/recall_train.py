@@ -114,7 +114,8 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         set_seed(cell["seed"])
         model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
         data, test = (make_examples(cell, split, device) for split in ("train", "test"))
-        run = Steps(model, cell, device, graph=device.type == "cuda")  # goes on with the random numbers from here
+        # Made inside, so that its random numbers follow those of the weights.
+        run = Steps(model, cell, device, graph=device.type == "cuda")
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
     history, before = run.load(saved) if saved.exists() else ([], 0.0)
     ended, start = "all epochs", time.perf_counter()

@@ -16,6 +16,7 @@ seed and offset from one place, so what dropout draws may still depend on the ot
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import threading
@@ -35,7 +36,6 @@ from .launching import launch_lock
 Batch = tuple[Tensor, ...]
 _WARM_UP = 3  # steps of a shape before one is recorded
 _AHEAD = 8  # steps of a training that the device has not finished
-_THREAD = threading.local()
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
@@ -45,12 +45,15 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     """
     if device.type != "cuda":
         return nullcontext()
-    streams: dict[Any, torch.cuda.Stream] = vars(_THREAD)  # those of this thread
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    stream = streams[device]
+    stream = _stream(threading.get_ident(), device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
+
+
+@functools.cache
+def _stream(thread: int, device: torch.device) -> torch.cuda.Stream:
+    """The stream of a thread on a GPU."""
+    return torch.cuda.Stream(device)
 
 
 def parameter_groups(

@@ -126,12 +126,10 @@ def run(
 
 
 def _how_to_resume(prog: str, options: Any) -> str:
-    """What the message of an interruption says about the next start; the result of a layer is kept at once."""
-    command = f"`{prog} --resume --output {shlex.quote(options.output)}`"
+    """The command that resumes an interrupted one, and where it starts; `gka rank-layers` keeps every result."""
     every = getattr(options, "save_every", None)
-    return f"; {command} goes on" + (
-        "" if every is None else f" from the last checkpoint, one every {every} steps"
-    )
+    place = "" if every is None else f" from the last checkpoint, one every {every} steps"
+    return f"; `{prog} --resume --output {shlex.quote(options.output)}` goes on{place}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ transformers answers in FastAPI's form, {"detail": the reason}, and a chat witho
 from __future__ import annotations
 
 import traceback
-from pathlib import Path
 from typing import Any
 
 # Routes that apply the tokenizer's chat template.
@@ -27,6 +26,7 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
     from fastapi.responses import JSONResponse
     from jinja2 import TemplateError
     from starlette.exceptions import HTTPException
+    from transformers import GenerationConfig
 
     def answer(status: int, message: str) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -45,7 +45,8 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
 
     @app.exception_handler(ValueError)  # type: ignore[untyped-decorator]
     async def unfit(_request: Any, error: ValueError) -> JSONResponse:
-        of_request = _raised_in(error, "configuration_utils.py")  # transformers' check of the generation settings
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        of_request = raised_in == GenerationConfig.validate.__code__.co_filename
         return answer(400, str(error)) if of_request else await failed(_request, error)
 
     @app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
@@ -66,9 +67,3 @@ def answer_errors(app: Any, tokenizer: Any) -> None:
                 "prompt to /v1/completions, or add chat_template.jinja to the folder of the checkpoint",
             )
         return await call_next(request)
-
-
-def _raised_in(error: Exception, file: str) -> bool:
-    """Whether a function of a file raised the error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).name == file

@@ -306,6 +306,9 @@ def _announce(
     options: TrainOptions, trainer: GKATrainer, model: PreTrainedModel, manifest: Manifest, step: int
 ) -> None:
     train, held_out = manifest.train, manifest.validation
+    resumed = ", no checkpoint yet: starts at step 0" if options.resume else ""
+    if step:
+        resumed = f", resumed at step {step}"
     lines = [
         f"data      {train.files} files, {train.bytes / 1e6:.1f} MB; "
         f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB",
@@ -317,13 +320,7 @@ def _announce(
         f"{torch.get_num_threads()} threads"
         + (f", {per_row(options)} for each sequence" if per_row(options) > 1 else "")
         + (", FSDP" if options.fsdp else "")
-        + (
-            f", resumed at step {step}"
-            if step
-            else ", no checkpoint yet: starts at step 0"
-            if options.resume
-            else ""
-        ),
+        + resumed,
     ]
     if manifest.skipped:
         lines.insert(1, f"          left out: {manifest.skipped}")

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from ..hf.folders import begin_folder, end_folder
-from .errors import UserError, first_line, reason
+from .errors import UserError, reason
 
 TEXT_SUFFIXES = frozenset(
     ".adoc .asm .awk .bash .bat .bib .c .cc .cfg .clj .cmake .cpp .cs .css .csv .cu .cuh .cxx .dart .el "
@@ -231,7 +231,7 @@ def open_tokenizer(path: Path, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each kind of tokenizer raises other errors for unreadable files
-        text = " ".join(str(error).split()) or first_line(error)
+        text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: the tokenizer cannot be loaded ({text.rstrip(' .:')}); {_NEEDED}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where the files are missing
         raise UserError(f"{name}: the tokenizer has no vocabulary; {_NEEDED}")

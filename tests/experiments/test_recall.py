@@ -305,7 +305,7 @@ def test_processes_survive_errors_and_stop_when_the_time_is_over(
 
 
 SIDE_BY_SIDE = """
-import os, sys, threading, time
+import os, threading, time
 from pathlib import Path
 both = threading.Barrier(2, timeout=60)
 def run(cell, folder, device):

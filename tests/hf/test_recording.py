@@ -16,7 +16,7 @@ from gka.hf.recording import recording
 class StubGPU:
     """Stands in for `torch.cuda` and writes down what is recorded; recording number `fails` fails at its end."""
 
-    def __init__(self, fails: int | None) -> None:
+    def __init__(self, fails: int | str | None) -> None:
         self.fails, self.log = fails, list[tuple[Any, ...]]()
         self.current = "the caller's"
 
