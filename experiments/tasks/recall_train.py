@@ -15,6 +15,7 @@ Legend: N examples, B batch, T tokens, P pairs and queries of a sequence.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -37,6 +38,7 @@ RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
 WEIGHT_DECAY = 0.1
 SAVE_EVERY = 20.0  # seconds; a training takes up to some minutes
+TELL_EVERY = 60.0
 History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
 
 
@@ -119,11 +121,14 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
     history, before = run.load(saved) if saved.exists() else ([], 0.0)
     ended, start = "all epochs", time.perf_counter()
-    last_saved = start
+    last_saved = last_told = start
     for epoch in range(len(history), cell["epochs"]):
         if time.perf_counter() - last_saved > SAVE_EVERY:
             last_saved = time.perf_counter()
             run.save(saved, history, before + last_saved - start)
+        if history and time.perf_counter() - last_told > TELL_EVERY:
+            last_told = time.perf_counter()
+            print(_so_far(cell, history), file=sys.stderr)
         loss = run.epoch(batches)
         if loss is None:
             ended = "not finite"
@@ -147,6 +152,15 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_size": state_size(cell["mixer"], cell["dim"], cell["seq_len"]),
     }
+
+
+def _so_far(cell: dict[str, Any], history: History) -> str:
+    """A line for people who wait."""
+    epoch, reached, loss = history[-1]
+    name = "{mixer}, dim {dim}, {seq_len} tokens, {num_pairs} pairs, rate {learning_rate}, seed {seed}".format(
+        **cell
+    )
+    return f"  {name}: epoch {epoch} of {cell['epochs']}, accuracy {reached}, loss {loss}"
 
 
 class Steps:

@@ -19,7 +19,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from experiments import __main__ as command_line
 from experiments.evidence import recall, recall_page, workers
 from experiments.evidence.record import Record
-from experiments.tasks import recall_model, recall_train
+from experiments.tasks import first_configuration, recall_model, recall_train
 from experiments.tasks.launching import launch_lock
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
@@ -113,6 +113,35 @@ def test_layers_of_other_packages_are_named_when_missing() -> None:
     except ImportError:
         with pytest.raises(UserError, match="MesaNet is a layer of flash-linear-attention"):
             MIXERS["mesa"].build(16, 0)
+
+
+@pytest.mark.parametrize("too_large, runs", [((), [0]), ((0,), [0, 1]), ((0, 1), [0, 1, 2])])
+def test_the_first_configuration_that_fits_is_taken(
+    too_large: tuple[int, ...], runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are not tried, and what was taken is not kept on disk."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime.autotuner import Autotuner, OutOfResources
+
+    for name in ("prune_configs", "_bench", "do_bench"):
+        monkeypatch.setattr(Autotuner, name, getattr(Autotuner, name))  # restores it after the test
+    first_configuration.take_first_configuration.__wrapped__()
+    tried, config = list[int](), lambda n: triton.Config({"n": n})
+
+    class Kernel:
+        fn = staticmethod(lambda x, n: None)
+
+        def run(self, x: int, n: int, **_: Any) -> int:
+            tried.append(n)
+            if n in too_large:
+                raise OutOfResources(2, 1, "shared memory")
+            return n
+
+    tuned = Autotuner(Kernel(), ["x"], [config(n) for n in range(3)], ["x"], None, None, cache_results=True)
+    for key in range(2):  # a new key is a new search
+        tried.clear()
+        assert [tuned.run(key), tuned.run(key)] == [runs[-1]] * 2 and tried == [*runs, runs[-1], runs[-1]]
+    assert not tuned.cache_results
 
 
 # The training
@@ -331,7 +360,7 @@ def run(cell, folder, device):
     [("raises", "RuntimeError: no kernel"), ("dies", "exit code 7"), ("has no answer", "exit code 1")],
 )
 def test_after_an_error_the_cells_of_a_process_run_alone(
-    how: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cell 0 fails while cell 1 runs; then it fails alone, and the other cells succeed."""
     (tmp_path / "stub_side_by_side.py").write_text(SIDE_BY_SIDE)
@@ -346,6 +375,7 @@ def test_after_an_error_the_cells_of_a_process_run_alone(
     assert failed == [cells[1]] and len(said) == 4
     (outcome,) = (text for which, text in said if which["n"] == 0)
     assert outcome.endswith(told)
+    assert f"{told}: 2 cells start again, one at a time" in capsys.readouterr().err
     pids = {entry["cell"]["n"]: entry["result"] for entry in record.entries}
     assert pids.keys() == {1, 2, 3} and pids[2] == pids[3] != pids[1]
 

@@ -1,0 +1,44 @@
+"""Kernels of other packages without a search for their fastest form.
+
+Triton's autotuner compiles and times up to a hundred configurations of a kernel for every new shape. For a layer
+of flash-linear-attention this takes one to three minutes a shape, in which no other training of the process can
+make a step. Where a result is what a model learns, and not how fast, the first configuration that runs will do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+FAILED = [math.inf] * 3
+
+
+@functools.cache
+def take_first_configuration() -> None:
+    """From now on, Triton's autotuner takes the first configuration that compiles and fits, in the whole process.
+
+    Nothing of it enters the autotuner's cache on disk.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    prune, bench = Autotuner.prune_configs, Autotuner._bench
+
+    def prune_configs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.has_one, self.cache_results = False, False
+        return prune(self, *args, **kwargs)
+
+    def _bench(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.has_one:
+            return FAILED
+        times = bench(self, *args, **kwargs)
+        self.has_one = math.isfinite(times[0])
+        return times
+
+    Autotuner.prune_configs, Autotuner._bench, Autotuner.do_bench = prune_configs, _bench, _run_once
+
+
+def _run_once(_: Any, kernel_call: Callable[[], Any], **__: Any) -> list[float]:
+    kernel_call()
+    return [0.0] * 3
