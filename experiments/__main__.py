@@ -20,7 +20,7 @@ COMMANDS = {
         "Run one experiment that compares the layer with other layers.",
         f"  {PROGRAM} evidence numerics                small size, takes a minute\n"
         f"  {PROGRAM} evidence numerics --size full    full size, as in docs/evidence.md\n"
-        f"  {PROGRAM} evidence recall --size full --streams 6 --minutes 60\n"
+        f"  {PROGRAM} evidence recall --size full --processes 6 --minutes 60\n"
         "  torchrun --nproc_per_node 4 -m experiments evidence large --size full --minutes 9\n"
         f"  {PROGRAM} evidence page                    page of all results so far",
         "experiments.evidence.command:EvidenceOptions",

@@ -13,7 +13,7 @@ A cell is one measurement or one training. An experiment is a module with
     section(entries, picture) -> str  all tables and the text about them as markdown; draws the picture
     ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
                                       needed for several processes
-    SIDE_BY_SIDE                      optional: True if threads of a process may run cells at the same time
+    turns(cell, folder, device)       optional: `run` as a generator, for several cells of a process (workers.py)
 
 and is listed in catalogue.py. overview.py has its short section of the page. Every cell has its size as a field,
 and the machine if BY_MACHINE is True. To resume an interrupted run, start the same command again. If a cell fails,
@@ -73,7 +73,7 @@ class EvidenceOptions:
     )
     streams: int | None = option(
         None,
-        "for recall and parts: cells that each process runs at the same time, in threads with a CUDA stream each; "
+        "for recall and parts: cells that each process runs at the same time, with a CUDA stream each; "
         "several processes on one GPU take turns. After an error in one cell the others start again",
         minimum=1,
     )
@@ -150,7 +150,7 @@ def measure(
     start, experiment = time.monotonic(), importlib.import_module(EXPERIMENTS[name])
     place = choose_device(device)
     if streams is not None:
-        if not getattr(experiment, "SIDE_BY_SIDE", False):
+        if not hasattr(experiment, "turns"):
             raise UserError(
                 f"--streams {streams}: the cells of {name} run one at a time in a process; leave it out"
             )
@@ -290,7 +290,7 @@ class _Cells:
     def in_processes(
         self, record: Any, cells: list[Any], seconds: float | None, processes: int, streams: int
     ) -> list[Any]:
-        """Run the cells in several processes and threads; returns those that failed."""
+        """Run the cells in several processes and streams; returns those that failed."""
         from .workers import Shared, run_in_processes
 
         if not hasattr(self.experiment, "ready"):

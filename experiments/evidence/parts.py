@@ -30,9 +30,9 @@ from gka.hf import GKAForCausalLM
 
 from ..tasks.asked import Asked, accuracy, asked
 from ..tasks.gates import gates_of
-from ..tasks.launching import launch_lock
 from ..tasks.mqar import make_mqar
-from ..tasks.mqar_replay import logits_of, train
+from ..tasks.mqar_replay import logits_of, training
+from ..tasks.turns import Turns, finish
 from . import mqar
 from .changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from .parts_page import section as section
@@ -41,7 +41,6 @@ from .starts import start_from
 
 SUMMARY = "which part of the layer costs recall"
 BY_MACHINE = False
-SIDE_BY_SIDE = True
 Entries = list[dict[str, Any]]
 DIMS, SEEDS, RATES = (128, 64), (0, 1, 2), (1e-3, 3e-3)
 _SMALL = (BASE, NO_SOLVE, "no forget gate", "alpha starts at 0.88", "dt starts 10 times smaller", PAPER, "float32")
@@ -102,20 +101,24 @@ def _tried(cell: Cell, entries: Entries) -> dict[float, float]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """`turns`, to its end."""
+    return finish(turns(cell, folder, device), device)
+
+
+def turns(cell: Cell, folder: Path, device: torch.device) -> Turns:
     """Train a model, test it on new sequences, and read its gates before and after."""
     if "learning_rate" in cell:
         rate = cell["learning_rate"]
     else:
         tried = _tried(cell, Record(folder.parents[1] / "parts.json", "parts").entries)
         rate = max(tried, key=tried.__getitem__)
-    with launch_lock():
-        model = build(cell).to(device)  # type: ignore[arg-type]  # transformers wraps it
-        tests = _tests(cell["longest"], cell["test_tokens"], cell["vocab_size"], device)
-        hardest = max(tests)
-        some = tests[hardest].inputs[: max(1, cell["batch_tokens"] // hardest[0])]
-        before = gates_of(model, some)
-        batches = _batches(cell, device)
-    outcome = train(
+    model = build(cell).to(device)  # type: ignore[arg-type]  # transformers wraps it
+    tests = _tests(cell["longest"], cell["test_tokens"], cell["vocab_size"], device)
+    hardest = max(tests)
+    some = tests[hardest].inputs[: max(1, cell["batch_tokens"] // hardest[0])]
+    before = gates_of(model, some)
+    batches = _batches(cell, device)
+    outcome = yield from training(
         model,
         batches,
         steps=cell["steps"],
@@ -129,9 +132,8 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
     def accuracy_at(T: int, examples: Asked) -> float:
         return accuracy(model, logits_of, examples, max(1, cell["batch_tokens"] // T), cell["dtype"])
 
-    with launch_lock():
-        found = [[T, P, accuracy_at(T, test) if finite else 0.0] for (T, P), test in tests.items()]
-        after = gates_of(model, some) if finite else None
+    found = [[T, P, accuracy_at(T, test) if finite else 0.0] for (T, P), test in tests.items()]
+    after = gates_of(model, some) if finite else None
     return {"learning_rate": rate, "accuracy": found, **outcome, "gates": {"first": before, "trained": after}}
 
 

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from ..tasks.recall_mixers import MIXERS
-from ..tasks.recall_train import RATES, SOLVED, train
+from ..tasks.recall_train import RATES, SOLVED, training
+from ..tasks.turns import Turns, finish
 from .recall_page import PLACES, VERDICT, VERDICT_DIMS
 from .recall_page import section as section
 from .record import Cell, Record
 
 SUMMARY = "recall in the setting of the paper's figure 3a"
 BY_MACHINE = False
-SIDE_BY_SIDE = True
 Entries = list[dict[str, Any]]
 SEEDS = (0, 1, 2)
 LEARNT = 0.05  # accuracy of a mixer that has learnt something
@@ -91,6 +91,11 @@ def ready(cell: Cell, entries: Entries) -> bool | None:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
+    """`turns`, to its end."""
+    return finish(turns(cell, folder, device), device)
+
+
+def turns(cell: Cell, folder: Path, device: torch.device) -> Turns:
     """Train one model; the other seeds with the best learning rate of the first."""
     record = Record(folder.parents[1] / "recall.json", "recall")
     same = _group(cell, record.entries)
@@ -101,7 +106,8 @@ def run(cell: Cell, folder: Path, device: torch.device) -> Any:
         shared = {name: cell[name] for name in _GROUP if name in cell}
         rate = record.best_rate(shared, cell["rates"], lambda entry: -entry["result"]["accuracy"])
         rivals = []
-    return {"learning_rate": rate, **train({**cell, "learning_rate": rate}, rivals, device, folder)}
+    found = yield from training({**cell, "learning_rate": rate}, rivals, device, folder)
+    return {"learning_rate": rate, **found}
 
 
 def _group(cell: Cell, entries: Entries) -> Entries:

@@ -8,10 +8,10 @@ The processes share the GPUs that CUDA_VISIBLE_DEVICES names, in turn; each proc
 is in the file as soon as it is there. When the time is over, cells that still run are stopped. They run again next
 time, from their checkpoint if they have written one into their folder.
 
-Processes that share a GPU take turns on it. Threads of a process do not: each has a stream of its own, and small
-kernels of several cells run at the same time. So a process may run several cells, in a thread each, of an
-experiment that says SIDE_BY_SIDE. After an error the process ends, and each of its cells runs again, without
-others: only then is it known which of them fails.
+Processes that share a GPU take turns on it, but kernels of several streams of a process run at the same time. So a
+process may run several cells of an experiment that has the generator `turns(cell, folder, device)`
+(experiments/tasks/turns.py). After an error the process ends, and each of its cells runs again, without others:
+only then is it known which of them fails.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -35,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tasks.launching import launch_lock
+from ..tasks.turns import Player, Turns
 from .record import Cell, Record
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -51,12 +49,12 @@ class Shared(NamedTuple):
 
 
 class _Process:
-    """A process that runs one cell in each of its threads, with the ends of its pipes that are here."""
+    """A process that runs one cell for each of its pipes, with the ends of the pipes that are here."""
 
     def __init__(self, number: int, process: Any, connections: list[Connection]) -> None:
         self.number = number  # decides the GPU
         self.process = process
-        self.threads = len(connections)
+        self.streams = len(connections)
         self.idle = connections
 
 
@@ -128,17 +126,17 @@ class _Run:
         return self.failed
 
     def _send(self) -> bool:
-        """Send a cell to a thread, if there are both."""
-        free = [process for process in self.started if process.idle and process.threads == self.streams]
+        """Send a cell to a process, if there are both."""
+        free = [process for process in self.started if process.idle and process.streams == self.streams]
         emptiest = max(free, key=lambda each: len(each.idle), default=None)
         cell: Cell | None
         if self.suspects and self.unused:
-            cell, process = self.suspects.pop(0), self._start(threads=1)
+            cell, process = self.suspects.pop(0), self._start(streams=1)
         elif emptiest is None and not self.unused:
             return False
         elif (cell := take(self.pending, self.record.entries, self.ready)) is None:
             return False
-        elif emptiest is None or (len(emptiest.idle) < emptiest.threads and self.unused):
+        elif emptiest is None or (len(emptiest.idle) < emptiest.streams and self.unused):
             process = self._start(self.streams)
         else:
             process = emptiest
@@ -149,13 +147,13 @@ class _Run:
         return True
 
     def _receive(self, connection: Connection) -> None:
-        """Take the answer of a thread; after an error end its process."""
+        """Take an answer; after an error end its process."""
         process, cell, _ = self.running[connection]
         error = self._answer(connection)
         beside = [other for other, (its, _, _) in self.running.items() if its is process]
         if error is None:
             process.idle.append(connection)
-            if process.threads < self.streams:
+            if process.streams < self.streams:
                 self._end(process)
         elif beside:
             unfinished = [cell]
@@ -190,9 +188,9 @@ class _Run:
             self.report(cell, f"{taken:.1f} s")
         return error
 
-    def _start(self, threads: int) -> _Process:
+    def _start(self, streams: int) -> _Process:
         context, number = _context(self.shared), self.unused.pop(0)
-        pipes = [context.Pipe() for _ in range(threads)]
+        pipes = [context.Pipe() for _ in range(streams)]
         theirs = [end for _, end in pipes]
         process = context.Process(target=_work, args=(theirs, self.processes, self.shared), daemon=True)
         with _one_gpu(number, self.shared.device):
@@ -255,44 +253,47 @@ def _one_gpu(number: int, device: str) -> Iterator[None]:
 
 
 def _work(connections: list[Connection], processes: int, shared: Shared) -> None:
-    """In a process: run the cells that come, in a thread for each connection."""
+    """In a process: answer the cells that come, one of each pipe at a time."""
     from gka.cli.quiet import quiet
 
     quiet()
     device = torch.device("cuda", 0) if shared.device == "cuda" else torch.device(shared.device)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (processes * len(connections))))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     experiment: Any = importlib.import_module(shared.module)
-    first, *others = connections
-    for connection in others:
-        threading.Thread(target=_serve, args=(connection, experiment, device, shared), daemon=True).start()
-    _serve(first, experiment, device, shared)
-
-
-def _serve(connection: Connection, experiment: Any, device: torch.device, shared: Shared) -> None:
-    """In a thread: answer cells until the command ends. A thread that cannot answer ends its process."""
-    try:
-        while True:
+    playing = dict[Connection, Player]()
+    while True:
+        idle = [connection for connection in connections if connection not in playing]
+        for connection in wait(idle, 0 if playing else None):
+            assert isinstance(connection, Connection)
             try:
                 cell = connection.recv()
             except EOFError:  # the command has ended
                 return
-            connection.send(_result(cell, experiment, device, shared))
-            sys.stderr.flush()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+            turns = _turns(experiment, cell, scratch_folder(shared.folder, cell), device)
+            playing[connection] = Player(turns, device, connections.index(connection))
+        going = [connection for connection, player in playing.items() if player.may_go_on()]
+        if not going:
+            next(iter(playing.values())).wait()
+        for connection in going:
+            answer = _answer_of(playing[connection])
+            if answer is not None:
+                del playing[connection]
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                connection.send(answer)
 
 
-def _result(cell: Cell, experiment: Any, device: torch.device, shared: Shared) -> tuple[Any, str | None]:
-    """(result, None) or (None, error) of a cell, whose memory is then free."""
-    answer: tuple[Any, str | None]
+def _turns(experiment: Any, cell: Cell, folder: Path, device: torch.device) -> Turns:
+    """The turns of a cell; a single one where an experiment has no smaller ones."""
+    if hasattr(experiment, "turns"):
+        return (yield from experiment.turns(cell, folder, device))
+    return experiment.run(cell, folder, device)
+
+
+def _answer_of(player: Player) -> tuple[Any, str | None] | None:
+    """After a turn: (result, None) or (None, error) of a cell that has ended, else None."""
     try:
-        answer = experiment.run(cell, scratch_folder(shared.folder, cell), device), None
+        return (player.result, None) if player.go_on() else None
     except Exception as error:  # after any error in one cell, the other cells still run
-        answer = None, f"{type(error).__name__}: {error}"
-    with launch_lock():
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return answer
+        return None, f"{type(error).__name__}: {error}"

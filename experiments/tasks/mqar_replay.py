@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +24,14 @@ from gka.nn.decay import decayed
 
 from .asked import Asked, loss
 from .gates import has_diverged
-from .replay import Batch, ReplayedSteps, own_stream, parameter_groups
+from .replay import Batch, ReplayedSteps, parameter_groups
+from .turns import Turns
 
 _CLIP, _DECAY, _BETAS = 1.0, 0.1, (0.9, 0.95)
 _LOGS = 40  # losses of a training that are kept
 
 
-def train(
+def training(
     model: GKAForCausalLM,
     batches: Iterable[Asked],
     *,
@@ -40,7 +40,7 @@ def train(
     dtype: str,
     device: torch.device,
     name: str,
-) -> dict[str, Any]:
+) -> Turns:
     """Train a model in place; the host reads the losses 40 times.
 
     Args:
@@ -61,31 +61,32 @@ def train(
     def loss_of(batch: Batch) -> Tensor:
         return loss(model, logits_of, Asked(*batch), dtype)
 
-    with own_stream(device):
-        optimiser = torch.optim.AdamW(
-            parameter_groups(model, _is_decayed(model), _DECAY, 0.0, device), betas=_BETAS, fused=True,
-            capturable=cuda,
-        )  # fmt: skip
-        step = ReplayedSteps(loss_of, optimiser, device, graph=cuda, name=name, clip=_CLIP)
-        losses, diverged, every = list[list[float]](), None, max(1, steps // _LOGS)
-        model.train()
-        for number, batch in enumerate(batches, 1):
-            _set_rate(optimiser, learning_rate * rate_factor(number - 1, steps))
-            try:
-                step(batch)
-                mean = step.mean_loss() if number % every == 0 or number == steps else 0.0
-            except ValueError:  # off a GPU the op refuses gates that are not finite
-                if cuda or not has_diverged(model, partial(loss_of, batch)):
-                    raise
-                mean = None
+    optimiser = torch.optim.AdamW(
+        parameter_groups(model, _is_decayed(model), _DECAY, 0.0, device), betas=_BETAS, fused=True,
+        capturable=cuda,
+    )  # fmt: skip
+    step = ReplayedSteps(loss_of, optimiser, device, graph=cuda, name=name, clip=_CLIP)
+    losses, every = list[list[float]](), max(1, steps // _LOGS)
+    diverged: int | None = None
+    model.train()
+    for number, batch in enumerate(batches, 1):
+        _set_rate(optimiser, learning_rate * rate_factor(number - 1, steps))
+        is_read = number % every == 0 or number == steps
+        try:
+            behind = step(batch)
+        except ValueError:  # off a GPU the op refuses gates that are not finite
+            if cuda or not has_diverged(model, partial(loss_of, batch)):
+                raise
+            diverged = number
+            break
+        yield step.end() if is_read else behind
+        if is_read:
+            mean = step.mean_loss()
             if mean is None:
                 diverged = number
                 break
-            if number % every == 0 or number == steps:
-                losses.append([number, round(mean, 5)])
-        if cuda:
-            torch.cuda.synchronize(device)
-        step.free()
+            losses.append([number, round(mean, 5)])
+    step.free()
     return {"loss": losses, "diverged": diverged, "graph": step.graph}
 
 

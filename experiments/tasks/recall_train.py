@@ -28,11 +28,11 @@ from transformers import set_seed
 
 from .asked import Asked, accuracy, asked, loss
 from .gates import has_diverged
-from .launching import launch_lock
 from .mqar import make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
-from .replay import Batch, ReplayedSteps, own_stream, parameter_groups
+from .replay import Batch, ReplayedSteps, parameter_groups
+from .turns import Turns, finish
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
@@ -93,6 +93,12 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
 
 
 def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> dict[str, Any]:
+    """Run `training` to its end; returns its result."""
+    result: dict[str, Any] = finish(training(cell, rivals, device, folder), device)
+    return result
+
+
+def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> Turns:
     """Train the model of a cell; resume where a training of the same cell was stopped.
 
     Args:
@@ -106,18 +112,12 @@ def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device,
         `accuracy` of the last test, `ended` ("solved", "all epochs", "not finite" or the reason of `hopeless`),
         `history`, `seconds` of all epochs, `graph` (whether steps were replayed), `parameters`, `state_size`.
     """
-    with own_stream(device):
-        return _train(cell, rivals, device, folder / "training.pt")
-
-
-def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, saved: Path) -> dict[str, Any]:
+    saved = folder / "training.pt"
     positions = cell["seq_len"] if cell["mixer"] == "attention" else 0
-    with launch_lock():
-        set_seed(cell["seed"])
-        model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
-        data, test = (make_examples(cell, split, device) for split in ("train", "test"))
-        # Made inside, so that its random numbers follow those of the weights.
-        run = Steps(model, cell, device, graph=device.type == "cuda")
+    set_seed(cell["seed"])
+    model = RecallModel(MIXERS[cell["mixer"]].build, cell["vocab_size"], cell["dim"], positions).to(device)
+    data, test = (make_examples(cell, split, device) for split in ("train", "test"))
+    run = Steps(model, cell, device, graph=device.type == "cuda")
     batches = [batch for batch in data.batches(cell["batch_size"]) if len(batch.inputs) == cell["batch_size"]]
     history, before = run.load(saved) if saved.exists() else ([], 0.0)
     ended, start = "all epochs", time.perf_counter()
@@ -129,12 +129,11 @@ def _train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device
         if history and time.perf_counter() - last_told > TELL_EVERY:
             last_told = time.perf_counter()
             print(_so_far(cell, history), file=sys.stderr)
-        loss = run.epoch(batches)
+        loss = yield from run.epoch(batches)
         if loss is None:
             ended = "not finite"
             break
-        with launch_lock():  # a first pass compiles and tunes kernels
-            reached = accuracy(model, logits_of, test, cell["batch_size"], cell["dtype"])
+        reached = accuracy(model, logits_of, test, cell["batch_size"], cell["dtype"])
         history.append([epoch + 1, reached, round(loss, 5)])
         if history[-1][1] > SOLVED:
             ended = "solved"
@@ -170,7 +169,7 @@ class Steps:
         model: the model, on its device.
         cell: as for `train`.
         device: of the model and the examples.
-        graph: whether to record a step as a CUDA graph; the caller is in `own_stream`.
+        graph: whether to record a step as a CUDA graph; the caller is in `turns.own_stream`.
     """
 
     def __init__(self, model: RecallModel, cell: dict[str, Any], device: torch.device, *, graph: bool) -> None:
@@ -200,17 +199,19 @@ class Steps:
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimiser": self.optimiser, "schedule": self.schedule}
 
-    def epoch(self, batches: list[Asked]) -> float | None:
-        """Train an epoch; the mean loss, or None if it is not finite."""
+    def epoch(self, batches: list[Asked]) -> Turns:
+        """Train an epoch; returns the mean loss, or None if it is not finite."""
         self.model.train()
         for batch in batches:
             try:
-                self.step(batch)
+                behind = self.step(batch)
             except ValueError:  # off a GPU the op refuses gates that are not finite
                 if self.device.type == "cuda" or not has_diverged(self.model, partial(self._loss, batch)):
                     raise
                 return None
+            yield behind
         self.schedule.step()
+        yield self.step.end()
         return self.step.mean_loss()
 
     def _loss(self, batch: Batch) -> Tensor:

@@ -6,23 +6,17 @@ copy their batch into the recorded tensors and replay. All graphs share one pool
 needed from one step to the next: weights, state of the optimiser and the sum of the losses lie outside. A step
 that cannot be recorded runs without a graph, and a message says so.
 
-Threads of a process may train a model each, in a stream each: small kernels of several trainings then run at the
-same time. They share the generators of random numbers, and a recording needs that of the device for itself. So one
-thread at a time sends a step, with the generators in the state in which its last step left them, and `launch_lock`
-keeps the others from sending one, e.g. while weights are drawn. No thread is more than some steps ahead of the
-device: a full queue would block it while the others wait for their turn. (In PyTorch 2.11 all graphs of a GPU read
-seed and offset from one place, so what dropout draws may still depend on the other threads.)
+A training that takes turns with others (turns.py) learns after each step which one must have ended before it sends
+the next: a full queue would block it, and with it the others. (In PyTorch 2.11 all graphs of a GPU read seed and
+offset from one place, so what dropout draws may depend on the other trainings.)
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,29 +25,9 @@ from torch import Tensor, nn
 
 from gka.hf.recording import recording
 
-from .launching import launch_lock
-
 Batch = tuple[Tensor, ...]
 _WARM_UP = 3  # steps of a shape before one is recorded
 _AHEAD = 8  # steps of a training that the device has not finished
-
-
-def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """All work of a training runs in a stream of its thread. It can be recorded, which the default stream cannot.
-
-    A thread keeps its stream: PyTorch has 32, which new ones share in turn.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    stream = _stream(threading.get_ident(), device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
-
-
-@functools.cache
-def _stream(thread: int, device: torch.device) -> torch.cuda.Stream:
-    """The stream of a thread on a GPU."""
-    return torch.cuda.Stream(device)
 
 
 def parameter_groups(
@@ -98,27 +72,6 @@ class _Shape:
     graph: Any = None
 
 
-class _OwnRandomNumbers:
-    """Inside, PyTorch's generators have the state in which this object last left them; at first that of now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._states = self._read()
-
-    def _read(self) -> list[Tensor]:
-        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
-
-    def __enter__(self) -> None:
-        host, *on_device = self._states
-        torch.set_rng_state(host)
-        for state in on_device:
-            torch.cuda.set_rng_state(state, self._device)
-
-    def __exit__(self, *_: object) -> None:
-        self._states = self._read()
-
-
 class ReplayedSteps:
     """The steps of a training: forward, backward, clipping, optimiser.
 
@@ -126,7 +79,7 @@ class ReplayedSteps:
         loss_of: the loss of a batch, a scalar.
         optimiser: for a graph it is capturable, and its rates are tensors.
         device: of the model and the batches.
-        graph: whether to record steps; the caller is in `own_stream`.
+        graph: whether to record steps; calls are in `turns.own_stream`.
         name: of the training, for messages.
         clip: largest norm of all gradients together; None for no clipping.
 
@@ -149,25 +102,30 @@ class ReplayedSteps:
         self.wants_graph, self.graph = graph, False
         self._pool = torch.cuda.graph_pool_handle() if graph else None
         self._shapes: dict[tuple[torch.Size, ...], _Shape] = {}
-        self._random = _OwnRandomNumbers(device)
         self._sent = deque[torch.cuda.Event]()  # the end of each step on its way
         self._total, self._since = torch.zeros((), device=device), 0  # the losses since they were read
 
-    def __call__(self, batch: Batch) -> None:
-        """Make a step; on a GPU in the current stream. It waits while the device is some steps behind."""
-        with launch_lock(), self._random:
-            self._run(batch)
+    def __call__(self, batch: Batch) -> torch.cuda.Event | None:
+        """Send a step, on a GPU in the current stream.
+
+        Returns:
+            The end of the step that shall be over before the next is sent; None if there is none.
+        """
+        self._run(batch)
         self._since += 1
-        if self.device.type == "cuda":
-            self._sent.append(torch.cuda.Event(blocking=True))
-            self._sent[-1].record()
-            if len(self._sent) > _AHEAD:
-                self._sent.popleft().synchronize()
+        if self.device.type != "cuda":
+            return None
+        self._sent.append(torch.cuda.Event(blocking=True))
+        self._sent[-1].record()
+        return self._sent.popleft() if len(self._sent) > _AHEAD else None
+
+    def end(self) -> torch.cuda.Event | None:
+        """The end of all steps so far, e.g. before their losses are read; None on a CPU."""
+        return self._sent[-1] if self._sent else None
 
     def free(self) -> None:
-        """Free the graphs, while no other thread records one."""
-        with launch_lock():
-            self._shapes.clear()
+        """Free the graphs."""
+        self._shapes.clear()
 
     def mean_loss(self) -> float | None:
         """The mean loss of the steps since the last call; None if it is not finite. Waits for the device."""

@@ -23,7 +23,8 @@ from experiments.tasks import mqar_replay
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import Steps, make_examples, train
-from experiments.tasks.replay import ReplayedSteps, own_stream
+from experiments.tasks.replay import ReplayedSteps
+from experiments.tasks.turns import finish, own_stream
 from gka import GKAForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +67,7 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
                 for block in model.blocks:
                     block.mixer.dropout = 0.0
             with may_need_another_triton():
-                losses = [steps.epoch(batches) for _ in range(2)]
+                losses = [finish(steps.epoch(batches), device) for _ in range(2)]
             assert steps.step.graph == graph and None not in losses
             torch.cuda.synchronize()
         outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
@@ -80,7 +81,7 @@ def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> 
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
 
 
-def test_trainings_in_threads_of_a_process_learn(device: torch.device, tmp_path: Path) -> None:
+def test_trainings_in_streams_of_a_process_learn(device: torch.device, tmp_path: Path) -> None:
     record = Record(tmp_path / "recall.json", "recall")
     shared = workers.Shared("experiments.evidence.recall", "cuda", tmp_path / "recall")
     cells = [
@@ -109,9 +110,10 @@ def test_replayed_steps_of_several_shapes_train_as_others(
         model = parts.build(this).to(device)
         batches = list(parts._batches(this, device))
         assert len({batch.inputs.shape for batch in batches}) == 5
-        found = mqar_replay.train(
+        training = mqar_replay.training(
             model, batches, steps=60, learning_rate=1e-3, dtype=this["dtype"], device=device, name=variant
         )
+        found = finish(training, device)
         monkeypatch.undo()
         assert found["graph"] == graph and found["diverged"] is None
         losses = torch.tensor([loss for _, loss in found["loss"]])

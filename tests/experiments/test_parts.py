@@ -21,8 +21,9 @@ from experiments.evidence.starts import Start, start_from
 from experiments.tasks.asked import accuracy, asked
 from experiments.tasks.gates import gates_of, has_diverged
 from experiments.tasks.mqar import IGNORE, make_mqar
-from experiments.tasks.mqar_replay import logits_of, rate_factor, train
+from experiments.tasks.mqar_replay import logits_of, rate_factor, training
 from experiments.tasks.mqar_train import RecallTrainer
+from experiments.tasks.turns import finish
 from gka import GKAConfig, GKAForCausalLM
 from gka.nn.layer import GatedKalmaNet
 
@@ -107,7 +108,9 @@ def test_padded_queries_change_neither_loss_nor_accuracy() -> None:
     outcomes = []
     for batch in (exact, padded):
         model.load_state_dict(states)
-        found = train(model, [batch] * 2, steps=2, learning_rate=0.1, dtype="float32", device=CPU, name="it")
+        found = finish(
+            training(model, [batch] * 2, steps=2, learning_rate=0.1, dtype="float32", device=CPU, name="it"), CPU
+        )
         outcomes.append((found["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])))
     (losses, weights), (ref_losses, ref_weights) = outcomes
     assert losses == ref_losses and len(losses) == 2
@@ -156,7 +159,9 @@ def test_an_error_that_is_no_divergence_is_raised() -> None:
     batch = asked(make_mqar(6, seq_len=24, num_pairs=3, vocab_size=64), 6, CPU)
     bad = batch._replace(values=batch.values[:, :5])
     with pytest.raises(ValueError, match="batch_size"):
-        train(model, [batch, bad], steps=2, learning_rate=1e-3, dtype="float32", device=CPU, name="it")
+        finish(
+            training(model, [batch, bad], steps=2, learning_rate=1e-3, dtype="float32", device=CPU, name="it"), CPU
+        )
 
 
 def test_a_model_has_diverged_where_weights_or_gates_are_not_finite() -> None:

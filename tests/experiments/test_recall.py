@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from experiments import __main__ as command_line
 from experiments.evidence import recall, recall_page, workers
 from experiments.evidence.record import Record
 from experiments.tasks import first_configuration, recall_model, recall_train
-from experiments.tasks.launching import launch_lock
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
-from experiments.tasks.replay import ReplayedSteps
+from experiments.tasks.turns import Turns, finish
 from gka.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -199,7 +197,7 @@ def test_an_error_that_is_no_divergence_is_raised() -> None:
         make_examples(cell(), "train", CPU).batches(32)[0],
     )
     with pytest.raises(ValueError, match="batch_size"):
-        steps.epoch([batch, batch._replace(values=batch.values[:, :1])])
+        finish(steps.epoch([batch, batch._replace(values=batch.values[:, :1])]), CPU)
 
 
 def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,17 +332,20 @@ def test_processes_survive_errors_and_stop_when_the_time_is_over(
 
 
 SIDE_BY_SIDE = """
-import os, threading, time
+import os, time
 from pathlib import Path
-both = threading.Barrier(2, timeout=60)
-def run(cell, folder, device):
+started = []
+def turns(cell, folder, device):
     first = Path(cell["folder"], "first")
     if first.exists():
         time.sleep(0.3)
     else:
-        both.wait()
+        started.append(cell["n"])
+        while len(started) < 2:
+            yield
         first.touch()
-        time.sleep(600 * (cell["n"] == 1))
+        while cell["n"] == 1:
+            yield
     if cell["n"] == 0:
         if cell["how"] == "raises":
             raise RuntimeError("no kernel")
@@ -380,11 +381,9 @@ def test_after_an_error_the_cells_of_a_process_run_alone(
     assert pids.keys() == {1, 2, 3} and pids[2] == pids[3] != pids[1]
 
 
-def test_processes_start_before_a_second_thread_gets_a_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_start_before_one_gets_a_second_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stub_two_processes.py").write_text(
-        "import os, time\ndef run(cell, folder, device):\n    time.sleep(3)\n    return os.getpid()\n"
+        "import os, time\ndef turns(cell, folder, device):\n    time.sleep(3)\n    yield\n    return os.getpid()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_two_processes", "cpu", tmp_path)
@@ -415,20 +414,47 @@ def test_streams_are_for_experiments_that_allow_them(tmp_path: Path, capsys: pyt
     assert "--streams 2: the cells of numerics run one at a time" in capsys.readouterr().err
 
 
-def test_no_training_makes_a_step_while_another_is_alone() -> None:
-    done = list[str]()
-    weight = torch.nn.Parameter(torch.zeros(1))
-    step = ReplayedSteps(
-        lambda batch: (weight * batch[0]).sum(), torch.optim.SGD([weight], 1.0), torch.device("cpu"), graph=False,
-        name="it",
+WAITING = """
+order = []
+class Over:
+    def __init__(self, at):
+        self.at = at
+    def query(self):
+        return len(order) >= self.at
+    def synchronize(self):
+        order.append("wait")
+def turns(cell, folder, device):
+    for step in range(3):
+        order.append(cell["name"])
+        yield Over(5) if cell["name"] == "a" and step == 0 else Over(9) if step == 2 else None
+    return list(order)
+"""
+
+
+def test_a_training_that_is_ahead_lets_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a may go on when five turns are over, and both wait after their third."""
+    (tmp_path / "stub_waiting.py").write_text(WAITING)
+    monkeypatch.syspath_prepend(tmp_path)
+    record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_waiting", "cpu", tmp_path)
+    failed = workers.run_in_processes(
+        record, [{"name": "a"}, {"name": "b"}], lambda *_: True, shared, processes=1, streams=2, seconds=100,
+        report=lambda *_: None,
     )  # fmt: skip
-    thread = threading.Thread(target=lambda: (step((torch.ones(1),)), done.append("step")))
-    with launch_lock():
-        thread.start()
-        thread.join(0.3)
-        done.append("alone")
-    thread.join(60)
-    assert done == ["alone", "step"] and weight.item() == -1.0
+    a, b = (entry["result"] for entry in sorted(record.entries, key=lambda entry: entry["cell"]["name"]))
+    assert not failed and a[:5] == b[:5] and (a[:5].count("a"), a[:5].count("b")) in ((1, 3), (2, 3))
+    assert a.count("wait") >= 1 and max(a, b, key=len).count("wait") >= 3
+
+
+def test_what_a_training_raises_or_returns_after_its_last_turn() -> None:
+    def turns(end: Any) -> Turns:
+        yield None
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    assert finish(turns(3), CPU) == 3
+    with pytest.raises(RuntimeError, match="no kernel"):
+        finish(turns(RuntimeError("no kernel")), CPU)
 
 
 def test_a_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
