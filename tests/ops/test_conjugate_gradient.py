@@ -56,6 +56,9 @@ def test_families_in_float32(name: str) -> None:
     out, nodes = run(inputs, **CG), run(inputs)
     assert_close(out, exact, 2e-4, name)
     assert relative_error(out["o"], exact["o"]) < 0.5 * relative_error(nodes["o"], exact["o"])
+    # 10 products are not enough.
+    few = run(inputs, solver="cg", solver_steps=(10,))
+    assert relative_error(few["o"], exact["o"]) > 5 * relative_error(nodes["o"], exact["o"])
 
 
 def test_gradients_by_differences() -> None:
