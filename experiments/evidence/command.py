@@ -13,7 +13,7 @@ A cell is one measurement or one training. An experiment is a module with
     section(entries, picture) -> str  all tables and the text about them as markdown; draws the picture
     ready(cell, entries)              optional: whether a cell may run now, later, or not at all (workers.py);
                                       needed for several processes
-    turns(cell, folder, device)       optional: `run` as a generator, for several cells of a process (workers.py)
+    stepwise(cell, folder, device)    optional: `run` as a generator, for several cells of a process (workers.py)
 
 and is listed in catalogue.py. overview.py has its short section of the page. Every cell has its size as a field,
 and the machine if BY_MACHINE is True. To resume an interrupted run, start the same command again. If a cell fails,
@@ -74,8 +74,10 @@ class EvidenceOptions:
     streams: int | None = option(
         None,
         "for recall and parts: cells that each process runs at the same time, with a CUDA stream each; "
-        "several processes on one GPU take turns. After an error in one cell the others start again",
+        "several processes on one GPU do not compute at the same time. After an error in one cell the others "
+        "start again",
         minimum=1,
+        maximum=32,  # as many as PyTorch has
     )
     minutes: float | None = option(
         None,
@@ -150,7 +152,7 @@ def measure(
     start, experiment = time.monotonic(), importlib.import_module(EXPERIMENTS[name])
     place = choose_device(device)
     if streams is not None:
-        if not hasattr(experiment, "turns"):
+        if not hasattr(experiment, "stepwise"):
             raise UserError(
                 f"--streams {streams}: the cells of {name} run one at a time in a process; leave it out"
             )

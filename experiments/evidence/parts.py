@@ -32,7 +32,7 @@ from ..tasks.asked import Asked, accuracy, asked
 from ..tasks.gates import gates_of
 from ..tasks.mqar import make_mqar
 from ..tasks.mqar_replay import logits_of, training
-from ..tasks.turns import Turns, finish
+from ..tasks.stepwise import Stepwise, finish
 from . import mqar
 from .changes import BASE, NO_SOLVE, PAPER, VARIANTS
 from .parts_page import section as section
@@ -101,11 +101,11 @@ def _tried(cell: Cell, entries: Entries) -> dict[float, float]:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """`turns`, to its end."""
-    return finish(turns(cell, folder, device), device)
+    """Run `stepwise` to its end."""
+    return finish(stepwise(cell, folder, device), device)
 
 
-def turns(cell: Cell, folder: Path, device: torch.device) -> Turns:
+def stepwise(cell: Cell, folder: Path, device: torch.device) -> Stepwise:
     """Train a model, test it on new sequences, and read its gates before and after."""
     if "learning_rate" in cell:
         rate = cell["learning_rate"]

@@ -26,7 +26,7 @@ import torch
 
 from ..tasks.recall_mixers import MIXERS
 from ..tasks.recall_train import RATES, SOLVED, training
-from ..tasks.turns import Turns, finish
+from ..tasks.stepwise import Stepwise, finish
 from .recall_page import PLACES, VERDICT, VERDICT_DIMS
 from .recall_page import section as section
 from .record import Cell, Record
@@ -91,11 +91,11 @@ def ready(cell: Cell, entries: Entries) -> bool | None:
 
 
 def run(cell: Cell, folder: Path, device: torch.device) -> Any:
-    """`turns`, to its end."""
-    return finish(turns(cell, folder, device), device)
+    """Run `stepwise` to its end."""
+    return finish(stepwise(cell, folder, device), device)
 
 
-def turns(cell: Cell, folder: Path, device: torch.device) -> Turns:
+def stepwise(cell: Cell, folder: Path, device: torch.device) -> Stepwise:
     """Train one model; the other seeds with the best learning rate of the first."""
     record = Record(folder.parents[1] / "recall.json", "recall")
     same = _group(cell, record.entries)

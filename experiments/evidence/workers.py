@@ -8,9 +8,9 @@ The processes share the GPUs that CUDA_VISIBLE_DEVICES names, in turn; each proc
 is in the file as soon as it is there. When the time is over, cells that still run are stopped. They run again next
 time, from their checkpoint if they have written one into their folder.
 
-Processes that share a GPU take turns on it, but kernels of several streams of a process run at the same time. So a
-process may run several cells of an experiment that has the generator `turns(cell, folder, device)`
-(experiments/tasks/turns.py). After an error the process ends, and each of its cells runs again, without others:
+Processes that share a GPU do not compute at the same time, but streams of a process do. So a process may run
+several cells of an experiment that has the generator `stepwise(cell, folder, device)`
+(experiments/tasks/stepwise.py). After an error the process ends, and each of its cells runs again, without others:
 only then is it known which of them fails.
 """
 
@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -33,11 +34,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tasks.turns import Player, Turns
+from ..tasks.stepwise import Training
 from .record import Cell, Record
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_PAUSE = 1e-4  # seconds, while all trainings of a process wait for the GPU
 Ready = Callable[[Cell, list[dict[str, Any]]], bool | None]
+Answer = tuple[Any, str | None]  # (result, None) or (None, error)
 
 
 class Shared(NamedTuple):
@@ -165,7 +168,7 @@ class _Run:
                 elif self._answer(other) is not None:
                     unfinished.append(other_cell)
             self.suspects += unfinished
-            print(f"  {error}: {len(unfinished)} cells start again, one at a time", file=sys.stderr)
+            print(f"  {error}; the cells of this process start again, one at a time", file=sys.stderr)
             self._end(process)
         else:
             self.failed.append(cell)
@@ -260,40 +263,71 @@ def _work(connections: list[Connection], processes: int, shared: Shared) -> None
     device = torch.device("cuda", 0) if shared.device == "cuda" else torch.device(shared.device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     experiment: Any = importlib.import_module(shared.module)
-    playing = dict[Connection, Player]()
+    if hasattr(experiment, "stepwise"):
+        _answer_stepwise(connections, experiment, device, shared)
+    else:
+        (connection,) = connections
+        while (cell := _received(connection)) is not None:
+            folder = scratch_folder(shared.folder, cell)
+            connection.send(_tried(lambda: experiment.run(cell, folder, device)))  # noqa: B023
+            _free(device)
+
+
+def _answer_stepwise(connections: list[Connection], experiment: Any, device: torch.device, shared: Shared) -> None:
+    """Run the cells that come, a step of each in turn."""
+    trainings = dict[Connection, Training]()
     while True:
-        idle = [connection for connection in connections if connection not in playing]
-        for connection in wait(idle, 0 if playing else None):
+        idle = [connection for connection in connections if connection not in trainings]
+        answers = dict[Connection, Answer]()
+        for connection in wait(idle, 0 if trainings else None):
             assert isinstance(connection, Connection)
-            try:
-                cell = connection.recv()
-            except EOFError:  # the command has ended
+            if (cell := _received(connection)) is None:
                 return
-            turns = _turns(experiment, cell, scratch_folder(shared.folder, cell), device)
-            playing[connection] = Player(turns, device, connections.index(connection))
-        going = [connection for connection, player in playing.items() if player.may_go_on()]
-        if not going:
-            next(iter(playing.values())).wait()
-        for connection in going:
-            answer = _answer_of(playing[connection])
-            if answer is not None:
-                del playing[connection]
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                connection.send(answer)
+            steps = experiment.stepwise(cell, scratch_folder(shared.folder, cell), device)
+            stream = connections.index(connection)
+            training, error = _tried(lambda: Training(steps, device, stream))  # noqa: B023
+            if error is None:
+                trainings[connection] = training
+            else:
+                answers[connection] = None, error
+        waits = True
+        for connection, training in trainings.items():
+            ready, error = _tried(training.is_ready)
+            if ready:
+                waits = False
+                ended, error = _tried(training.advance)
+                if ended:
+                    answers[connection] = training.result, None
+            if error is not None:
+                answers[connection] = None, error
+        for connection, answer in answers.items():
+            trainings.pop(connection, None)
+            connection.send(answer)
+        if answers:
+            _free(device)
+        elif waits:
+            time.sleep(_PAUSE)
 
 
-def _turns(experiment: Any, cell: Cell, folder: Path, device: torch.device) -> Turns:
-    """The turns of a cell; a single one where an experiment has no smaller ones."""
-    if hasattr(experiment, "turns"):
-        return (yield from experiment.turns(cell, folder, device))
-    return experiment.run(cell, folder, device)
-
-
-def _answer_of(player: Player) -> tuple[Any, str | None] | None:
-    """After a turn: (result, None) or (None, error) of a cell that has ended, else None."""
+def _received(connection: Connection) -> Cell | None:
+    """The next cell; None if the command has ended."""
     try:
-        return (player.result, None) if player.go_on() else None
+        cell: Cell = connection.recv()
+    except EOFError:
+        return None
+    return cell
+
+
+def _tried(function: Callable[[], Any]) -> Answer:
+    try:
+        return function(), None
     except Exception as error:  # after any error in one cell, the other cells still run
         return None, f"{type(error).__name__}: {error}"
+
+
+def _free(device: torch.device) -> None:
+    """Free the memory of a cell that has ended."""
+    gc.collect()
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # after an error of the GPU, which the command knows by now
+            torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-FAILED = [math.inf] * 3
+_FAILED = [math.inf] * 3
 
 
 @functools.cache
@@ -27,11 +27,12 @@ def take_first_configuration() -> None:
 
     def prune_configs(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.has_one, self.cache_results = False, False
+        self.__dict__.pop("do_bench", None)  # of a search before
         return prune(self, *args, **kwargs)
 
     def _bench(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.has_one:
-            return FAILED
+            return _FAILED
         times = bench(self, *args, **kwargs)
         self.has_one = math.isfinite(times[0])
         return times

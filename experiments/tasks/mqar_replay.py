@@ -25,7 +25,7 @@ from gka.nn.decay import decayed
 from .asked import Asked, loss
 from .gates import has_diverged
 from .replay import Batch, ReplayedSteps, parameter_groups
-from .turns import Turns
+from .stepwise import Stepwise
 
 _CLIP, _DECAY, _BETAS = 1.0, 0.1, (0.9, 0.95)
 _LOGS = 40  # losses of a training that are kept
@@ -40,7 +40,7 @@ def training(
     dtype: str,
     device: torch.device,
     name: str,
-) -> Turns:
+) -> Stepwise:
     """Train a model in place; the host reads the losses 40 times.
 
     Args:

@@ -32,13 +32,13 @@ from .mqar import make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
 from .replay import Batch, ReplayedSteps, parameter_groups
-from .turns import Turns, finish
+from .stepwise import Stepwise, finish
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
 WEIGHT_DECAY = 0.1
 SAVE_EVERY = 20.0  # seconds; a training takes up to some minutes
-TELL_EVERY = 60.0
+TELL_EVERY = 60.0  # seconds
 History = list[list[Any]]  # [epoch from 1, test accuracy, mean training loss] of every epoch
 
 
@@ -98,7 +98,7 @@ def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device,
     return result
 
 
-def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> Turns:
+def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> Stepwise:
     """Train the model of a cell; resume where a training of the same cell was stopped.
 
     Args:
@@ -126,10 +126,12 @@ def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.devi
         if time.perf_counter() - last_saved > SAVE_EVERY:
             last_saved = time.perf_counter()
             run.save(saved, history, before + last_saved - start)
-        if history and time.perf_counter() - last_told > TELL_EVERY:
-            last_told = time.perf_counter()
-            print(_so_far(cell, history), file=sys.stderr)
-        loss = yield from run.epoch(batches)
+        for number, behind in enumerate(run.epoch(batches)):
+            if time.perf_counter() - last_told > TELL_EVERY:
+                last_told = time.perf_counter()
+                print(_so_far(cell, history, f"step {number} of {len(batches)}"), file=sys.stderr)
+            yield behind
+        loss = run.loss()
         if loss is None:
             ended = "not finite"
             break
@@ -153,13 +155,12 @@ def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.devi
     }
 
 
-def _so_far(cell: dict[str, Any], history: History) -> str:
+def _so_far(cell: dict[str, Any], history: History, step: str) -> str:
     """A line for people who wait."""
-    epoch, reached, loss = history[-1]
-    name = "{mixer}, dim {dim}, {seq_len} tokens, {num_pairs} pairs, rate {learning_rate}, seed {seed}".format(
-        **cell
-    )
-    return f"  {name}: epoch {epoch} of {cell['epochs']}, accuracy {reached}, loss {loss}"
+    name = f"{cell['mixer']}, dim {cell['dim']}, {cell['seq_len']} tokens, {cell['num_pairs']} pairs"
+    rate = f"rate {cell['learning_rate']}, seed {cell['seed']}"
+    before = f"; accuracy {history[-1][1]} after epoch {history[-1][0]}" if history else ""
+    return f"  {name}, {rate}: epoch {len(history) + 1} of {cell['epochs']}, {step}{before}"
 
 
 class Steps:
@@ -169,7 +170,7 @@ class Steps:
         model: the model, on its device.
         cell: as for `train`.
         device: of the model and the examples.
-        graph: whether to record a step as a CUDA graph; the caller is in `turns.own_stream`.
+        graph: whether to record a step as a CUDA graph; the caller is in `stepwise.own_stream`.
     """
 
     def __init__(self, model: RecallModel, cell: dict[str, Any], device: torch.device, *, graph: bool) -> None:
@@ -180,6 +181,7 @@ class Steps:
             capturable=graph,
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, T_max=cell["epochs"])
+        self.diverged = False
         self.step = ReplayedSteps(self._loss, self.optimiser, device, graph=graph, name=cell["mixer"])
 
     def save(self, path: Path, history: History, seconds: float) -> None:
@@ -199,8 +201,8 @@ class Steps:
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimiser": self.optimiser, "schedule": self.schedule}
 
-    def epoch(self, batches: list[Asked]) -> Turns:
-        """Train an epoch; returns the mean loss, or None if it is not finite."""
+    def epoch(self, batches: list[Asked]) -> Stepwise:
+        """Train an epoch; `loss` tells how it went."""
         self.model.train()
         for batch in batches:
             try:
@@ -208,11 +210,15 @@ class Steps:
             except ValueError:  # off a GPU the op refuses gates that are not finite
                 if self.device.type == "cuda" or not has_diverged(self.model, partial(self._loss, batch)):
                     raise
-                return None
+                self.diverged = True
+                return
             yield behind
         self.schedule.step()
         yield self.step.end()
-        return self.step.mean_loss()
+
+    def loss(self) -> float | None:
+        """The mean loss since the last call, or None if it is not finite."""
+        return None if self.diverged else self.step.mean_loss()
 
     def _loss(self, batch: Batch) -> Tensor:
         return loss(self.model, logits_of, Asked(*batch), self.cell["dtype"])

@@ -6,9 +6,8 @@ copy their batch into the recorded tensors and replay. All graphs share one pool
 needed from one step to the next: weights, state of the optimiser and the sum of the losses lie outside. A step
 that cannot be recorded runs without a graph, and a message says so.
 
-A training that takes turns with others (turns.py) learns after each step which one must have ended before it sends
-the next: a full queue would block it, and with it the others. (In PyTorch 2.11 all graphs of a GPU read seed and
-offset from one place, so what dropout draws may depend on the other trainings.)
+A call returns the end of an earlier step, for which the next call shall wait. A full queue would block it, and the
+trainings that run beside it (stepwise.py).
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class ReplayedSteps:
         loss_of: the loss of a batch, a scalar.
         optimiser: for a graph it is capturable, and its rates are tensors.
         device: of the model and the batches.
-        graph: whether to record steps; calls are in `turns.own_stream`.
+        graph: whether to record steps; calls are in `stepwise.own_stream`.
         name: of the training, for messages.
         clip: largest norm of all gradients together; None for no clipping.
 
@@ -109,7 +108,7 @@ class ReplayedSteps:
         """Send a step, on a GPU in the current stream.
 
         Returns:
-            The end of the step that shall be over before the next is sent; None if there is none.
+            The end of the step for which the next call shall wait; None if it need not wait.
         """
         self._run(batch)
         self._since += 1

@@ -20,11 +20,12 @@ from experiments.evidence.record import Record
 from experiments.evidence.skeleton import skeleton
 from experiments.evidence.spectra_measure import Inputs, memory_at, products_of_layer, spectrum, states_at
 from experiments.tasks import mqar_replay
+from experiments.tasks.asked import Asked
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import Steps, make_examples, train
 from experiments.tasks.replay import ReplayedSteps
-from experiments.tasks.turns import finish, own_stream
+from experiments.tasks.stepwise import finish, own_stream
 from gka import GKAForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +50,11 @@ def may_need_another_triton() -> Iterator[None]:
         pytest.skip("flash-linear-attention needs another Triton on this GPU")
 
 
+def epoch_of(steps: Steps, batches: list[Asked], device: torch.device) -> float | None:
+    finish(steps.epoch(batches), device)
+    return steps.loss()
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> None:
     """The same losses and weights over two epochs; without dropout, since graphs draw other random numbers."""
@@ -67,7 +73,7 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
                 for block in model.blocks:
                     block.mixer.dropout = 0.0
             with may_need_another_triton():
-                losses = [finish(steps.epoch(batches), device) for _ in range(2)]
+                losses = [epoch_of(steps, batches, device) for _ in range(2)]
             assert steps.step.graph == graph and None not in losses
             torch.cuda.synchronize()
         outcomes.append((torch.tensor(losses), torch.cat([p.detach().flatten() for p in model.parameters()])))
@@ -92,8 +98,12 @@ def test_trainings_in_streams_of_a_process_learn(device: torch.device, tmp_path:
         record, cells, lambda *_: True, shared, processes=1, streams=3, seconds=240, report=print
     )
     assert not failed and len(record.entries) == 4
-    for found in (entry["result"] for entry in record.entries):
+    for entry in record.entries:
+        found = entry["result"]
+        alone = train({**entry["cell"], "learning_rate": found["learning_rate"]}, [], device, tmp_path / "alone")
         assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
+        losses, ref_losses = (torch.tensor([loss for *_, loss in x["history"]]) for x in (found, alone))
+        assert relative_error(losses, ref_losses) < 1e-2, "the random numbers are those of a training alone"
 
 
 @pytest.mark.parametrize("variant", [BASE, NO_SOLVE, PAPER, "conjugate gradient", "float32"])

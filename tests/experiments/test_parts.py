@@ -23,7 +23,7 @@ from experiments.tasks.gates import gates_of, has_diverged
 from experiments.tasks.mqar import IGNORE, make_mqar
 from experiments.tasks.mqar_replay import logits_of, rate_factor, training
 from experiments.tasks.mqar_train import RecallTrainer
-from experiments.tasks.turns import finish
+from experiments.tasks.stepwise import finish
 from gka import GKAConfig, GKAForCausalLM
 from gka.nn.layer import GatedKalmaNet
 

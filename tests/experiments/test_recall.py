@@ -22,7 +22,7 @@ from experiments.tasks import first_configuration, recall_model, recall_train
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
-from experiments.tasks.turns import Turns, finish
+from experiments.tasks.stepwise import Stepwise, finish
 from gka.training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -223,6 +223,15 @@ def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkey
     assert resumed["accuracy"] == whole["accuracy"] and resumed["ended"] == whole["ended"]
 
 
+def test_a_training_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recall_train, "TELL_EVERY", 0.0)
+    train(cell(epochs=2), [], CPU, tmp_path)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("epoch 1 of 2, step 0 of 3") and "epoch 2 of 2, step 3 of 3; accuracy 0." in last
+
+
 def curve(*accuracies: float, fall: float = 0.0) -> list[list[Any]]:
     return [[epoch, accuracy, 1.0 - fall * epoch] for epoch, accuracy in enumerate(accuracies, 1)]
 
@@ -335,7 +344,7 @@ SIDE_BY_SIDE = """
 import os, time
 from pathlib import Path
 started = []
-def turns(cell, folder, device):
+def stepwise(cell, folder, device):
     first = Path(cell["folder"], "first")
     if first.exists():
         time.sleep(0.3)
@@ -376,14 +385,15 @@ def test_after_an_error_the_cells_of_a_process_run_alone(
     assert failed == [cells[1]] and len(said) == 4
     (outcome,) = (text for which, text in said if which["n"] == 0)
     assert outcome.endswith(told)
-    assert f"{told}: 2 cells start again, one at a time" in capsys.readouterr().err
+    assert f"{told}; the cells of this process start again" in capsys.readouterr().err
     pids = {entry["cell"]["n"]: entry["result"] for entry in record.entries}
     assert pids.keys() == {1, 2, 3} and pids[2] == pids[3] != pids[1]
 
 
 def test_processes_start_before_one_gets_a_second_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stub_two_processes.py").write_text(
-        "import os, time\ndef turns(cell, folder, device):\n    time.sleep(3)\n    yield\n    return os.getpid()\n"
+        "import os, time\n"
+        "def stepwise(cell, folder, device):\n    time.sleep(3)\n    yield\n    return os.getpid()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_two_processes", "cpu", tmp_path)
@@ -420,41 +430,54 @@ class Over:
     def __init__(self, at):
         self.at = at
     def query(self):
+        if self.at == "error":
+            raise RuntimeError("a kernel failed")
         return len(order) >= self.at
-    def synchronize(self):
-        order.append("wait")
-def turns(cell, folder, device):
-    for step in range(3):
+def stepwise(cell, folder, device):
+    order.append(cell["name"])
+    while len(order) < 2:
+        yield
+    for at in cell["waits"]:
+        yield Over(at)
         order.append(cell["name"])
-        yield Over(5) if cell["name"] == "a" and step == 0 else Over(9) if step == 2 else None
     return list(order)
 """
 
 
-def test_a_training_that_is_ahead_lets_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """a may go on when five turns are over, and both wait after their third."""
+def run_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **waits: Any) -> tuple[Any, list[Any]]:
+    """The order of the steps when the last training ends, by name, and errors."""
     (tmp_path / "stub_waiting.py").write_text(WAITING)
     monkeypatch.syspath_prepend(tmp_path)
     record, shared = Record(tmp_path / "it.json", "it"), workers.Shared("stub_waiting", "cpu", tmp_path)
-    failed = workers.run_in_processes(
-        record, [{"name": "a"}, {"name": "b"}], lambda *_: True, shared, processes=1, streams=2, seconds=100,
-        report=lambda *_: None,
+    cells, said = [{"name": name, "waits": events} for name, events in waits.items()], list[Any]()
+    workers.run_in_processes(
+        record, cells, lambda *_: True, shared, processes=1, streams=2, seconds=100,
+        report=lambda cell, text: said.append((cell["name"], text)),
     )  # fmt: skip
-    a, b = (entry["result"] for entry in sorted(record.entries, key=lambda entry: entry["cell"]["name"]))
-    assert not failed and a[:5] == b[:5] and (a[:5].count("a"), a[:5].count("b")) in ((1, 3), (2, 3))
-    assert a.count("wait") >= 1 and max(a, b, key=len).count("wait") >= 3
+    return {entry["cell"]["name"]: entry["result"] for entry in record.entries}, said
+
+
+def test_while_a_training_waits_the_other_advances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a waits for its second step until five steps are over."""
+    orders, _ = run_waiting(tmp_path, monkeypatch, a=[5, 0], b=[0, 0, 0, 0])
+    assert max(orders.values(), key=len)[2:6] in (["b", "b", "b", "a"], ["b", "b", "b", "b"])
+
+
+def test_an_error_of_the_gpu_that_comes_late_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders, said = run_waiting(tmp_path, monkeypatch, a=["error"], b=[])
+    assert orders.keys() <= {"b"} and ("a", "RuntimeError: a kernel failed") in said
 
 
 def test_what_a_training_raises_or_returns_after_its_last_turn() -> None:
-    def turns(end: Any) -> Turns:
+    def steps(end: Any) -> Stepwise:
         yield None
         if isinstance(end, Exception):
             raise end
         return end
 
-    assert finish(turns(3), CPU) == 3
+    assert finish(steps(3), CPU) == 3
     with pytest.raises(RuntimeError, match="no kernel"):
-        finish(turns(RuntimeError("no kernel")), CPU)
+        finish(steps(RuntimeError("no kernel")), CPU)
 
 
 def test_a_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def to_keep(make: Callable[[], T], device: torch.device) -> T:
-    """What `make` makes on the device, in memory of no graph, ready for the current stream.
+    """What `make` makes on the device, in memory of no graph, ready for every stream.
 
     Raises:
         RuntimeError: a CUDA graph is captured.
@@ -35,5 +35,5 @@ def to_keep(make: Callable[[], T], device: torch.device) -> T:
         )
     with ThreadPoolExecutor(1) as thread:
         made = thread.submit(make).result()
-    torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+    torch.cuda.default_stream(device).synchronize()  # once: later calls may be in another stream than this one
     return made
