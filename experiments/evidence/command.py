@@ -170,9 +170,12 @@ def measure(
     cells = [cell | more for cell in cells]
     record = Record(folder / f"{name}.json", name)
     missing = record.missing(cells)
+    same = [key for key in cells[0] if len(cells) > 1 and all(cell.get(key) == cells[0][key] for cell in cells)]
     if first:
         print(f"{name}: {len(cells)} cells, {len(missing)} to run", file=sys.stderr)
-    run = _Cells(name, experiment, folder, place, list(more), len(missing))
+        if told := [f"{key}={cells[0][key]}" for key in same if key not in more]:
+            print(f"  all with {' '.join(told)}", file=sys.stderr)
+    run = _Cells(name, experiment, folder, place, [*more, *same], len(missing))
     seconds = None if minutes is None else 60 * minutes
     failed: list[Any] = []
     if team is not None:
@@ -186,6 +189,7 @@ def measure(
     if not first:
         return
     print(f"results: {record.path}")
+    print(f"tables and pictures of all results: python -m experiments evidence {PAGE} --output {folder}")
     if failed:
         raise UserError(
             f"{len(failed)} of {len(missing)} cells failed, see the messages above; the first one is "

@@ -100,8 +100,10 @@ def section(entries: Entries, picture: Path) -> str:
             "A star: not all learning rates were tried yet. Empty: not trained yet.",
             "The picture has the accuracy after each epoch, for numbers without a star. A curve ends with a mark.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
-            " ".join((_attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers))),
-            f"{len(entries)} trainings took {sum(e['seconds'] for e in entries) / 60:,.0f} minutes, summed over "
+            " ".join(
+                filter(None, (_attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers)))
+            ),
+            f"{len(entries)} trainings took {_duration(sum(e['seconds'] for e in entries))}, summed over "
             f"processes that share GPUs; {replayed} of them replayed a CUDA graph. How they ended: "
             f"{_ends(entries)}.",
         )
@@ -184,6 +186,10 @@ def _attention(found: Table) -> str:
     if pending:
         said.append(f"Learning rates of softmax attention are missing at {pending}.")
     return " ".join(said)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:,.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def _solved(found: Found) -> bool:

@@ -16,11 +16,15 @@ from .quiet import quiet
 def main(options: ConvertOptions) -> None:
     """Run `gka convert`. Raises UserError for errors that the user can correct."""
     quiet()
+    if not options.layers:
+        raise UserError("--layers: is empty; give the layers to replace, e.g. 1,3,5")
     families = tuple(FAMILIES)
     source, out = find_checkpoint(options.model, families), Path(options.out).expanduser()
     _check_place(out, source, options.overwrite)
     model = load_model(options.model, "cpu", options.dtype, families)
-    given = {name: getattr(options, name) for name in ("solver", "solver_steps", "tolerance", "ridge_ratio")}
+    given = {
+        name: getattr(options, name) for name in ("mixer", "solver", "solver_steps", "tolerance", "ridge_ratio")
+    }
     torch.manual_seed(options.seed)
     try:
         hybrid = convert(model, options.layers, **{k: value for k, value in given.items() if value is not None})
@@ -32,9 +36,10 @@ def main(options: ConvertOptions) -> None:
     print(
         f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "
         f"parameters\nlayers     {', '.join(f'{i} {kind}' for i, kind in enumerate(kinds))}\n"
-        f"tokenizer  {', '.join(copied) or missing}\n"
-        f"next       gka distill {out} --teacher {options.model} --data PATH --output DIR"
+        f"tokenizer  {', '.join(copied) or missing}"
     )
+    if copied:
+        print(f"next       gka distill {out} --teacher {options.model} --data PATH --output DIR")
 
 
 def _check_place(out: Path, source: Path, overwrite: bool) -> None:

@@ -92,14 +92,14 @@ def main(options: DistillOptions) -> None:
     student, teacher, tokenizer, layers = together(lambda: _models(options))
     lesson = open_lesson(options, output, arguments, teacher, tokenizer)
     student.to(lesson.arguments.device)
-    losses = {"teacher": _loss(lesson, options, lesson.teacher)}
-    losses["random"] = _loss(lesson, options, _random(lesson, student, layers, options.seed))
-    losses["converted"] = _loss(lesson, options, student)
+    losses = {"teacher": _loss(lesson, options, lesson.teacher, "the teacher")}
+    losses["random"] = _loss(lesson, options, _random(lesson, student, layers, options.seed), "random layers")
+    losses["converted"] = _loss(lesson, options, student, "the converted model")
 
     before, after = match_layers(lesson, options, output, {i: student.model.layers[i].gka for i in layers})
-    losses["distilled"] = _loss(lesson, options, student)
+    losses["distilled"] = _loss(lesson, options, student, "the model after the first stage")
     trainer = _tune(lesson, options, output, student)
-    losses["finetuned"] = _loss(lesson, options, student)
+    losses["finetuned"] = _loss(lesson, options, student, "the result")
     save_model(trainer, output)
     if lesson.main_process:
         report = _report(lesson, options, student, losses, before, after)
@@ -144,7 +144,9 @@ def recovered(losses: dict[str, float], name: str) -> float | None:
     return (losses["random"] - losses[name]) / gap if gap > 0 else None
 
 
-def _loss(lesson: Lesson, options: DistillOptions, model: Any) -> float:
+def _loss(lesson: Lesson, options: DistillOptions, model: Any, what: str) -> float:
+    """The loss on the held-out text, and a line before, since it takes minutes with a large model."""
+    say(lesson, f"measuring  {what} on {len(lesson.validation)} sequences of {lesson.validation.seq_len} tokens")
     return block_loss(model, lesson.validation, options.batch_size)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .._version import __version__
 from ..training.errors import UserError, reason
-from .commands import COMMANDS, Command
+from .commands import COMMANDS, OPTIONS_FILE, Command
 from .options import build_parser, nearest, parse_options
 
 _RESUMABLE = ("train", "distill", "rank-layers")
@@ -126,10 +126,16 @@ def run(
 
 
 def _how_to_resume(prog: str, options: Any) -> str:
-    """The command that resumes an interrupted one, and where it starts; `gka rank-layers` keeps every result."""
-    every = getattr(options, "save_every", None)
-    place = "" if every is None else f" from the last checkpoint, one every {every} steps"
-    return f"; `{prog} --resume --output {shlex.quote(options.output)}` goes on{place}"
+    """The command that resumes an interrupted one, and where it starts."""
+    folder = Path(options.output).expanduser()
+    if not (folder / OPTIONS_FILE).is_file():
+        return "; nothing is saved yet"
+    command = f"; `{prog} --resume --output {shlex.quote(options.output)}`"
+    steps = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]")]
+    if steps:
+        return f"{command} goes on from step {max(steps)}"
+    # The other commands keep what they have finished in other files.
+    return f"{command} starts at step 0: no checkpoint yet" if prog.endswith(" train") else f"{command} goes on"
 
 
 if __name__ == "__main__":

@@ -302,6 +302,16 @@ def train_to_the_end(trainer: GKATrainer, output: Path) -> None:
                 callback.close()
 
 
+def _large_share(share: float, fraction: float) -> str:
+    """What to say if much more of the text is held out than asked for, since whole files are."""
+    if share <= 2 * fraction + 0.05:
+        return ""
+    return (
+        f", {share:.0%} of the text for --validation-fraction {fraction}, since whole files are held out: "
+        "use more files, or one alone"
+    )
+
+
 def _announce(
     options: TrainOptions, trainer: GKATrainer, model: PreTrainedModel, manifest: Manifest, step: int
 ) -> None:
@@ -311,7 +321,8 @@ def _announce(
         resumed = f", resumed at step {step}"
     lines = [
         f"data      {train.files} files, {train.bytes / 1e6:.1f} MB; "
-        f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB",
+        f"held out: {held_out.files} files, {held_out.bytes / 1e6:.2f} MB"
+        + _large_share(held_out.bytes / max(1, train.bytes + held_out.bytes), options.validation_fraction),
         f"model     {getattr(model.config, 'mixer', options.family)}, "
         f"{options.layers} layers of {options.hidden_size}, "
         f"{model.num_parameters() / 1e6:.1f} M parameters, "

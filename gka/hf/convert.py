@@ -14,7 +14,9 @@ Legend: H query heads, Hk key/value heads, D head dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import difflib
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "gka": GKAPreTrainedModel,
 }
 _LINEAR = "linear_attention"
+_SETTINGS = ("ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer")
 _SAME = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "hidden_act max_position_embeddings rope_parameters attention_dropout initializer_range rms_norm_eps "
@@ -140,10 +143,13 @@ def _config(model: PreTrainedModel) -> GKAConfig:
             f"model is a {type(model).__name__} with PEFT adapters; call merge_and_unload() and convert the model "
             "that it returns"
         )
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(f"model is {str(model)!r}; expected a model, from AutoModelForCausalLM.from_pretrained")
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in FAMILIES or not isinstance(model, FAMILIES[family]) or _converted_class(model) is None:
+        of_family = f" of the family {family}" if family else ""
         raise TypeError(
-            f"model is a {type(model).__name__} of the family {family!r}; expected ForCausalLM, "
+            f"model is a {type(model).__name__}{of_family}; expected ForCausalLM, "
             f"ForSequenceClassification or ForTokenClassification of one of {', '.join(FAMILIES)}"
         )
     if getattr(model, "hf_quantizer", None) is not None:
@@ -191,10 +197,7 @@ def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
 
 def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any]) -> GKAConfig:
     types = [_LINEAR if index in chosen else kind for index, kind in enumerate(source.layer_types)]
-    allowed = {"ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer"}
-    for name in settings:
-        if name not in allowed and not (name.startswith("use_") and name not in ("use_qk_norm", "use_cache")):
-            raise ValueError(f"{name} is no setting of the new layers")
+    _check_names(settings)
     if (mixer := settings.get("mixer", "gka")) not in OURS:
         raise ValueError(f"mixer is {mixer!r}; expected one of {OURS} to convert to")
     fields = source.to_dict()
@@ -204,6 +207,21 @@ def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any])
         return GKAConfig(**{**fields, **settings, "layer_types": types})
     except ValueError as error:
         raise ValueError(f"the attention layers do not fit into GKA layers: {error}") from None
+
+
+def _check_names(settings: Iterable[str]) -> None:
+    """Raise ValueError for a setting that GKA layers of a converted model do not have."""
+    known = list(GKAConfig.__annotations__)
+    switches = [name for name in known if name.startswith("use_") and name not in ("use_qk_norm", "use_cache")]
+    allowed = [*_SETTINGS, *switches]
+    for name in settings:
+        if name in allowed:
+            continue
+        if name in known:
+            raise ValueError(f"{name} belongs to the whole model, which keeps its own; expected one of {allowed}")
+        near = difflib.get_close_matches(name, allowed, n=1)
+        expected = f"did you mean {near[0]}?" if near else f"expected one of {allowed}"
+        raise ValueError(f"{name} is no setting of the new layers; {expected}")
 
 
 def _is_replaced(name: str, chosen: list[int]) -> bool:

@@ -37,6 +37,15 @@ class LayerState(NamedTuple):
         sums = State(None if S_kk is None else S_kk.detach(), S_kv.detach())
         return LayerState([part.detach() for part in self.conv], sums)
 
+    def to(self, device: torch.device | str) -> LayerState:
+        """The same numbers on a device."""
+        return LayerState([part.to(device) for part in self.conv], self.state.to(device))
+
+    def __repr__(self) -> str:
+        """Shapes, dtype and device, not the numbers."""
+        conv = [list(part.shape) if isinstance(part, Tensor) else part for part in self.conv]
+        return f"LayerState(conv={conv}, state={self.state!r})"
+
 
 def checked_layer_state(given: Any, conv_shapes: Sequence[tuple[int, ...]]) -> LayerState:
     """Check a state (three convolution inputs with the given shapes, and (S_kk, S_kv)) and return a LayerState.
@@ -44,6 +53,11 @@ def checked_layer_state(given: Any, conv_shapes: Sequence[tuple[int, ...]]) -> L
     Raises:
         TypeError, ValueError: it is not such a state. The op checks the sums.
     """
+    if isinstance(given, State):
+        raise TypeError(
+            "state is a State, the sums of the op; expected a LayerState, the state of a layer, as "
+            "return_state=True gives"
+        )
     for name, value, expected in (
         ("state", given, "a pair of the convolutions' inputs and (S_kk, S_kv), as return_state=True gives"),
         ("state.conv", given[0] if isinstance(given, tuple | list) and given else (), "three tensors"),

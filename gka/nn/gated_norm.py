@@ -33,6 +33,10 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, **place))
         self.eps = eps
 
+    def extra_repr(self) -> str:
+        """For `print`."""
+        return f"{len(self.weight)}, eps={self.eps}"
+
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """o, gate: [B, T, ..., dim] -> [B, T, ..., dim] in the dtype of o; without a gate its factor is 1."""
         if gate is not None and norm.usable(o):

@@ -234,6 +234,16 @@ class GatedKalmaNet(DecayParameters):
         self.solver, self.tolerance = solver, tolerance
         self.solver_steps = (None if solver_steps is None else tuple(solver_steps)) if self.solves else ()
 
+    def extra_repr(self) -> str:
+        """For `print`: what its modules do not show."""
+        solve = f"solver={self.solver!r}, solver_steps={self.solver_steps}" if self.solves else "solve=False"
+        if self.tolerance is not None:
+            solve += f", tolerance={self.tolerance}"
+        return (
+            f"{self.hidden_size}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, conv_size={self.conv_size}, {solve}, layer_idx={self.layer_idx}"
+        )
+
     def forward(
         self,
         hidden_states: Tensor,

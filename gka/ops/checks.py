@@ -148,6 +148,8 @@ def checked_state(
     may_be_bfloat16: bool = False,
 ) -> State:
     """Check the pair (S_kk, S_kv) and return it as a State. N None is for a pool, of any number of rows."""
+    if hasattr(state, "conv"):
+        raise TypeError(f"{name} is a {type(state).__name__}, a layer's state; expected its field .state")
     if not isinstance(state, tuple | list):
         raise TypeError(f"{name} is a {type(state).__name__}; expected a pair (S_kk, S_kv)")
     if len(state) != 2:

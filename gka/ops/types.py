@@ -24,6 +24,18 @@ class State(NamedTuple):
     S_kk: Tensor | None
     S_kv: Tensor
 
+    def to(self, device: torch.device | str) -> State:
+        """The same numbers on a device."""
+        return State(None if self.S_kk is None else self.S_kk.to(device), self.S_kv.to(device))
+
+    def __repr__(self) -> str:
+        """Shapes, dtype and device, not the numbers."""
+        if not isinstance(self.S_kv, Tensor):  # a pytree that has the form of a state
+            return f"State(S_kk={self.S_kk!r}, S_kv={self.S_kv!r})"
+        S_kk = None if self.S_kk is None else list(self.S_kk.shape)
+        dtype = str(self.S_kv.dtype).removeprefix("torch.")
+        return f"State(S_kk={S_kk}, S_kv={list(self.S_kv.shape)}, {dtype}, {self.S_kv.device})"
+
 
 class Arguments(NamedTuple):
     """The checked arguments of one call of `gated_kalmanet`, in the form for a backend.

@@ -203,7 +203,7 @@ def load_tokenizer(folder: str | None) -> Any:
         UserError: the folder does not exist, has no tokenizer, or the tokenizer has no end-of-text token.
     """
     if folder is None:
-        return ByT5Tokenizer(extra_ids=0)
+        return ByT5Tokenizer(extra_ids=0, padding_side="left")  # as generation needs it
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"--tokenizer {folder}: no such folder")

@@ -432,19 +432,32 @@ def test_a_missing_extra_of_the_models_is_named(
 
 
 def test_an_interrupted_run_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(_: Any) -> None:
         raise KeyboardInterrupt
 
     load = cli._load
     monkeypatch.setattr(cli, "_load", lambda target: load(target) if "Options" in target else interrupted)
-    assert cli.main(["train", "--output", "runs/my run", "--save-every", "70"]) == 130
-    told = capsys.readouterr().err
-    assert (
-        "`gka train --resume --output 'runs/my run'` goes on from the last checkpoint, one every 70 steps" in told
-    )
-    assert cli.main(["eval", "runs/x"]) == 130 and capsys.readouterr().err.strip() == "gka eval: interrupted"
+    monkeypatch.chdir(tmp_path)
+
+    def told(*arguments: str) -> str:
+        assert cli.main([*arguments]) == 130
+        return capsys.readouterr().err.strip()
+
+    train = ("train", "--output", "runs/my run")
+    assert told(*train) == "gka train: interrupted; nothing is saved yet"
+    Path("runs/my run").mkdir(parents=True)
+    Path("runs/my run/options.yaml").touch()
+    how = "interrupted; `gka train --resume --output 'runs/my run'`"
+    assert told(*train) == f"gka train: {how} starts at step 0: no checkpoint yet"
+    for name in ("checkpoint-70", "checkpoint-140", "checkpoint-new"):
+        Path("runs/my run", name).mkdir()
+    assert told(*train) == f"gka train: {how} goes on from step 140"
+    Path("runs/my run/options.yaml").rename("runs/options.yaml")
+    ranks = ("rank-layers", "model", "--output", "runs")
+    assert told(*ranks) == "gka rank-layers: interrupted; `gka rank-layers --resume --output runs` goes on"
+    assert told("eval", "runs/x") == "gka eval: interrupted"
 
 
 def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:

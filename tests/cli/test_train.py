@@ -23,7 +23,7 @@ from gka.cli import main as cli
 from gka.cli.commands import TrainOptions
 from gka.cli.loading import load_checkpoint
 from gka.cli.plots import plot_loss
-from gka.cli.train import model_config
+from gka.cli.train import _large_share, model_config
 from gka.hf import model as model_module
 from gka.hf.loss import chunked_loss
 from gka.hf.model import GKAForCausalLM
@@ -337,3 +337,10 @@ def test_the_picture_is_drawn_for_any_length(tmp_path: Path, steps: int) -> None
     plot_loss(tmp_path / "loss.png", train_curve, train_curve[::50], "title")
     size = (tmp_path / "loss.png").stat().st_size
     assert size > 5_000
+
+
+def test_a_share_held_out_far_above_the_fraction_is_told() -> None:
+    assert _large_share(0.08, 0.05) == _large_share(0.42, 0.2) == ""
+    assert _large_share(0.79, 0.05).startswith(
+        ", 79% of the text for --validation-fraction 0.05, since whole files"
+    )

@@ -202,10 +202,11 @@ def _moe() -> Any:
 @pytest.mark.parametrize(
     ("make", "layers", "error", "words"),
     [
-        (_gpt2, [0], TypeError, "GPT2LMHeadModel of the family 'gpt2'; expected ForCausalLM"),
-        (_moe, [0], TypeError, "Qwen2MoeForCausalLM of the family 'qwen2_moe'"),
-        (lambda: small("qwen3").model, [0], TypeError, "Qwen3Model of the family 'qwen3'"),
-        (lambda: torch.nn.Linear(1, 1), [0], TypeError, "Linear of the family None"),
+        (_gpt2, [0], TypeError, "GPT2LMHeadModel of the family gpt2; expected ForCausalLM"),
+        (_moe, [0], TypeError, "Qwen2MoeForCausalLM of the family qwen2_moe"),
+        (lambda: small("qwen3").model, [0], TypeError, "Qwen3Model of the family qwen3"),
+        (lambda: torch.nn.Linear(1, 1), [0], TypeError, "Linear; expected ForCausalLM"),
+        (lambda: "models/q", [0], TypeError, "model is 'models/q'; expected a model, from AutoModel"),
         (lambda: small("qwen3"), 1, TypeError, r"layers is 1; expected a sequence of integers such as \[1, 3\]"),
         (lambda: small("qwen3"), [1, 2, 1], ValueError, "layers has 1 more than once"),
         (lambda: small("qwen3"), [4], ValueError, "layers has 4, and there is no such layer; expected 0 to 3"),
@@ -226,10 +227,18 @@ def test_heads_of_any_size_stay_if_none_is_replaced() -> None:
     assert torch.equal(convert(model, [])(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("settings", [{"hidden_size": 8}, {"use_qk_norm": False}, {"ridge": 0.1}])
-def test_refuses_settings_that_are_not_of_the_new_layers(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(settings))} is no setting of the new layers"):
-        convert(small("qwen3"), [0], **settings)
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("hidden_size", "hidden_size belongs to the whole model, which keeps its own; expected one of"),
+        ("use_qk_norm", "use_qk_norm belongs to the whole model"),
+        ("mixr", r"mixr is no setting of the new layers; did you mean mixer\?"),
+        ("depth", "depth is no setting of the new layers; expected one of .*ridge_ratio.*use_v_conv"),
+    ],
+)
+def test_refuses_settings_that_are_not_of_the_new_layers(name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        convert(small("qwen3"), [0], **{name: 1})
 
 
 def test_biases_that_are_left_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -302,6 +311,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["{model}", "{out}"], "--layers is missing"),
         (["{model}", "--layers", "1"], "OUT is missing"),
         (["{model}", "--layers", "1,4", "{out}"], "layers has 4, and there is no such layer"),
+        (["{model}", "--layers=", "{out}"], "--layers: is empty; give the layers to replace"),
         (["{model}", "--layers", "x", "{out}"], "--layers: expected a list of whole numbers"),
         (["{out}", "--layers", "1", "{out}"], "no such checkpoint folder"),
         (["{model}", "--layers", "1", "{model}"], "is the folder of the model itself"),
@@ -318,6 +328,17 @@ def test_mistakes_of_the_command(
     assert main(["convert", *given]) == 2
     assert words in capsys.readouterr().err
     assert sorted(path.name for path in folder.parent.iterdir()) == before
+
+
+def test_layers_without_a_solve_and_a_model_without_a_tokenizer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja"):
+        (folder / file).unlink(missing_ok=True)
+    assert main(["convert", str(folder), "--layers", "1", "--mixer", "gla", str(folder.with_name("out"))]) == 0
+    shown = capsys.readouterr().out
+    assert "tokenizer  none in" in shown and "gka distill" not in shown
+    assert gka.GKAForCausalLM.from_pretrained(folder.with_name("out")).config.mixer == "gla"
 
 
 def test_a_family_that_is_not_supported_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gka import GatedKalmaNet, GKAConfig, GKAForCausalLM
-from gka.ops import gated_kalmanet
+from gka.ops import State, gated_kalmanet
 
 
 def plain_layer(layer: GatedKalmaNet, x: Tensor, **op_options: Any) -> Tensor:
@@ -241,6 +241,30 @@ def test_no_tokens() -> None:
     assert not cache.has_previous_state(0)
 
 
+def test_what_is_printed_shows_sizes_and_settings() -> None:
+    layer = GatedKalmaNet(24, 3, solver="cg", tolerance=0.1, layer_idx=2)
+    assert repr(layer).splitlines()[1].strip() == (
+        "24, num_heads=3, num_kv_heads=3, head_dim=8, conv_size=4, solver='cg', solver_steps=None, "
+        "tolerance=0.1, layer_idx=2"
+    )
+    assert "(o_norm): GatedRMSNorm(8, eps=1e-06)" in repr(layer)
+    assert "solve=False" in repr(GatedKalmaNet(24, 3, solve=False))
+    _, state = layer(torch.zeros(2, 5, 24), return_state=True)
+    sums = "State(S_kk=[2, 3, 8, 8], S_kv=[2, 3, 8, 8], float32, cpu)"
+    assert repr(state) == f"LayerState(conv=[[2, 24, 3], [2, 24, 3], [2, 24, 3]], state={sums})"
+    assert repr(State(None, torch.zeros(1, 2).bfloat16())) == "State(S_kk=None, S_kv=[1, 2], bfloat16, cpu)"
+    assert repr(State("in", "out")) == "State(S_kk='in', S_kv='out')"  # type: ignore[arg-type]
+
+
+def test_a_state_moves_to_a_device() -> None:
+    layer = GatedKalmaNet(24, 3)
+    _, state = layer(torch.ones(2, 5, 24), return_state=True)
+    moved = state.to("meta")
+    assert all(x.device.type == "meta" for x in (*moved.conv, *moved.state))
+    assert all(torch.equal(a, b) for a, b in zip(state.to("cpu").state, state.state, strict=True))
+    assert State(None, torch.zeros(2)).to("meta").S_kk is None
+
+
 def test_width_one_convolution() -> None:
     layer, x = tiny_layer(conv_size=1), random_inputs(2, 9, 36)
     cache = new_cache(tiny_config(conv_size=1))
@@ -300,6 +324,11 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             r"g has a value of nan.*is an input or a weight not finite\?",
         ),
         "mask": (dict(attention_mask=torch.ones(1, 8)), ValueError, r"attention_mask has shape \(1, 8\)"),
+        "state of the op": (
+            dict(state=State(torch.zeros(1), torch.zeros(1))),
+            TypeError,
+            "state is a State, the sums of the op; expected a LayerState",
+        ),
         "packed mask": (
             dict(cu_seqlens=edges, attention_mask=torch.ones(1, 7)),
             ValueError,

@@ -10,6 +10,7 @@ import torch
 from forked import run_forked
 from helpers import Case, make_inputs
 
+from gka.nn.cache import LayerState
 from gka.ops import State, gated_kalmanet, gated_kalmanet_step
 
 CASE = Case(lengths=(6, 6), H=4, Hk=2, D=3, V=5)
@@ -84,6 +85,11 @@ BAD = {
         "tolerance is '1e-3'; expected None or a",
     ),
     "state type": ({"initial_state": z(2)}, TypeError, "initial_state is a Tensor; expected a pair"),
+    "state of a layer": (
+        {"initial_state": LayerState([z(2)] * 3, State(z(2), z(2)))},
+        TypeError,
+        r"initial_state is a LayerState, a layer's state; expected its field \.state",
+    ),
     "state of three": (
         {"initial_state": (z(2), z(2), z(2))},
         ValueError,
