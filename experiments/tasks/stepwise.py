@@ -89,6 +89,7 @@ class _OwnRandomNumbers:
     def __init__(self, device: torch.device) -> None:
         self._host, self._device = torch.get_rng_state(), None
         if device.type == "cuda":
+            torch.cuda.init()  # makes the generators
             index = torch.cuda.current_device() if device.index is None else device.index
             self._device = torch.cuda.default_generators[index]
             self._own = self._device.clone_state()
