@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import shlex
 import shutil
 import sys
 import time
@@ -189,7 +190,7 @@ def measure(
     if not first:
         return
     print(f"results: {record.path}")
-    print(f"tables and pictures of all results: python -m experiments evidence {PAGE} --output {folder}")
+    print(f"tables and pictures: python -m experiments evidence {PAGE} --output {shlex.quote(str(folder))}")
     if failed:
         raise UserError(
             f"{len(failed)} of {len(missing)} cells failed, see the messages above; the first one is "

@@ -168,7 +168,7 @@ class _Run:
                 elif self._answer(other) is not None:
                     unfinished.append(other_cell)
             self.suspects += unfinished
-            print(f"  {error}; the cells of this process start again, one at a time", file=sys.stderr)
+            print(f"  {error}; its unfinished cells start again, one at a time", file=sys.stderr)
             self._end(process)
         else:
             self.failed.append(cell)

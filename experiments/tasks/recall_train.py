@@ -126,10 +126,11 @@ def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.devi
         if time.perf_counter() - last_saved > SAVE_EVERY:
             last_saved = time.perf_counter()
             run.save(saved, history, before + last_saved - start)
-        for number, behind in enumerate(run.epoch(batches)):
+        for number, behind in enumerate(run.epoch(batches), 1):
             if time.perf_counter() - last_told > TELL_EVERY:
                 last_told = time.perf_counter()
-                print(_so_far(cell, history, f"step {number} of {len(batches)}"), file=sys.stderr)
+                steps = f"step {min(number, len(batches))} of {len(batches)}"
+                print(_so_far(cell, history, steps), file=sys.stderr)
             yield behind
         loss = run.loss()
         if loss is None:
@@ -155,12 +156,12 @@ def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.devi
     }
 
 
-def _so_far(cell: dict[str, Any], history: History, step: str) -> str:
+def _so_far(cell: dict[str, Any], history: History, steps: str) -> str:
     """A line for people who wait."""
     name = f"{cell['mixer']}, dim {cell['dim']}, {cell['seq_len']} tokens, {cell['num_pairs']} pairs"
     rate = f"rate {cell['learning_rate']}, seed {cell['seed']}"
     before = f"; accuracy {history[-1][1]} after epoch {history[-1][0]}" if history else ""
-    return f"  {name}, {rate}: epoch {len(history) + 1} of {cell['epochs']}, {step}{before}"
+    return f"  {name}, {rate}: epoch {len(history) + 1} of {cell['epochs']}, {steps}{before}"
 
 
 class Steps:

@@ -31,7 +31,7 @@ def main(options: ConvertOptions) -> None:
     except (TypeError, ValueError) as error:
         raise UserError(f"{options.model}: {error}") from None
     copied = write_checkpoint(hybrid, source, out, overwrite=options.overwrite)
-    kinds = ["gka" if kind == "linear_attention" else kind for kind in hybrid.config.layer_types]
+    kinds = [hybrid.config.mixer if kind == "linear_attention" else kind for kind in hybrid.config.layer_types]
     missing = f"none in {options.model}; the next commands need one in both folders"
     print(
         f"{out}: {len(options.layers)} of {len(kinds)} layers replaced, {hybrid.num_parameters() / 1e6:.1f} M "

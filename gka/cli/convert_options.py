@@ -23,7 +23,7 @@ class ConvertOptions:
         MISSING, "attention layers to replace, counted from 0, e.g. 1,3,5", group=LAYERS, minimum=0
     )
     mixer: Literal["gka", "gla"] | None = option(
-        None, "gka, or gla, the layer without the solve; default: gka", group=LAYERS
+        None, "gka, or gla, the layer without the solve; default: that of the model's layers, or gka", group=LAYERS
     )
     solver: SolverName | None = shared.solver(LAYERS, default="chebyshev")
     solver_steps: list[int] | None = option(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hf.cache_size import cache_bytes
-from ..hf.convert import attention_layers, replace_by_fresh
+from ..hf.convert import attention_layers, replace_by_fresh, settings_of_layers
 from ..hf.folders import write_whole
 from ..training.errors import UserError
 from ..training.matching import block_loss
@@ -154,9 +154,7 @@ def _random(lesson: Lesson, student: Any, layers: list[int], seed: int) -> Any:
     """The teacher with random GKA layers in place of its own, configured as in the student."""
     torch.manual_seed(seed)
     config = student.config
-    names = [name for name in vars(config) if name.startswith("use_") and name not in ("use_qk_norm", "use_cache")]
-    names += ["ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer"]
-    settings = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
+    settings = {name: copy.deepcopy(getattr(config, name)) for name in settings_of_layers()}
     return replace_by_fresh(lesson.teacher, layers, **settings)
 
 

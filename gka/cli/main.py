@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -97,6 +98,7 @@ def run(
         return _fail(program, f"unknown command {name!r}{hint}")
     command, prog = commands[name], f"{program} {name}"
     options: Any = None
+    began = time.time()
     try:
         options_class = _load(command.options)
         parser = build_parser(options_class, prog, command.summary, command.examples)
@@ -120,22 +122,27 @@ def run(
         return _fail(prog, f"needs {package}, which is not installed: pip install 'gated-kalmanet[{extra}]'")
     except KeyboardInterrupt:
         resumable = name in _RESUMABLE and options is not None
-        print(f"\n{prog}: interrupted{_how_to_resume(prog, options) if resumable else ''}", file=sys.stderr)
+        print(f"\n{prog}: interrupted{_how_to_resume(prog, options, began) if resumable else ''}", file=sys.stderr)
         return 130
     return 0
 
 
-def _how_to_resume(prog: str, options: Any) -> str:
-    """The command that resumes an interrupted one, and where it starts."""
+def _how_to_resume(prog: str, options: Any, began: float) -> str:
+    """The command that resumes an interrupted one, and where it starts.
+
+    A folder whose options are older than this command, which is not a resumed one, holds another run.
+    """
     folder = Path(options.output).expanduser()
-    if not (folder / OPTIONS_FILE).is_file():
+    saved = folder / OPTIONS_FILE
+    if not saved.is_file() or not (options.resume or saved.stat().st_mtime > began - 1):
         return "; nothing is saved yet"
     command = f"; `{prog} --resume --output {shlex.quote(options.output)}`"
-    steps = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]")]
-    if steps:
-        return f"{command} goes on from step {max(steps)}"
-    # The other commands keep what they have finished in other files.
-    return f"{command} starts at step 0: no checkpoint yet" if prog.endswith(" train") else f"{command} goes on"
+    for stage in ("tune", "layers", ""):  # those of `gka distill`, the last first
+        places = [place for place in (folder / stage).glob("checkpoint-*") if place.is_dir()]
+        found = [re.fullmatch(r"checkpoint-(\d+)", place.name) for place in places]
+        if steps := [int(match[1]) for match in found if match]:
+            return f"{command} resumes from step {max(steps)}{f' of {stage}/' if stage else ''}"
+    return f"{command} starts at step 0: no checkpoint yet"
 
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "gka": GKAPreTrainedModel,
 }
 _LINEAR = "linear_attention"
-_SETTINGS = ("ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer")
 _SAME = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "hidden_act max_position_embeddings rope_parameters attention_dropout initializer_range rms_norm_eps "
@@ -198,8 +197,12 @@ def _chosen(layers: Sequence[int], config: GKAConfig) -> list[int]:
 def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any]) -> GKAConfig:
     types = [_LINEAR if index in chosen else kind for index, kind in enumerate(source.layer_types)]
     _check_names(settings)
-    if (mixer := settings.get("mixer", "gka")) not in OURS:
+    if (mixer := settings.get("mixer", source.mixer)) not in OURS:
         raise ValueError(f"mixer is {mixer!r}; expected one of {OURS} to convert to")
+    if mixer != source.mixer and _LINEAR in source.layer_types:
+        raise ValueError(
+            f"mixer is {mixer!r}; expected {source.mixer!r}, that of the layers which the model has already"
+        )
     fields = source.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         fields.pop(name, None)
@@ -209,16 +212,24 @@ def _with_layers(source: GKAConfig, chosen: list[int], settings: dict[str, Any])
         raise ValueError(f"the attention layers do not fit into GKA layers: {error}") from None
 
 
+def settings_of_layers() -> list[str]:
+    """The fields of GKAConfig that `convert` takes as settings of the new layers."""
+    switches = [name for name in GKAConfig.__annotations__ if name.startswith("use_")]
+    of_all = ("use_qk_norm", "use_cache")
+    settings = ["ridge_ratio", "solver", "solver_steps", "tolerance", "chunk_size", "conv_size", "mixer"]
+    return settings + [name for name in switches if name not in of_all]
+
+
 def _check_names(settings: Iterable[str]) -> None:
-    """Raise ValueError for a setting that GKA layers of a converted model do not have."""
-    known = list(GKAConfig.__annotations__)
-    switches = [name for name in known if name.startswith("use_") and name not in ("use_qk_norm", "use_cache")]
-    allowed = [*_SETTINGS, *switches]
+    """Raise ValueError for a setting that `convert` does not take."""
+    allowed = settings_of_layers()
     for name in settings:
         if name in allowed:
             continue
-        if name in known:
-            raise ValueError(f"{name} belongs to the whole model, which keeps its own; expected one of {allowed}")
+        if name in GKAConfig.__annotations__:
+            raise ValueError(
+                f"{name} is a field of GKAConfig that convert does not take; expected one of {allowed}"
+            )
         near = difflib.get_close_matches(name, allowed, n=1)
         expected = f"did you mean {near[0]}?" if near else f"expected one of {allowed}"
         raise ValueError(f"{name} is no setting of the new layers; {expected}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import State
+from ..ops.types import shown
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -42,9 +43,8 @@ class LayerState(NamedTuple):
         return LayerState([part.to(device) for part in self.conv], self.state.to(device))
 
     def __repr__(self) -> str:
-        """Shapes, dtype and device, not the numbers."""
-        conv = [list(part.shape) if isinstance(part, Tensor) else part for part in self.conv]
-        return f"LayerState(conv={conv}, state={self.state!r})"
+        """Shapes, dtypes and devices, not the numbers."""
+        return f"LayerState(conv={shown(self.conv)}, state={self.state!r})"
 
 
 def checked_layer_state(given: Any, conv_shapes: Sequence[tuple[int, ...]]) -> LayerState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,17 @@ class State(NamedTuple):
         return State(None if self.S_kk is None else self.S_kk.to(device), self.S_kv.to(device))
 
     def __repr__(self) -> str:
-        """Shapes, dtype and device, not the numbers."""
-        if not isinstance(self.S_kv, Tensor):  # a pytree that has the form of a state
-            return f"State(S_kk={self.S_kk!r}, S_kv={self.S_kv!r})"
-        S_kk = None if self.S_kk is None else list(self.S_kk.shape)
-        dtype = str(self.S_kv.dtype).removeprefix("torch.")
-        return f"State(S_kk={S_kk}, S_kv={list(self.S_kv.shape)}, {dtype}, {self.S_kv.device})"
+        """Shapes, dtypes and devices, not the numbers."""
+        return f"State(S_kk={shown(self.S_kk)}, S_kv={shown(self.S_kv)})"
+
+
+def shown(x: Any) -> str:
+    """Shape, dtype and device of a tensor, and of the tensors of a list; anything else as it is."""
+    if isinstance(x, list):
+        return f"[{', '.join(map(shown, x))}]"
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
 
 
 class Arguments(NamedTuple):

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -431,7 +433,7 @@ def test_a_missing_extra_of_the_models_is_named(
     one_line_error(capsys, [name, *arguments], "needs transformers", f"gated-kalmanet[{extra}]")
 
 
-def test_an_interrupted_run_says_how_to_go_on(
+def test_an_interrupted_run_says_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(_: Any) -> None:
@@ -448,16 +450,31 @@ def test_an_interrupted_run_says_how_to_go_on(
     train = ("train", "--output", "runs/my run")
     assert told(*train) == "gka train: interrupted; nothing is saved yet"
     Path("runs/my run").mkdir(parents=True)
-    Path("runs/my run/options.yaml").touch()
+    options = Path("runs/my run/options.yaml")
+    options.touch()
     how = "interrupted; `gka train --resume --output 'runs/my run'`"
     assert told(*train) == f"gka train: {how} starts at step 0: no checkpoint yet"
-    for name in ("checkpoint-70", "checkpoint-140", "checkpoint-new"):
+    for name in ("checkpoint-70", "checkpoint-140", "checkpoint-new", "checkpoint-210-old2"):
         Path("runs/my run", name).mkdir()
-    assert told(*train) == f"gka train: {how} goes on from step 140"
-    Path("runs/my run/options.yaml").rename("runs/options.yaml")
-    ranks = ("rank-layers", "model", "--output", "runs")
-    assert told(*ranks) == "gka rank-layers: interrupted; `gka rank-layers --resume --output runs` goes on"
+    assert told(*train) == f"gka train: {how} resumes from step 140"
+    os.utime(options, (1e9, 1e9))  # a run of before, which this command has not opened yet
+    assert told(*train) == "gka train: interrupted; nothing is saved yet"
+    assert told(*train, "--resume") == f"gka train: {how} resumes from step 140"
     assert told("eval", "runs/x") == "gka eval: interrupted"
+
+
+def test_an_interrupted_distillation_says_which_stage_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SimpleNamespace(output=str(tmp_path), resume=False)
+    (tmp_path / "options.yaml").touch()
+
+    def told() -> str:
+        return cli._how_to_resume("gka distill", options, time.time())
+
+    for folder, where in (("layers", "step 20 of layers/"), ("tune", "step 20 of tune/")):
+        (tmp_path / folder / "checkpoint-20").mkdir(parents=True)
+        assert told() == f"; `gka distill --resume --output {tmp_path}` resumes from {where}"
 
 
 def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,11 +98,14 @@ def test_trainings_in_streams_of_a_process_learn(device: torch.device, tmp_path:
         record, cells, lambda *_: True, shared, processes=1, streams=3, seconds=240, report=print
     )
     assert not failed and len(record.entries) == 4
-    for entry in record.entries:
+    for number, entry in enumerate(record.entries):
         found = entry["result"]
-        alone = train({**entry["cell"], "learning_rate": found["learning_rate"]}, [], device, tmp_path / "alone")
+        this = {**entry["cell"], "learning_rate": found["learning_rate"]}
+        alone = train(this, [], device, tmp_path / f"alone-{number}")
         assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
-        losses, ref_losses = (torch.tensor([loss for *_, loss in x["history"]]) for x in (found, alone))
+        same = min(len(x["history"]) for x in (found, alone))  # one may have solved the task an epoch sooner
+        assert same > 2
+        losses, ref_losses = (torch.tensor([loss for *_, loss in x["history"][:same]]) for x in (found, alone))
         assert relative_error(losses, ref_losses) < 1e-2, "the random numbers are those of a training alone"
 
 

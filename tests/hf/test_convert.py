@@ -230,8 +230,8 @@ def test_heads_of_any_size_stay_if_none_is_replaced() -> None:
 @pytest.mark.parametrize(
     "name, told",
     [
-        ("hidden_size", "hidden_size belongs to the whole model, which keeps its own; expected one of"),
-        ("use_qk_norm", "use_qk_norm belongs to the whole model"),
+        ("hidden_size", "hidden_size is a field of GKAConfig that convert does not take; expected one of"),
+        ("use_qk_norm", "use_qk_norm is a field of GKAConfig that convert does not take"),
         ("mixr", r"mixr is no setting of the new layers; did you mean mixer\?"),
         ("depth", "depth is no setting of the new layers; expected one of .*ridge_ratio.*use_v_conv"),
     ],
@@ -239,6 +239,13 @@ def test_heads_of_any_size_stay_if_none_is_replaced() -> None:
 def test_refuses_settings_that_are_not_of_the_new_layers(name: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         convert(small("qwen3"), [0], **{name: 1})
+
+
+def test_one_model_has_layers_of_one_mixer() -> None:
+    hybrid = convert(small("qwen3"), [1], mixer="gla")
+    assert convert(hybrid, [2]).config.mixer == "gla"
+    with pytest.raises(ValueError, match="mixer is 'gka'; expected 'gla', that of the layers which the model has"):
+        convert(hybrid, [2], mixer="gka")
 
 
 def test_biases_that_are_left_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -337,7 +344,7 @@ def test_layers_without_a_solve_and_a_model_without_a_tokenizer(
         (folder / file).unlink(missing_ok=True)
     assert main(["convert", str(folder), "--layers", "1", "--mixer", "gla", str(folder.with_name("out"))]) == 0
     shown = capsys.readouterr().out
-    assert "tokenizer  none in" in shown and "gka distill" not in shown
+    assert "tokenizer  none in" in shown and "gka distill" not in shown and "1 gla" in shown
     assert gka.GKAForCausalLM.from_pretrained(folder.with_name("out")).config.mixer == "gla"
 
 

@@ -250,10 +250,12 @@ def test_what_is_printed_shows_sizes_and_settings() -> None:
     assert "(o_norm): GatedRMSNorm(8, eps=1e-06)" in repr(layer)
     assert "solve=False" in repr(GatedKalmaNet(24, 3, solve=False))
     _, state = layer(torch.zeros(2, 5, 24), return_state=True)
-    sums = "State(S_kk=[2, 3, 8, 8], S_kv=[2, 3, 8, 8], float32, cpu)"
-    assert repr(state) == f"LayerState(conv=[[2, 24, 3], [2, 24, 3], [2, 24, 3]], state={sums})"
-    assert repr(State(None, torch.zeros(1, 2).bfloat16())) == "State(S_kk=None, S_kv=[1, 2], bfloat16, cpu)"
-    assert repr(State("in", "out")) == "State(S_kk='in', S_kv='out')"  # type: ignore[arg-type]
+    sums = "State(S_kk=[2, 3, 8, 8] float32 cpu, S_kv=[2, 3, 8, 8] float32 cpu)"
+    assert repr(state) == f"LayerState(conv=[{', '.join(3 * ['[2, 24, 3] float32 cpu'])}], state={sums})"
+    assert repr(State(None, torch.zeros(1, 2).bfloat16())) == "State(S_kk=None, S_kv=[1, 2] bfloat16 cpu)"
+    dims = State(0, 1)  # type: ignore[arg-type]  # of torch.func.vmap
+    assert repr(dims) == "State(S_kk=0, S_kv=1)"
+    assert repr(type(state)(None, dims)) == "LayerState(conv=None, state=State(S_kk=0, S_kv=1))"  # type: ignore[arg-type]
 
 
 def test_a_state_moves_to_a_device() -> None:
