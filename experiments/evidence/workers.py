@@ -261,7 +261,7 @@ def _work(connections: list[Connection], processes: int, shared: Shared) -> None
 
     quiet()
     device = torch.device("cuda", 0) if shared.device == "cuda" else torch.device(shared.device)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (processes * len(connections))))
     experiment: Any = importlib.import_module(shared.module)
     if hasattr(experiment, "stepwise"):
         _answer_stepwise(connections, experiment, device, shared)
