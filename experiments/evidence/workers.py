@@ -269,7 +269,7 @@ def _work(connections: list[Connection], processes: int, shared: Shared) -> None
         (connection,) = connections
         while (cell := _received(connection)) is not None:
             folder = scratch_folder(shared.folder, cell)
-            connection.send(_tried(lambda: experiment.run(cell, folder, device)))  # noqa: B023
+            connection.send(_tried(experiment.run, cell, folder, device))
             _free(device)
 
 
@@ -284,8 +284,7 @@ def _answer_stepwise(connections: list[Connection], experiment: Any, device: tor
             if (cell := _received(connection)) is None:
                 return
             steps = experiment.stepwise(cell, scratch_folder(shared.folder, cell), device)
-            stream = connections.index(connection)
-            training, error = _tried(lambda: Training(steps, device, stream))  # noqa: B023
+            training, error = _tried(Training, steps, device, connections.index(connection))
             if error is None:
                 trainings[connection] = training
             else:
@@ -318,9 +317,9 @@ def _received(connection: Connection) -> Cell | None:
     return cell
 
 
-def _tried(function: Callable[[], Any]) -> Answer:
+def _tried(function: Callable[..., Any], *arguments: Any) -> Answer:
     try:
-        return function(), None
+        return function(*arguments), None
     except Exception as error:  # after any error in one cell, the other cells still run
         return None, f"{type(error).__name__}: {error}"
 

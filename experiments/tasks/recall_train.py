@@ -32,7 +32,7 @@ from .mqar import make_mqar
 from .recall_mixers import MIXERS, state_size
 from .recall_model import RecallModel
 from .replay import Batch, ReplayedSteps, parameter_groups
-from .stepwise import Stepwise, finish
+from .stepwise import Stepwise
 
 RATES = (2.15e-3, 4.64e-4, 1e-2, 1e-4)  # Zoology's four, the likeliest first
 SOLVED = 0.99
@@ -90,12 +90,6 @@ def hopeless(history: History, rivals: Sequence[History], num_pairs: int, epochs
             return "stays at guessing"
     best = max((rival[done - 1][1] for rival in rivals if len(rival) >= done), default=0.0)
     return "behind another rate" if accuracy < best - (0.1 if late else 0.3) else None
-
-
-def train(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> dict[str, Any]:
-    """Run `training` to its end; returns its result."""
-    result: dict[str, Any] = finish(training(cell, rivals, device, folder), device)
-    return result
 
 
 def training(cell: dict[str, Any], rivals: Sequence[History], device: torch.device, folder: Path) -> Stepwise:
@@ -169,7 +163,7 @@ class Steps:
 
     Args:
         model: the model, on its device.
-        cell: as for `train`.
+        cell: as for `training`.
         device: of the model and the examples.
         graph: whether to record a step as a CUDA graph; the caller is in `stepwise.own_stream`.
     """

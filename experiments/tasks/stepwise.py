@@ -34,7 +34,7 @@ class Training:
     Args:
         steps: the training.
         device: of the training.
-        number: of the stream; trainings beside each other have different ones.
+        number: of the stream; trainings that run at the same time have different numbers.
 
     Attributes:
         result: of the training, once it has ended.
@@ -87,20 +87,20 @@ class _OwnRandomNumbers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._host, self._device = torch.get_rng_state(), None
+        self._host, self._generator = torch.get_rng_state(), None
         if device.type == "cuda":
             torch.cuda.init()  # makes the generators
             index = torch.cuda.current_device() if device.index is None else device.index
-            self._device = torch.cuda.default_generators[index]
-            self._own = self._device.clone_state()
+            self._generator = torch.cuda.default_generators[index]
+            self._own = self._generator.clone_state()
 
     def __enter__(self) -> None:
         torch.set_rng_state(self._host)
-        if self._device is not None:
-            self._others = self._device.graphsafe_get_state()
-            self._device.graphsafe_set_state(self._own)
+        if self._generator is not None:
+            self._others = self._generator.graphsafe_get_state()
+            self._generator.graphsafe_set_state(self._own)
 
     def __exit__(self, *_: object) -> None:
         self._host = torch.get_rng_state()
-        if self._device is not None:
-            self._device.graphsafe_set_state(self._others)
+        if self._generator is not None:
+            self._generator.graphsafe_set_state(self._others)

@@ -13,6 +13,7 @@ from .options import option, read_yaml
 from .shared_options import DATA, MACHINE, MODEL, RUN, TRAINING, Device, Dtype, SolverName
 
 OPTIONS_FILE = "options.yaml"
+LAYERS_FOLDER, TUNE_FOLDER = "layers", "tune"  # checkpoints of the stages of `gka distill`
 
 
 class Command(NamedTuple):

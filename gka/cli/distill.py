@@ -28,6 +28,7 @@ from ..hf.folders import write_whole
 from ..training.errors import UserError
 from ..training.matching import block_loss
 from ..training.trainer import GKATrainer
+from .commands import TUNE_FOLDER
 from .convert_options import DistillOptions
 from .loading import load_model
 from .machine import describe_command, describe_machine, describe_versions
@@ -36,7 +37,6 @@ from .quiet import quiet
 from .together import together
 from .train import save_model, train_to_the_end
 
-TUNE_FOLDER = "tune"
 CACHE_TOKENS = 32768
 
 

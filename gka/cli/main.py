@@ -18,7 +18,7 @@ from typing import Any
 
 from .._version import __version__
 from ..training.errors import UserError, reason
-from .commands import COMMANDS, OPTIONS_FILE, Command
+from .commands import COMMANDS, LAYERS_FOLDER, OPTIONS_FILE, TUNE_FOLDER, Command
 from .options import build_parser, nearest, parse_options
 
 _RESUMABLE = ("train", "distill", "rank-layers")
@@ -137,7 +137,7 @@ def _how_to_resume(prog: str, options: Any, began: float) -> str:
     if not saved.is_file() or not (options.resume or saved.stat().st_mtime > began - 1):
         return "; nothing is saved yet"
     command = f"; `{prog} --resume --output {shlex.quote(options.output)}`"
-    for stage in ("tune", "layers", ""):  # those of `gka distill`, the last first
+    for stage in (TUNE_FOLDER, LAYERS_FOLDER, ""):  # the last first
         places = [place for place in (folder / stage).glob("checkpoint-*") if place.is_dir()]
         found = [re.fullmatch(r"checkpoint-(\d+)", place.name) for place in places]
         if steps := [int(match[1]) for match in found if match]:

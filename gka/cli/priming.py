@@ -15,11 +15,11 @@ from ..training.data import Manifest, TokenBlocks
 from ..training.errors import UserError
 from ..training.matching import LayerMatching, MatchTrainer, matching_errors
 from ..training.trainer import GKATrainer, ProgressCallback, ScheduleCallback
+from .commands import LAYERS_FOLDER
 from .loading import load_checkpoint
 from .run_folder import open_run_together
 from .train import schedule_of, train_to_the_end, training_arguments
 
-LAYERS_FOLDER = "layers"
 Errors = dict[int, dict[str, float]]
 
 

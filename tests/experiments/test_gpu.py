@@ -23,7 +23,7 @@ from experiments.tasks import mqar_replay
 from experiments.tasks.asked import Asked
 from experiments.tasks.recall_mixers import MIXERS
 from experiments.tasks.recall_model import RecallModel
-from experiments.tasks.recall_train import Steps, make_examples, train
+from experiments.tasks.recall_train import Steps, make_examples, training
 from experiments.tasks.replay import ReplayedSteps
 from experiments.tasks.stepwise import finish, own_stream
 from gka import GKAForCausalLM
@@ -83,7 +83,7 @@ def test_replayed_steps_train_as_others(mixer: str, device: torch.device) -> Non
 
 @pytest.mark.parametrize("mixer", ["gka-paper", "attention"])
 def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> None:
-    found = train(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path)
+    found = finish(training(cell(mixer, num_pairs=2, train_examples=4096, epochs=8), [], device, tmp_path), device)
     assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
 
 
@@ -101,7 +101,7 @@ def test_trainings_in_streams_of_a_process_learn(device: torch.device, tmp_path:
     for number, entry in enumerate(record.entries):
         found = entry["result"]
         this = {**entry["cell"], "learning_rate": found["learning_rate"]}
-        alone = train(this, [], device, tmp_path / f"alone-{number}")
+        alone = finish(training(this, [], device, tmp_path / f"alone-{number}"), device)
         assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
         same = min(len(x["history"]) for x in (found, alone))  # one may have solved the task an epoch sooner
         assert same > 2

@@ -21,7 +21,7 @@ from experiments.evidence.record import Record
 from experiments.tasks import first_configuration, recall_model, recall_train
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
-from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, train
+from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, training
 from experiments.tasks.stepwise import Stepwise, finish
 from gka.training.errors import UserError
 
@@ -161,7 +161,7 @@ def test_examples_are_the_same_for_every_mixer_and_rate() -> None:
 @pytest.mark.parametrize("mixer", ["linear", "mamba2"])
 def test_a_training_that_solves_the_task_ends(mixer: str, tmp_path: Path) -> None:
     easy = cell(mixer=mixer, dim=32, seq_len=8, num_pairs=2, vocab_size=12, train_examples=960, epochs=40)
-    found = train(easy, [], CPU, tmp_path)
+    found = finish(training(easy, [], CPU, tmp_path), CPU)
     assert found["ended"] == "solved" and found["accuracy"] > 0.99 and len(found["history"]) < 40
     assert all(accuracy <= 0.99 for _, accuracy, _ in found["history"][:-1])
     assert found["history"][-1][2] < found["history"][0][2]
@@ -185,7 +185,7 @@ def test_the_rate_falls_by_epoch_and_what_layers_exclude_is_not_decayed() -> Non
 
 def test_numbers_that_are_not_finite_end_a_training(tmp_path: Path) -> None:
     for mixer in ("attention", "gka"):
-        found = train(cell(mixer=mixer, learning_rate=1e30), [], CPU, tmp_path)
+        found = finish(training(cell(mixer=mixer, learning_rate=1e30), [], CPU, tmp_path), CPU)
         assert found["ended"] == "not finite" and len(found["history"]) < 4
         json.dumps(found, allow_nan=False)
 
@@ -205,7 +205,7 @@ def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkey
     monkeypatch.setattr(recall_train, "hopeless", lambda *_: None)
     monkeypatch.setattr(recall_model, "DROPOUT", 0.0)
     monkeypatch.setattr(recall_train, "SAVE_EVERY", 0.0)
-    whole = train(cell(mixer="linear"), [], CPU, tmp_path / "whole")
+    whole = finish(training(cell(mixer="linear"), [], CPU, tmp_path / "whole"), CPU)
     epoch, calls = Steps.epoch, []
 
     def stop(self: Steps, batches: Any) -> Any:
@@ -216,9 +216,9 @@ def test_a_stopped_training_resumes_with_the_same_numbers(tmp_path: Path, monkey
 
     monkeypatch.setattr(Steps, "epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(cell(mixer="linear"), [], CPU, tmp_path / "part")
+        finish(training(cell(mixer="linear"), [], CPU, tmp_path / "part"), CPU)
     monkeypatch.setattr(Steps, "epoch", epoch)
-    resumed = train(cell(mixer="linear"), [], CPU, tmp_path / "part")
+    resumed = finish(training(cell(mixer="linear"), [], CPU, tmp_path / "part"), CPU)
     assert len(whole["history"]) == 4 and resumed["history"] == whole["history"]
     assert resumed["accuracy"] == whole["accuracy"] and resumed["ended"] == whole["ended"]
 
@@ -227,7 +227,7 @@ def test_a_training_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recall_train, "TELL_EVERY", 0.0)
-    train(cell(epochs=2), [], CPU, tmp_path)
+    finish(training(cell(epochs=2), [], CPU, tmp_path), CPU)
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first.endswith("epoch 1 of 2, step 1 of 3") and "epoch 2 of 2, step 3 of 3; accuracy 0." in last
 
