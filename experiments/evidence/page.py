@@ -14,12 +14,14 @@ from typing import Any
 from gka.training.errors import UserError
 
 from .catalogue import EXPERIMENTS
+from .lm_page import STYLE
 from .overview import OVERVIEWS
 from .record import Record
 
 _CORRECTED = "2026-11-28"  # `docs/kernels.md`, "A wrong gradient, and how it hid"
 _WRONG = "In bfloat16 it was 6% to 10% wrong at the start of a sequence."
 _AFTER = {"lm": _WRONG, "long": _WRONG, "ablations": _WRONG, "cost": "It made forward + backward 8% slower."}
+_WITH_GATE = {mixer: STYLE[mixer][0] for mixer in ("gka", "hybrid")}
 _HEAD = """# Evidence
 
 This page compares Gated KalmaNet (GKA) with other linear layers and with softmax attention. Each section is one
@@ -81,7 +83,7 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
     details = (
         f"# {record.experiment}: {experiment.SUMMARY}",
         f"All results of one section of [the evidence page](../{page}).",
-        _about_age(record.experiment, runs),
+        about_age(record, entries),
         experiment.section(entries, picture),
         f"![{experiment.SUMMARY}]({picture.name})",
         f"## Commands\n\nThe results are in [{record.path.name}]({record.path.name})."
@@ -93,7 +95,7 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
     parts = (
         f"## {record.experiment}: {experiment.SUMMARY}",
         OVERVIEWS[record.experiment](entries),
-        _about_age(record.experiment, runs),
+        about_age(record, entries),
         f"![{experiment.SUMMARY}]({folder}/{picture.name})",
         f"[All tables, commands and machines]({folder}/{full.name}). Repeat it: "
         f"`python -m experiments evidence {record.experiment}{size}`.",
@@ -101,14 +103,23 @@ def _section(record: Record, experiment: Any, picture: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _about_age(name: str, runs: list[dict[str, Any]]) -> str:
+def about_age(record: Record, entries: list[dict[str, Any]]) -> str:
     """A warning about results with a gradient that was corrected later."""
-    if name not in _AFTER or max(run["date"] for run in runs) >= _CORRECTED:
+    if record.experiment not in _AFTER:
         return ""
-    return (
-        f"These results are older than a correction of the gradient of GKA's forget gate ({_CORRECTED}). "
-        f"{_AFTER[name]}"
+    runs = record.content["runs"]
+    ours = [entry for entry in entries if entry["cell"].get("mixer", "gka") in _WITH_GATE]
+    old = [entry["cell"] for entry in ours if runs[entry["run"]]["date"] < _CORRECTED]
+    if not old:
+        return ""
+    then = f"older than a correction of the gradient of GKA's forget gate ({_CORRECTED})"
+    names = dict.fromkeys(
+        "tokens/s of " * (cell.get("part") == "speed") + _WITH_GATE[cell.get("mixer", "gka")] for cell in old
     )
+    said = (
+        f"These results are {then}." if len(old) == len(ours) else f"Some results are {then}: {', '.join(names)}."
+    )
+    return f"{said} {_AFTER[record.experiment]}"
 
 
 def sources_of(runs: list[dict[str, Any]]) -> list[str]:

@@ -154,7 +154,8 @@ def answer(groups: Groups, first_tokens: int) -> str:
     for name in OTHERS[:2]:
         said += _beside_another(name, values(groups.get(name, [])), ours)
     since = parting_step(groups[OURS])
-    said += [] if since is None else [f"They have half of their last spread from step {since} on."]
+    if since is not None and since < max(at_steps(groups[OURS])):
+        said.append(f"From step {since} on their spread stays at least half of the last one.")
     if len(ours) < LEAST:
         said.append("With two seeds a spread says too little for a comparison with the controls.")
     else:
@@ -327,7 +328,7 @@ def _draw(groups: Groups, path: Path) -> None:
     parting.set(xscale="log", yscale="log", xlabel="step", ylabel="nats per token")
     parting.set_title("spread of the held-out loss between trainings", loc="left", fontsize=11)
     if parting.lines:
-        parting.legend(frameon=False, fontsize=8)
+        figure.legend(handles=parting.lines, loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     for entry, style in zip(groups.get(OURS, []), ("-", "--", ":"), strict=False):
         for group, colour in (("A_log", "#1d3557"), ("dt_bias", "#c8553d"), ("decay", "#b8860b")):
             points = norms_of(entry, group)
@@ -337,5 +338,5 @@ def _draw(groups: Groups, path: Path) -> None:
     norms.set(yscale="log", xlabel="step")
     norms.set_title("gradient norms of GKA, all blocks", loc="left", fontsize=11)
     if norms.lines:
-        norms.legend(frameon=False, fontsize=7, ncols=3)
+        figure.legend(handles=norms.lines, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     save(figure, path)

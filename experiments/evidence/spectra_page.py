@@ -91,7 +91,9 @@ def _losses(entries: Entries) -> Entries:
 def _described(entries: Entries) -> str:
     cell = entries[0]["cell"]
     counts = [len(entry["result"]["windows"]) for entry in _losses(entries)]
-    text = f"How does a trained model use the solve? The model is {cell['model']}"
+    of_lm = Path(cell["model"]).parts[-3:] == ("lm-models", cell["size"], "gka")
+    model = "the one of the experiment `lm` with GKA and the first seed" if of_lm else cell["model"]
+    text = f"How does a trained model use the solve? The model is {model}"
     known = _part(entries, "layers") or _part(entries, "products")
     if known is not None:
         text += (
@@ -263,7 +265,10 @@ def draw(entries: Entries, path: Path) -> None:
 
 def _draw_cost(axes: Any, losses: Entries) -> None:
     """The difference from the reference of each solver and dtype."""
+    from matplotlib.ticker import FixedLocator
+
     looks = {("chebyshev", "float32"): ("#444444", "s"), ("chebyshev", "bfloat16"): ("#c44e3b", "o")}
+    lowest = 0.0
     for solver, dtype in (*looks, ("cg", "bfloat16")):
         colour, marker = looks.get((solver, dtype), ("#2a9d8f", "D"))
         points = []
@@ -271,11 +276,16 @@ def _draw_cost(axes: Any, losses: Entries) -> None:
             if (entry["cell"]["solver"], entry["cell"]["dtype"]) == (solver, dtype):
                 mean, error = paired(losses[0]["result"]["windows"], entry["result"]["windows"])
                 points.append((_products(entry["cell"]), mean, _ERRORS * error))
+                lowest = min(lowest, mean - _ERRORS * error)
         if points:
             x, y, errors = zip(*sorted(points), strict=True)
             label = f"{_SOLVERS[solver]}, {dtype}"
             axes.errorbar(x, y, errors, color=colour, marker=marker, markersize=5, linewidth=1.2, label=label)
     if losses:
         axes.axhline(0.0, color="#999999", linewidth=0.8)
-        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_yscale("symlog", linthresh=1e-4)
+        sizes = [sign * size for size in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 1.0) for sign in (1, -1)]
+        axes.yaxis.set_major_locator(FixedLocator([0.0, *sizes]))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_ylim(bottom=min(-5e-5, 1.2 * lowest))
         axes.legend(frameon=False, fontsize=8)

@@ -16,7 +16,7 @@ from pages import assert_drawn, rows_of
 
 from experiments import __main__ as command_line
 from experiments.evidence import command, cost, mqar, mqar_page, numerics
-from experiments.evidence.page import shown, sources_of, write_page
+from experiments.evidence.page import about_age, shown, sources_of, write_page
 from experiments.evidence.record import Record
 from experiments.evidence.table import spread
 from experiments.tasks.mqar import make_mqar
@@ -176,6 +176,17 @@ def test_a_page_says_that_results_are_old(tmp_path: Path) -> None:
         full = (tmp_path / "evidence" / "cost.md").read_text(encoding="utf-8")
         assert ("older than a correction" in text) == ("older than a correction" in full) == expected
         assert ("`gka evidence` is `python -m experiments evidence` now" in full) == expected
+
+
+def test_a_page_names_the_results_that_are_old(tmp_path: Path) -> None:
+    record = Record(tmp_path / "lm.json", "lm")
+    kinds = (("gka", "model", True), ("gka", "speed", False), ("hybrid", "model", False), ("gla", "model", False))
+    entries = [{"cell": {"mixer": mixer, "part": part}, "run": int(new)} for mixer, part, new in kinds]
+    record.content["runs"] = [{"date": "2026-11-27"}, {"date": "2026-11-29"}]
+    said = about_age(record, entries)
+    assert "(2026-11-28): tokens/s of GKA, hybrid of GKA and softmax attention. In" in said
+    assert about_age(record, entries[1:]).startswith("These results are older")
+    assert about_age(record, entries[:1]) == about_age(record, entries[3:]) == ""
 
 
 def test_only_some_cells(counted: list[dict[str, Any]], tmp_path: Path) -> None:

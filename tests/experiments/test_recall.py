@@ -556,7 +556,7 @@ def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
     worse, equal = all_rates("gla", 64, 0.5), [entry("gla", 128, 0.998)]
     assert "Figure 3a holds" in said(*worse, *equal) and "at 1 of 2 settings" in said(*worse, *equal)
     assert "GLA: better in 1, equal in 1, worse in 0" in said(*worse, *equal)
-    unfinished = said(*worse)
+    unfinished = said(*worse[:1], *equal)
     assert "no verdict on figure 3a yet: 1 of 2 comparisons are complete" in unfinished
     assert "Figure 3a holds" not in unfinished and "above 99 percent at all 2 settings" in unfinished
     assert "another mixer recalls more in 1 of 2" in said(*all_rates("gla", 64, 0.8), *equal)
@@ -573,6 +573,24 @@ def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
     right[:1] = all_rates("attention", 64, 0.5)
     text = said(*all_rates("gla", 64, 0.8), *equal)
     assert "fails at 16 tokens, 2 pairs, dim 64:" in text and "neither confirmed nor refuted" in text
+
+
+def test_the_verdict_waits_only_for_what_can_change_it(tmp_path: Path) -> None:
+    right = [entry("attention", dim, 0.995) for dim in (64, 128)]
+    worse, solved_there = all_rates("gla", 64, 0.5), entry("gka-paper", 128, 0.995)
+    some_rates = all_rates("gka-paper", 64, 0.7)[:2]
+    pending = all_rates("gla", 128, 0.5)[:1]
+
+    def said(*more: dict[str, Any]) -> str:
+        return recall_page.section([*right, *more], tmp_path / "picture.png")
+
+    text = said(*some_rates, solved_there, *worse, *pending)
+    assert "Figure 3a holds" in text and "1 of 2 comparisons are not complete. They cannot change this" in text
+    unsolved = said(*some_rates, *all_rates("gka-paper", 128, 0.6), *worse, *pending)
+    assert "no verdict" in unsolved, "the other layer may get above 0.6"
+    assert "no verdict" in said(*some_rates, solved_there, *all_rates("gla", 64, 0.8)), "ours may still rise"
+    nowhere = said(*all_rates("gka-paper", 64, 0.5), solved_there, *worse, *pending)
+    assert "no verdict" in nowhere, "it may be better at the other setting"
 
 
 def test_the_full_experiment_waits_for_all_of_the_verdict() -> None:

@@ -303,7 +303,7 @@ def test_when_the_seeds_part() -> None:
     ours = own("GKA", 2.0, 2.06)
     for each, ends in zip(ours, ((5.0, 4.0, 3.0, 2.0), (5.3, 4.01, 3.04, 2.06)), strict=True):
         each["result"]["held out"] = [[step, loss] for step, loss in zip((10, 20, 40, 80), ends, strict=True)]
-    assert seeds_page.parting_step(ours) == 40 and "from step 40 on" in said(*ours)
+    assert seeds_page.parting_step(ours) == 40 and "From step 40 on" in said(*ours)
     ours[1]["result"]["held out"][1] = [20, 4.2]
     assert seeds_page.parting_step(ours) == 10
     assert seeds_page.parting_step(ours[:1]) is None
