@@ -117,7 +117,7 @@ def test_layers_of_other_packages_are_named_when_missing() -> None:
 def test_the_first_configuration_that_fits_is_taken(
     too_large: tuple[int, ...], runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others are not tried, and what was taken is not kept on disk."""
+    """Of those with four warps, the default. Others are not tried, and what was taken is not kept on disk."""
     triton = pytest.importorskip("triton")
     from triton.runtime.autotuner import Autotuner, OutOfResources
 
@@ -135,7 +135,8 @@ def test_the_first_configuration_that_fits_is_taken(
                 raise OutOfResources(2, 1, "shared memory")
             return n
 
-    tuned = Autotuner(Kernel(), ["x"], [config(n) for n in range(3)], ["x"], None, None, cache_results=True)
+    configs = [triton.Config({"n": 3}, num_warps=1), *map(config, range(3)), triton.Config({"n": 4}, num_warps=8)]
+    tuned = Autotuner(Kernel(), ["x"], configs, ["x"], None, None, cache_results=True)
     for key in range(2):  # a new key is a new search
         tried.clear()
         assert [tuned.run(key), tuned.run(key)] == [runs[-1]] * 2 and tried == [*runs, runs[-1], runs[-1]]
