@@ -170,6 +170,7 @@ def main() -> None:
         "--batches", type=int, nargs="+", metavar="B", help="batches; default: 1 16 64 256, with --model 1 64"
     )
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of a row, with --model")
+    parser.add_argument("--eager", action="store_true", help="with --model: no graph, and nothing is compiled")
     parser.add_argument("--heads", type=int, default=16, help="number of heads H")
     parser.add_argument("--dim", type=int, default=128, help="head dims D = V")
     parser.add_argument("--repeats", type=int, help="timed rounds, of which the median counts; default: 20 or 3")

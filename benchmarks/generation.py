@@ -1,12 +1,13 @@
-"""Decoding with a whole model through `generate`, with a recorded step (CUDA graph) and without.
+"""Decoding with a whole model through `generate`, in another way than step by step.
 
-"eager" launches every kernel of every token; "graph" replays a recorded step (`gka.hf.captured_step`), and runs
-on a GPU only. Weights are random, in bfloat16, and decoding is greedy. The model is a recipe's, once as it is
-and once with softmax attention in every fourth layer.
+"eager" launches every kernel of every token; "graph" replays a recorded step (CUDA graph,
+`gka.hf.captured_step`), on a GPU; "compiled" runs a step compiled by torch.compile (`gka.hf.compiled_step`), on a
+CPU. Weights are random, in bfloat16 on a GPU and in float32 on a CPU, and decoding is greedy. The model is a
+recipe's, once as it is and once with softmax attention in every fourth layer.
 
 Times are for a prompt of 16 tokens and `tokens` new ones, after one call, and the tokens per second are those
 of all rows together. `first seconds` is the time of that first call, with everything that is compiled and
-recorded in it. `equal` is the part of the tokens that are the same as without a graph.
+recorded in it. `equal` is the part of the tokens that are those of "eager".
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 from benchmarks.common import medians
 from gka import GKAConfig, GKAForCausalLM
@@ -36,31 +38,32 @@ def make_model(recipe: Path, name: str, device: torch.device) -> GKAForCausalLM:
         types = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(config.num_hidden_layers)]
         config = GKAConfig.from_recipe(recipe, vocab_size=VOCABULARY, layer_types=types)
     with device:
-        return GKAForCausalLM(config).to(torch.bfloat16).eval()
+        model = GKAForCausalLM(config).eval()
+    return model.to(torch.bfloat16) if device.type == "cuda" else model
 
 
-def generation(model: Any, prompt: Tensor, tokens: int, *, eagerly: bool) -> Tensor:
+def generation(model: Any, prompt: Tensor, tokens: int, **way: Any) -> Tensor:
     """The new tokens, [B, tokens]."""
-    text = model.generate(
-        prompt, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, disable_compile=eagerly
-    )
+    text = model.generate(prompt, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **way)
     return text[:, prompt.shape[1] :]
 
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each model, batch size and way to decode."""
-    device, ways = options.device, {"eager": True, "graph": False}
-    if device.type != "cuda":
-        print("a graph needs a GPU; decoding with one is not measured")
-        del ways["graph"]
+    device = options.device
+    ways: dict[str, dict[str, Any]] = {"eager": {"disable_compile": True}}
+    if device.type == "cuda" and not options.eager:
+        ways["graph"] = {}
+    elif not options.eager:
+        ways["compiled"] = {"compile_config": CompileConfig(mode="default")}
     for name in MODELS:
         model = make_model(options.model, name, device)
         parameters = sum(x.numel() for x in model.parameters())
         for B in options.batches or (1, 64):
             prompt = torch.randint(VOCABULARY, (B, PROMPT), device=device)
             functions, texts, first = {}, {}, {}
-            for way, eagerly in ways.items():
-                functions[way] = partial(generation, model, prompt, options.tokens, eagerly=eagerly)
+            for way, asked in ways.items():
+                functions[way] = partial(generation, model, prompt, options.tokens, **asked)
                 start = time.perf_counter()
                 texts[way] = functions[way]().cpu()
                 first[way] = time.perf_counter() - start
@@ -71,6 +74,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "model": name,
                     "recipe": options.model.name,
                     "parameters": parameters,
+                    "dtype": str(model.dtype).removeprefix("torch."),
                     "B": B,
                     "way": way,
                     "tokens": options.tokens,

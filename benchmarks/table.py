@@ -121,9 +121,10 @@ def generation(result: Result) -> str:
         rates = [f"{found[way]['tokens per second']:,.0f}" for way in ways]
         same = [f"{found[way]['equal']:.1%}" for way in ways if way != "eager"]
         table.append([model, str(B), *rates, *same])
-    header = ["model", "B", *(f"{way}, tokens/s" for way in ways), *(["same tokens"] if "graph" in ways else [])]
+    dtype = first.get("dtype", "bfloat16")
+    header = ["model", "B", *(f"{way}, tokens/s" for way in ways), *(["same tokens"] * (len(ways) - 1))]
     return (
-        f"Decoding through `generate` ({first['recipe']}, {first['parameters'] / 1e6:.0f} M parameters, bfloat16, "
+        f"Decoding through `generate` ({first['recipe']}, {first['parameters'] / 1e6:.0f} M parameters, {dtype}, "
         f"{first['tokens']} new tokens; hybrid: softmax attention in every fourth layer)\n\n"
         f"{markdown_table(header, table)}"
     )

@@ -275,6 +275,7 @@ class GenerateOptions:
     seed: int | None = option(None, "random seed; the same seed gives the same text", group=_SAMPLING, minimum=0)
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_weights()
+    compile: bool = shared.compile_steps()
     solver: SolverName | None = shared.solver(MACHINE, default="that of the checkpoint")
     solver_steps: list[int] | None = shared.solver_steps_of_checkpoint()
     tolerance: float | None = shared.tolerance(MACHINE, default="that of the checkpoint")
@@ -311,6 +312,7 @@ class ServeOptions:
     )
     device: Device = shared.device()
     dtype: Dtype = shared.dtype_of_weights()
+    compile: bool = shared.compile_steps()
     further: list[str] = field(default_factory=list, init=False)  # the arguments after --
 
 

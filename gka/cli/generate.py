@@ -13,7 +13,7 @@ from transformers import TextStreamer
 from ..training.data import document_token, encode
 from ..training.errors import UserError
 from .commands import GenerateOptions
-from .loading import load_checkpoint, use_solver
+from .loading import compile_steps, load_checkpoint, use_solver
 from .quiet import quiet
 
 
@@ -110,6 +110,8 @@ def main(options: GenerateOptions) -> None:
         raise UserError("--prompt is not UTF-8 text") from None
     model, tokenizer = load_checkpoint(options.checkpoint, options.device, options.dtype)
     use_solver(model, options.solver, options.solver_steps, options.tolerance)
+    if options.compile:
+        compile_steps(model)
     generate(
         model,
         tokenizer,

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from ..hf.checkpoint import BadCheckpoint, check_finite
 from ..hf.config import GKAConfig, PublishedConfig
 from ..hf.folders import begin_folder, end_folder, replaced
 from ..training.data import read_tokenizer, vocabulary_size
 from ..training.errors import UserError, first_line, reason
+from .machine import check_compiler
 
 MODEL_FOLDER = "model"
 _TOKENIZER_FILES = (
@@ -149,6 +150,18 @@ def use_solver(model: Any, solver: str | None, solver_steps: list[int] | None, t
         model.set_solver(solver, solver_steps, tolerance)
     except ValueError as error:
         raise UserError(f"{', '.join(names)}: {error}") from None
+
+
+def compile_steps(model: Any) -> None:
+    """Let `generate` of a model on a CPU compile its steps.
+
+    Raises:
+        UserError: the model is on a GPU, or there is no C++ compiler.
+    """
+    if model.device.type != "cpu":
+        raise UserError("--compile is for a CPU; on a GPU the steps are replayed from a CUDA graph anyway")
+    check_compiler()
+    model.generation_config.compile_config = CompileConfig(mode="default")
 
 
 def write_checkpoint(

@@ -6,11 +6,14 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from typing import Any
 
 import torch
+
+from ..training.errors import UserError
 
 _PACKAGES = (
     "gated-kalmanet",
@@ -38,6 +41,12 @@ def describe_machine() -> dict[str, Any]:
         "driver": driver,
         "system": platform.platform(),
     }
+
+
+def check_compiler() -> None:
+    """UserError if torch.compile has no C++ compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise UserError("--compile needs a C++ compiler: neither g++ nor clang++ was found")
 
 
 def _driver() -> str | None:

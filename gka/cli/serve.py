@@ -22,7 +22,7 @@ from ..training.data import open_tokenizer
 from ..training.errors import UserError, reason
 from .commands import ServeOptions
 from .generate import ready_attention
-from .loading import find_checkpoint, load_model
+from .loading import compile_steps, find_checkpoint, load_model
 from .quiet import quiet
 from .serve_errors import answer_errors
 from .serve_vllm import check_options, run_vllm
@@ -45,6 +45,8 @@ def main(options: ServeOptions) -> None:
     tokenizer = serving_tokenizer(path)
     _check_port(options.host, options.port)
     model = None if vllm else load_model(options.checkpoint, options.device, options.dtype)
+    if model is not None and options.compile:
+        compile_steps(model)
     where = "with vLLM" if model is None else f"on {model.device}"
     chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
     print(f"serving   {name} ({path}) {where}{chat}", file=sys.stderr)

@@ -31,6 +31,8 @@ def check_options(options: ServeOptions) -> None:
         raise UserError(
             f"--default-seed {options.default_seed}: not with --engine vllm; its own option is -- --seed N"
         )
+    if options.compile:
+        raise UserError("--compile: not with --engine vllm, which compiles by itself")
     for word in options.further:
         flag = word.split("=")[0].replace("_", "-")
         if flag in PASSED:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from .commands import TrainOptions
 from .evaluate import Score, score_texts, total_score
 from .generate import generate
 from .loading import MODEL_FOLDER, load_checkpoint
-from .machine import describe_command, describe_machine, describe_versions
+from .machine import check_compiler, describe_command, describe_machine, describe_versions
 from .options import flag
 from .parallel import check_parallel, parallel_trainer, per_row
 from .plots import plot_loss
@@ -138,10 +137,8 @@ def _check(options: TrainOptions) -> None:
         raise UserError("--prompt is not UTF-8 text") from None
     if options.loss_chunk is not None and options.family != "gka":
         raise UserError(f"--loss-chunk needs --family gka; --family {options.family} has the loss of transformers")
-    if options.compile and not any(
-        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
-    ):
-        raise UserError("--compile needs a C++ compiler: neither g++ nor clang++ was found")
+    if options.compile:
+        check_compiler()
 
 
 def _check_equal_options(options: TrainOptions) -> None:

@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_name import CACHE, NEW, OLD, named
+from .compiled_step import decode_compiled, is_asked_for
 from .fixed_cache import FULL, FixedCache, layout, new_zeros
 from .mixers import OURS
 from .recording import recording
@@ -215,14 +216,16 @@ class Decoding:
 def decode(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a loop of transformers' `generate`, on a GPU with steps that are replayed.
 
-    `disable_compile=True`, transformers' switch, leaves the steps to the model. So does another cache than the
-    default.
+    On a CPU steps are compiled if `compile_config` is given. `disable_compile=True`, transformers' switch, leaves
+    the steps to the model. So does another cache than the default on a GPU.
 
     Args:
         method: `GenerationMixin._sample` or `_beam_search`.
         model, args, kwargs: its arguments.
     """
     config, cache = kwargs.get("generation_config"), kwargs.get(CACHE)
+    if is_asked_for(model, config):
+        return decode_compiled(method, model, *args, **kwargs)
     if config is None or config.disable_compile or type(cache) is not DynamicCache or model.device.type != DEVICE:
         return method(model, *args, **kwargs)
     if kwargs.get("synced_gpus"):

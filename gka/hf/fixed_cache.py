@@ -23,6 +23,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .length import is_counter
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -110,11 +112,6 @@ class FixedKeys(CacheLayerMixin):
         return self.slots.length
 
 
-def _is_counter(layer: Any) -> bool:
-    """Whether a layer counts tokens and stores nothing (`gka.hf.length`)."""
-    return isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.keys.shape[3] == 0
-
-
 _States = dict[int, Tensor | None]
 
 
@@ -135,7 +132,7 @@ def layout(cache: Cache) -> tuple[Any, ...] | None:
             return None
         if type(layer) is LinearAttentionLayer:
             found.append(tuple((tuple(x.shape), x.dtype, x.device) for _, _, _, x in _states(layer)))
-        elif _is_counter(layer):
+        elif is_counter(layer):
             found.append(None)
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.keys is not None:
             sizes = [(x.shape[0], x.shape[1], x.shape[3], x.dtype, x.device) for x in (layer.keys, layer.values)]
@@ -171,7 +168,7 @@ class FixedCache:
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, LinearAttentionLayer):
                 self._states_in(index, layer)
-            elif not _is_counter(layer):
+            elif not is_counter(layer):
                 cache.layers[index] = self._keys_in(index, layer, tokens, mask)
                 self._grown[index] = layer  # type: ignore[assignment]
 
@@ -218,7 +215,7 @@ class FixedCache:
             layer.keys, layer.values = fixed.keys[:, :, places], fixed.values[:, :, places]
             cache.layers[index] = layer
         counter: Any
-        for counter in filter(_is_counter, cache.layers):  # its tensors are as long as its tokens, and empty
+        for counter in filter(is_counter, cache.layers):  # its tensors are as long as its tokens, and empty
             for name in ("keys", "values"):
                 held = getattr(counter, name)
                 setattr(counter, name, held.new_zeros(*held.shape[:2], counter.cumulative_length, 0))

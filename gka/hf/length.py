@@ -7,8 +7,11 @@ end: an attention layer of zero width, which counts the tokens and stores nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
@@ -27,6 +30,57 @@ def count_tokens(cache: Cache, inputs_embeds: Tensor) -> None:
     counter = cache.layers[-1]
     assert isinstance(counter, CacheLayerMixin)
     counter.update(nothing, nothing)
+
+
+class _CountedElsewhere(CacheLayerMixin):
+    """A layer without keys that does not count. Its length is a tensor, which compiled code does not read."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.length, self.is_initialized = torch.zeros((), dtype=torch.long, device=device), True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store nothing."""
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No keys before those of the call."""
+        return query_length, 0
+
+    def get_seq_length(self) -> Tensor:  # type: ignore[override]  # as a static layer's
+        """Not the number of tokens."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+@contextmanager
+def counting_outside(cache: Cache, tokens: int) -> Iterator[None]:
+    """Count `tokens` more tokens here, if the cache has the layer of `add_counter`, and not inside.
+
+    Code that is compiled inside would be compiled anew for each number.
+    """
+    counter: Any = cache.layers[-1] if cache.layers else None
+    if not is_counter(counter):
+        yield
+        return
+    cache.layers[-1] = _CountedElsewhere(counter.keys.device)
+    try:
+        yield
+    finally:
+        cache.layers[-1] = counter
+    nothing = counter.keys.new_empty(*counter.keys.shape[:2], tokens, 0)
+    counter.update(nothing, nothing)
+
+
+def is_counter(layer: Any) -> bool:
+    """Whether a layer is that of `add_counter`, and has counted."""
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.keys.shape[3] == 0
 
 
 def check_mask_length(attention_mask: Tensor, cache: Cache | None, T: int) -> None:

@@ -99,7 +99,8 @@ class Product:
 
 
 def _stage_nodes(matvec: Matvec, rhs: Tensor, ridge_ratio: float, n: int) -> Tensor:
-    taus = node_steps(n, ridge_ratio)
+    known = node_steps.__wrapped__ if torch.compiler.is_compiling() else node_steps  # else torch.compile warns
+    taus = known(n, ridge_ratio)
     x = rhs * taus[0]
     for tau in taus[1:]:
         kept = 1.0 - tau * ridge_ratio  # as a product: tau a may be nearly 1

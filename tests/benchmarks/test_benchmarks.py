@@ -134,12 +134,11 @@ def test_the_rows_of_a_step_are_distinct() -> None:
 def test_bench_decode_with_a_model(tmp_path: Path) -> None:
     output, recipe = tmp_path / "generation.json", tmp_path / "tiny.yaml"
     recipe.write_text("hidden_size: 16\nintermediate_size: 16\nlayers: 4\nheads: 2\nhead_dim: 8\n")
-    sizes = ("--batches", "1", "3", "--tokens", "3", "--repeats", "1")
-    printed = run("benchmarks.bench_decode", "--model", str(recipe), *sizes, "--output", str(output))
-    assert "not measured" in printed
+    sizes = ("--batches", "1", "3", "--tokens", "3", "--repeats", "1", "--eager")
+    run("benchmarks.bench_decode", "--model", str(recipe), *sizes, "--output", str(output))
     result = json.loads(output.read_text())
-    assert [(row["model"], row["B"]) for row in result["rows"]] == [
-        (m, B) for m in ("pure", "hybrid") for B in (1, 3)
+    assert [(row["model"], row["B"], row["dtype"]) for row in result["rows"]] == [
+        (m, B, "float32") for m in ("pure", "hybrid") for B in (1, 3)
     ]
     assert all(row["tokens per second"] > 0 and row["equal"] == 1.0 for row in result["rows"])
     graphs = [row | {"way": "graph", "tokens per second": 1234.4, "equal": 0.75} for row in result["rows"]]

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from tiny_run import _path, command, run_process, train, write_texts
+from transformers import CompileConfig
 
+from gka.cli import loading, machine
 from gka.cli import main as cli
 from gka.cli.generate import generate, ready_attention
 from gka.cli.loading import load_checkpoint
+from gka.training.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,26 @@ def test_the_command_prints_prompt_and_text(
     assert cli.main(command("generate", str(run), prompt="the ", max_new_tokens=20, seed=2)) == 0
     expected = generate(*loaded, "the ", max_new_tokens=20, seed=2)
     assert capsys.readouterr().out == f"the {expected}\n"
+
+
+def test_compiled_steps_give_the_same_text(
+    run: Path, loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    settings = dict(prompt="the ", max_new_tokens=20, temperature=0)
+    assert cli.main([*command("generate", str(run), **settings), "--compile"]) == 0
+    del settings["prompt"]
+    expected = generate(*loaded, "the ", **settings)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == f"the {expected}\n"
+    assert loading.load_model(str(run), "cpu").generation_config.compile_config is None
+    model = mock.Mock(device=torch.device("cpu"))
+    loading.compile_steps(model)
+    assert isinstance(model.generation_config.compile_config, CompileConfig)
+    with pytest.raises(UserError, match="--compile is for a CPU"):
+        loading.compile_steps(mock.Mock(device=torch.device("cuda")))
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        loading.compile_steps(model)
 
 
 def test_the_prompt_from_standard_input(run: Path) -> None:

@@ -293,6 +293,7 @@ def test_mistakes_with_vllm(run: Path, vllm_folder: Path, capsys: pytest.Capture
     assert "--device cpu: not with --engine vllm" in error("--engine", "vllm", "--device", "cpu")
     assert "--default-seed 3: not with" in error("--engine", "vllm", "--default-seed", "3")
     assert "-- --port=1: gka serve sets --port itself" in error("--engine", "vllm", "--", "--port=1")
+    assert "--compile: not with --engine vllm" in error("--engine", "vllm", "--compile")
     assert "only with --engine vllm" in error("--", "--enable-prefix-caching")
     assert "--engine" in error("--engine", "vlm")
     (vllm_folder / "__init__.py").unlink()
