@@ -58,6 +58,9 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         ways["compiled"] = {"compile_config": CompileConfig(mode="default")}
     for name in MODELS:
         model = make_model(options.model, name, device)
+        if name == "hybrid" and not model.config.has_attention:
+            print(f"{options.model.name} has fewer than four layers: no hybrid")
+            break
         parameters = sum(x.numel() for x in model.parameters())
         for B in options.batches or (1, 64):
             prompt = torch.randint(VOCABULARY, (B, PROMPT), device=device)
