@@ -55,7 +55,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if device.type == "cuda" and not options.eager:
         ways["graph"] = {}
     elif not options.eager:
-        ways["compiled"] = {"compile_config": CompileConfig(mode="default")}
+        ways["compiled"] = {"compile_config": CompileConfig()}
     for name in MODELS:
         model = make_model(options.model, name, device)
         if name == "hybrid" and not model.config.has_attention:

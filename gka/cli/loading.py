@@ -161,7 +161,7 @@ def compile_steps(model: Any) -> None:
     if model.device.type != "cpu":
         raise UserError("--compile is for a CPU; on a GPU the steps are replayed from a CUDA graph anyway")
     check_compiler()
-    model.generation_config.compile_config = CompileConfig(mode="default")
+    model.generation_config.compile_config = CompileConfig()
 
 
 def write_checkpoint(

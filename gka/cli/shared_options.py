@@ -27,7 +27,7 @@ def compile_steps() -> Any:
     return option(
         False,
         "decode on a CPU by torch.compile: a small model gives about twice as many tokens per second, after a "
-        "wait of some 10 s for each of its blocks, less the next time (needs a C++ compiler)",
+        "wait of some 15 s for each of its blocks, less the next time (needs a C++ compiler)",
         group=MACHINE,
     )
 
