@@ -122,10 +122,11 @@ def generation(result: Result) -> str:
         same = [f"{found[way]['equal']:.1%}" for way in ways if way != "eager"]
         table.append([model, str(B), *rates, *same])
     dtype = first.get("dtype", "bfloat16")
+    hybrid = "; hybrid: softmax attention in every fourth layer" * any(row["model"] == "hybrid" for row in rows)
     header = ["model", "B", *(f"{way}, tokens/s" for way in ways), *(["same tokens"] * (len(ways) - 1))]
     return (
         f"Decoding through `generate` ({first['recipe']}, {first['parameters'] / 1e6:.0f} M parameters, {dtype}, "
-        f"{first['tokens']} new tokens; hybrid: softmax attention in every fourth layer)\n\n"
+        f"{first['tokens']} new tokens{hybrid})\n\n"
         f"{markdown_table(header, table)}"
     )
 

@@ -97,19 +97,23 @@ def recall(entries: Entries) -> str:
 
     def cell(place: tuple[int, int], mixer: str) -> str:
         known = [found.get((place, dim, mixer)) for dim in dims]
-        said = [f"{100 * statistics.median(x.accuracies):.1f}" if x and x.complete else "?" for x in known]
+        said = [
+            f"{100 * statistics.median(x.accuracies):.1f}" + "?" * (not x.complete) if x else "?" for x in known
+        ]
         return " / ".join(said)
 
     names = [RECALL_MIXERS[mixer].name for mixer in mixers]
+    one_seed = len({entry["cell"]["seed"] for entry in entries}) == 1
     rows = [[f"{T}, {P}", *(cell((T, P), mixer) for mixer in mixers)] for T, P in places]
     return _joined(
         "Does the paper's figure 3a hold, in its own setting? The figure shows GKA without gates and without "
         "the alpha connection above all other layers that have a state. Every training ends once its accuracy is "
         "above 99 percent, so two mixers that get there are equal. The numbers are percent of right answers with "
         f"the best learning rate, at model dims {' / '.join(map(str, dims))}. A question mark: not all learning "
-        "rates were tried yet. The picture shows the accuracy after each epoch.",
+        "rates were tried yet. The picture shows the accuracy after each epoch. This form of GKA is not the "
+        f"default layer, which has both.{' All trainings have the same seed.' * one_seed}",
         markdown_table(["tokens, pairs", *names], rows),
-        recall_page.verdict(found, *recall_page.wanted(entries))[1],
+        " ".join((recall_page.attention(found), recall_page.verdict(found, *recall_page.wanted(entries))[1])),
         recall_page.epochs(entries, mixers),
     )
 

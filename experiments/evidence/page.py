@@ -119,7 +119,8 @@ def about_age(record: Record, entries: list[dict[str, Any]]) -> str:
     said = (
         f"These results are {then}." if len(old) == len(ours) else f"Some results are {then}: {', '.join(names)}."
     )
-    return f"{said} {_AFTER[record.experiment]}"
+    speeds = any(cell.get("part") == "speed" for cell in old) and record.experiment != "cost"
+    return f"{said} {_AFTER[record.experiment]}" + f" {_AFTER['cost']}" * speeds
 
 
 def sources_of(runs: list[dict[str, Any]]) -> list[str]:

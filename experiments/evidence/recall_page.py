@@ -100,9 +100,7 @@ def section(entries: Entries, picture: Path) -> str:
             "A star: not all learning rates were tried yet. Empty: not trained yet.",
             "The picture has the accuracy after each epoch, for numbers without a star. A curve ends with a mark.",
             markdown_table(["tokens", "pairs", "dim", *(MIXERS[mixer].name for mixer in mixers)], rows),
-            " ".join(
-                filter(None, (_attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers)))
-            ),
+            " ".join(filter(None, (attention(found), *verdict(found, *wanted(entries)), epochs(entries, mixers)))),
             f"{len(entries)} trainings took {_duration(sum(e['seconds'] for e in entries))}, summed over "
             f"processes that share GPUs; {replayed} of them replayed a CUDA graph. How they ended: "
             f"{_ends(entries)}.",
@@ -164,7 +162,7 @@ def epochs(entries: Entries, mixers: list[str]) -> str:
     )
 
 
-def _attention(found: Table) -> str:
+def attention(found: Table) -> str:
     """Whether the training is right: attention must solve every setting."""
     theirs = {key[:2]: value for key, value in found.items() if key[2] == REFERENCE}
     if not theirs:
@@ -213,15 +211,15 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
     one stays better.
     """
     theirs = {setting: found.get((*setting, REFERENCE)) for setting in settings}
-    failed = [s for s, attention in theirs.items() if attention and attention.complete and not _solved(attention)]
+    failed = [s for s, reference in theirs.items() if reference and reference.complete and not _solved(reference)]
     valid = [s for s in settings if s not in failed]  # or it is not known yet
     if not valid or not rivals:
         return "", "There is nothing to compare."
     signs: dict[str, dict[Setting, int]] = {mixer: {} for mixer in rivals}
     for mixer, setting in itertools.product(rivals, valid):
-        attention = theirs[setting]
+        reference = theirs[setting]
         ours, other = found.get((*setting, PAPER)), found.get((*setting, mixer))
-        if not (attention and attention.complete and ours and other and other.complete):
+        if not (reference and reference.complete and ours and other and other.complete):
             continue
         if ours.complete or compare(ours, other) == 1:
             signs[mixer][setting] = compare(ours, other)
@@ -245,25 +243,25 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
         setting not in signs[mixer] and not ((ours := found.get((*setting, PAPER))) and _solved(ours))
         for mixer, setting in itertools.product(rivals, valid)
     )
-    if missing and (may_lose or not most):
+    may_win = any(all(signs[mixer].get(setting, 1) > 0 for mixer in rivals) for setting in valid)
+    if may_lose or (may_win and not most):
         return said, (
             f"There is no verdict on figure 3a yet: {len(every)} of {len(every) + missing} comparisons are "
-            f"complete, in which {MIXERS[PAPER].name} is {_counted(every)}."
+            f"decided, in which {MIXERS[PAPER].name} is {_counted(every)}."
         )
+    rest = (
+        f" {missing} of {len(every) + missing} comparisons are not decided. They cannot change this, since "
+        f"{MIXERS[PAPER].name} is above {100 * SOLVED:g} percent there."
+    ) * bool(missing)
     among = f"among {', '.join(MIXERS[mixer].name for mixer in rivals)}"
     if most:
-        rest = (
-            f" {missing} of {len(every) + missing} comparisons are not complete. They cannot change this, since "
-            f"{MIXERS[PAPER].name} is above {100 * SOLVED:g} percent there."
-        )
         return said, (
             f"Figure 3a holds in this setting: {where}, none {among} recalls more anywhere, and "
-            f"{MIXERS[PAPER].name} recalls more than all of them at {most} of {len(valid)} settings."
-            f"{rest if missing else ''}"
+            f"{MIXERS[PAPER].name} recalls more than all of them at {most} of {len(valid)} settings.{rest}"
         )
     return said, (
         f"Figure 3a is neither confirmed nor refuted: {where}, none {among} recalls more, and "
-        f"{MIXERS[PAPER].name} nowhere recalls more than all of them."
+        f"{MIXERS[PAPER].name} nowhere recalls more than all of them.{rest}"
     )
 
 

@@ -37,6 +37,7 @@ Entries = list[dict[str, Any]]
 Verdict = Literal["clearly smaller", "comparable", "not told apart"]
 Groups = dict[str, Entries]
 _RULE = (
+    "With three trainings in a group, only a difference of five times is found. "
     f"Spreads are compared between groups of equally many trainings, at least {LEAST}. A spread is clearly "
     "smaller than another one if it is at most a fifth of it; with at least half of it the two are consistent "
     "with the same scatter. If two groups of three scatter alike, a spread is clearly smaller "
@@ -129,7 +130,8 @@ def overview(entries: Entries) -> str:
             "loss in nats per token, the median with the smallest and largest in brackets. The spread is the "
             "largest minus the smallest loss of a group: of all tokens, of the first tokens of a window, of the "
             f"later ones{at_early}. A group has one seed for the first weights and the order of the text, unless "
-            "its name says something else.",
+            "its name says something else; some trainings are in several groups. Trainings so short may rank the "
+            "mixers in another order than those of `lm`: only their spreads matter here.",
             markdown_table(heads, rows),
             answer(groups, first),
             _RULE,
@@ -177,8 +179,11 @@ def _cell(entry: dict[str, Any]) -> tuple[Any, ...]:
 def _beside_another(name: str, theirs: list[float], ours: list[float]) -> list[str]:
     """A sentence about another linear layer, if it can be compared."""
     verdict = compare(theirs, ours)
-    clearly = "clearly" if verdict == "clearly smaller" else "not clearly"
-    return [] if verdict is None else [f"That is {clearly} more than with {name}."]
+    if verdict is None:
+        return []
+    if max(theirs) - min(theirs) >= max(ours) - min(ours):
+        return [f"That is not more than with {name}."]
+    return [f"That is {'clearly' if verdict == 'clearly smaller' else 'not clearly'} more than with {name}."]
 
 
 def parting_step(group: Entries) -> int | None:
@@ -204,7 +209,7 @@ def _cause(groups: Groups, ours: list[float]) -> list[str]:
         case "clearly smaller":
             return [f"{words}, clearly less: consistent with no amplified rounding.", _source(groups, ours)]
         case "not told apart":
-            return [f"{words}, neither half as much nor clearly less.", _source(groups, ours)]
+            return [f"{words}, less than half as much, but not clearly less.", _source(groups, ours)]
         case _:
             return ["The change by 1e-6 has not as many trainings as GKA.", _source(groups, ours)]
 
@@ -223,7 +228,7 @@ def _source(groups: Groups, ours: list[float]) -> str:
     if compare(weights, order) == "clearly smaller":
         return f"Consistent with the order of the text as the source, and not the first weights: {numbers}."
     if alone == ("comparable", "comparable"):
-        return f"The first weights alone and the order of the text alone make half of the spread: {numbers}."
+        return f"The first weights alone and the order of the text alone each make half of it or more: {numbers}."
     which = "the first weights" if alone[0] == "comparable" else "the order of the text"
     return f"Only {which} alone makes half of the spread, but the two are not clearly apart: {numbers}."
 
@@ -240,9 +245,9 @@ def _parts(groups: Groups, ours: list[float], first_tokens: int) -> list[str]:
         words = f"{_width(first)} in the first {first_tokens} tokens of a window, {_width(later)} after them"
         compared.append((f"the use of a long past ({words})", compare(first, later)))
     heads: dict[Verdict | None, str] = {
-        "clearly smaller": "Consistent with a part in the scatter",
-        "comparable": "Consistent with no part in it",
-        "not told apart": "Not told apart",
+        "clearly smaller": "These may have a part in the spread",
+        "comparable": "These need no part in it",
+        "not told apart": "No answer for",
         None: "Not compared, for too few or not equally many trainings",
     }
     by_verdict = {

@@ -122,8 +122,8 @@ def _retention(layers: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"A head remembers {span}, and S_kk has {kind}: its median effective rank is {rank:.1f} of {layers['D']}, "
-        f"and {below:.0%} of its eigenvalues are less than the ridge.{longer}"
+        f"The median head of a layer remembers {span}, and S_kk has {kind}: its median effective rank is "
+        f"{rank:.1f} of {layers['D']}, and {below:.0%} of its eigenvalues are less than the ridge.{longer}"
     )
 
 

@@ -33,7 +33,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from gka.nn import GatedKalmaNet
 from gka.training.errors import UserError
 
-from .first_configuration import take_first_configuration
+from .one_configuration import take_one_configuration
 from .recall_model import BLOCKS
 
 WIDEST_HEAD = 128  # what kernels of GKA and of MesaNet take
@@ -131,7 +131,7 @@ def _fla(layer: str, dim: int, block: int, **fields: Any) -> nn.Module:
             f"{layer} is a layer of flash-linear-attention, which cannot be imported: {error}; "
             "expected its package, version 0.6, and an NVIDIA GPU"
         ) from None
-    take_first_configuration()
+    take_one_configuration()
     return made(hidden_size=dim, num_heads=heads(dim), conv_size=CONVOLUTION, layer_idx=block, **fields)  # type: ignore[no-any-return]
 
 

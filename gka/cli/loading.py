@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def compile_steps(model: Any) -> None:
         raise UserError("--compile is for a CPU; on a GPU the steps are replayed from a CUDA graph anyway")
     check_compiler()
     model.generation_config.compile_config = CompileConfig()
+    print("compiling the step of a token, 10 to 15 s for each block; less if it is in the cache", file=sys.stderr)
 
 
 def write_checkpoint(

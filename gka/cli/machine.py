@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -44,9 +43,16 @@ def describe_machine() -> dict[str, Any]:
 
 
 def check_compiler() -> None:
-    """UserError if torch.compile has no C++ compiler."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise UserError("--compile needs a C++ compiler: neither g++ nor clang++ was found")
+    """UserError if torch.compile finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):  # RuntimeError: on Windows
+        raise UserError(
+            "--compile needs a C++ compiler: torch.compile takes g++, or that of the variable CXX; none runs"
+        ) from None
 
 
 def _driver() -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_serve_available
@@ -47,6 +48,9 @@ def main(options: ServeOptions) -> None:
     model = None if vllm else load_model(options.checkpoint, options.device, options.dtype)
     if model is not None and options.compile:
         compile_steps(model)
+        prompt = torch.zeros((1, 3), dtype=torch.long)
+        all_read = torch.ones_like(prompt)
+        model.generate(prompt, attention_mask=all_read, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     where = "with vLLM" if model is None else f"on {model.device}"
     chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
     print(f"serving   {name} ({path}) {where}{chat}", file=sys.stderr)

@@ -26,8 +26,8 @@ def dtype_of_weights() -> Any:
 def compile_steps() -> Any:
     return option(
         False,
-        "decode on a CPU by torch.compile: a small model gives about twice as many tokens per second, after a "
-        "wait of some 15 s for each of its blocks, less the next time (needs a C++ compiler)",
+        "decode on a CPU by torch.compile, for servers and long texts: a small model gives up to twice as many "
+        "tokens per second, after a wait of 10 to 15 s for each block, less the next time (needs a C++ compiler)",
         group=MACHINE,
     )
 

@@ -224,7 +224,7 @@ def decode(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) ->
         model, args, kwargs: its arguments.
     """
     config, cache = kwargs.get("generation_config"), kwargs.get(CACHE)
-    if is_asked_for(model, config):
+    if is_asked_for(model, config, cache):
         return decode_compiled(method, model, *args, **kwargs)
     if config is None or config.disable_compile or type(cache) is not DynamicCache or model.device.type != DEVICE:
         return method(model, *args, **kwargs)

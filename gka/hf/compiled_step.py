@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
@@ -18,6 +19,7 @@ from .cache_name import CACHE, OLD
 from .length import counting_outside
 
 DEVICE = "cpu"
+_KEPT = "_compiled_step"
 
 
 class CompiledDecoding:
@@ -29,7 +31,7 @@ class CompiledDecoding:
     """
 
     def __init__(self, model: Any, compile_config: Any) -> None:
-        self._model, self._step = model, model.get_compiled_call(compile_config)
+        self._model, self._step = model, _step_of(model, compile_config.to_dict())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -37,7 +39,7 @@ class CompiledDecoding:
     def __call__(self, **inputs: Any) -> Any:
         ids, cache = inputs.get("input_ids"), inputs.get(CACHE, inputs.get(OLD))
         if ids is None or ids.shape[1] != 1 or cache is None or int(cache.get_seq_length()) < 2:
-            return self._model(**inputs)
+            return self._model(**inputs)  # torch.compile makes a graph of its own for each size of 0 or 1
         lengths = [(inputs.get("attention_mask"), 1)]
         lengths += [
             (part, 2)
@@ -51,10 +53,30 @@ class CompiledDecoding:
             return self._step(**inputs)
 
 
-def is_asked_for(model: Any, config: Any) -> bool:
-    """Whether a call of `generate` with this configuration shall compile its steps here."""
+class _CompiledStep:
+    """A compiled model, kept by the model. A copy of the model, or one from a file, has None in its place."""
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        self.options, self.run = options, torch.compile(model.__call__, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _step_of(model: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """The compiled model, that of the last call if the options of torch.compile are the same."""
+    kept = vars(model).get(_KEPT)
+    if kept is None or kept.options != options:
+        kept = vars(model)[_KEPT] = _CompiledStep(model, options)
+    run: Callable[..., Any] = kept.run
+    return run
+
+
+def is_asked_for(model: Any, config: Any, cache: Any) -> bool:
+    """Whether a call of `generate` with this configuration and cache shall compile its steps here."""
     return (
         model.device.type == DEVICE
+        and cache is not None
         and config is not None
         and config.compile_config is not None
         and not config.disable_compile

@@ -6,14 +6,26 @@ import argparse
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from forked import run_forked
 from pages import assert_drawn, rows_of
 from tiny_run import run_process, train, write_texts
+from transformers import CompileConfig
 
-from benchmarks import bench_layer, bench_model, bench_pool, bench_serve, bench_steps, common, stages, table
+from benchmarks import (
+    bench_layer,
+    bench_model,
+    bench_pool,
+    bench_serve,
+    bench_steps,
+    common,
+    generation,
+    stages,
+    table,
+)
 from benchmarks.bench_length import tokens
 from experiments.evidence import mfu
 from gka.cli import machine
@@ -144,6 +156,21 @@ def test_bench_decode_with_a_model(tmp_path: Path) -> None:
     graphs = [row | {"way": "graph", "tokens per second": 1234.4, "equal": 0.75} for row in result["rows"]]
     head, *rows = rows_of(table.generation(result | {"rows": [*result["rows"], *graphs]}))
     assert head[-2:] == ["graph, tokens/s", "same tokens"] and rows[3][-2:] == ["1,234", "75.0%"]
+
+
+def test_bench_decode_with_a_compiled_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(generation, "CompileConfig", lambda: CompileConfig(backend=backend, mode=None))
+    (recipe := tmp_path / "tiny.yaml").write_text("hidden_size: 16\nlayers: 1\nheads: 2\nhead_dim: 8\n")
+    sizes = dict(device=torch.device("cpu"), model=recipe, batches=[2], tokens=4, repeats=1, eager=False)
+    rows = list(generation.bench(argparse.Namespace(**sizes)))
+    assert [(row["way"], row["equal"]) for row in rows] == [("eager", 1.0), ("compiled", 1.0)] and graphs
+    assert "hybrid:" not in table.generation({"rows": rows})
 
 
 def test_bench_length(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from unittest import mock
 import pytest
 import torch
 from tiny_run import _path, command, run_process, train, write_texts
+from torch._inductor import cpp_builder
 from transformers import CompileConfig
 
-from gka.cli import loading, machine
+from gka.cli import loading
 from gka.cli import main as cli
 from gka.cli.generate import generate, ready_attention
 from gka.cli.loading import load_checkpoint
+from gka.hf import compiled_step
 from gka.training.errors import UserError
 
 
@@ -107,7 +109,9 @@ def test_compiled_steps_give_the_same_text(
 ) -> None:
     capsys.readouterr()
     settings = dict(prompt="the ", max_new_tokens=20, temperature=0)
-    assert cli.main([*command("generate", str(run), **settings), "--compile"]) == 0
+    with mock.patch.object(compiled_step, "CompiledDecoding", wraps=compiled_step.CompiledDecoding) as used:
+        assert cli.main([*command("generate", str(run), **settings), "--compile"]) == 0
+    used.assert_called_once()
     del settings["prompt"]
     expected = generate(*loaded, "the ", **settings)  # type: ignore[arg-type]
     assert capsys.readouterr().out == f"the {expected}\n"
@@ -117,7 +121,7 @@ def test_compiled_steps_give_the_same_text(
     assert isinstance(model.generation_config.compile_config, CompileConfig)
     with pytest.raises(UserError, match="--compile is for a CPU"):
         loading.compile_steps(mock.Mock(device=torch.device("cuda")))
-    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "no-such-compiler"))
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         loading.compile_steps(model)
 

@@ -22,8 +22,9 @@ import torch
 from fastapi.testclient import TestClient
 from model_helpers import random_tokens, tiny_model
 from tiny_run import _path, train, write_texts
-from transformers import AutoTokenizer, ByT5Tokenizer, set_seed
+from transformers import AutoTokenizer, ByT5Tokenizer, CompileConfig, set_seed
 
+from gka.cli import loading, serve
 from gka.cli import main as cli
 from gka.cli.loading import load_model
 from gka.cli.serve import fast_byte_tokenizer, run_server, serving_tokenizer
@@ -317,6 +318,21 @@ def test_continuous_batching_is_refused() -> None:
     model = tiny_model("gka", torch.float32)
     with pytest.raises(NotImplementedError, match="no place for the states of GKA layers"):
         model.generate_batch([random_tokens(5).tolist()], progress_bar=False)
+
+
+def test_served_models_compile_their_steps_if_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = list[Any]()
+    monkeypatch.setattr(serve, "run_server", lambda name, model, *rest: served.append(model))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    calls = list[Any]()
+    backend = CompileConfig(backend=lambda graph, _: calls.append(graph) or graph.forward, mode=None)
+    monkeypatch.setattr(loading, "CompileConfig", lambda: backend)
+    for options in ([], ["--compile"]):
+        assert cli.main(["serve", str(run), "--device", "cpu", "--port", port, *options]) == 0
+    without, compiled = (model.generation_config.compile_config for model in served)
+    assert without is None and compiled is backend and calls, "the first request does not wait"
 
 
 def test_mistakes_are_said_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,7 @@ def test_a_page_names_the_results_that_are_old(tmp_path: Path) -> None:
     record.content["runs"] = [{"date": "2026-11-27"}, {"date": "2026-11-29"}]
     said = about_age(record, entries)
     assert "(2026-11-28): tokens/s of GKA, hybrid of GKA and softmax attention. In" in said
+    assert said.endswith("forward + backward 8% slower.")
     assert about_age(record, entries[1:]).startswith("These results are older")
     assert about_age(record, entries[:1]) == about_age(record, entries[3:]) == ""
 

@@ -76,8 +76,8 @@ def test_recall_marks_what_has_not_run() -> None:
     entries += [training("gla", 64, 0.4, rate, **place) for rate in RATES]
     entries += [training("gla", 128, 0.4, RATES[0], **place)]
     text = overview.recall(entries)
-    assert ["64, 4", "99.5 / ?", "40.0 / ?", "99.9 / ?"] in rows_of(text)
-    assert "no verdict on figure 3a yet: 1 of 2 comparisons are complete" in text
+    assert ["64, 4", "99.5 / ?", "40.0 / 40.0?", "99.9 / ?"] in rows_of(text)
+    assert "no verdict on figure 3a yet: 1 of 2 comparisons are decided" in text
     assert "at the 1 settings that these mixers all reach: GKA, no gates 3, softmax attention 3." in text
 
 

@@ -18,7 +18,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from experiments import __main__ as command_line
 from experiments.evidence import recall, recall_page, workers
 from experiments.evidence.record import Record
-from experiments.tasks import first_configuration, recall_model, recall_train
+from experiments.tasks import one_configuration, recall_model, recall_train
 from experiments.tasks.recall_mixers import MIXERS, Mamba2, heads, state_size
 from experiments.tasks.recall_model import RecallModel
 from experiments.tasks.recall_train import RATES, Steps, hopeless, make_examples, training
@@ -114,7 +114,7 @@ def test_layers_of_other_packages_are_named_when_missing() -> None:
 
 
 @pytest.mark.parametrize("too_large, runs", [((), [0]), ((0,), [0, 1]), ((0, 1), [0, 1, 2])])
-def test_the_first_configuration_that_fits_is_taken(
+def test_one_configuration_that_fits_is_taken(
     too_large: tuple[int, ...], runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those with four warps, the default. Others are not tried, and what was taken is not kept on disk."""
@@ -123,7 +123,7 @@ def test_the_first_configuration_that_fits_is_taken(
 
     for name in ("prune_configs", "_bench", "do_bench"):
         monkeypatch.setattr(Autotuner, name, getattr(Autotuner, name))  # restores it after the test
-    first_configuration.take_first_configuration.__wrapped__()
+    one_configuration.take_one_configuration.__wrapped__()
     tried, config = list[int](), lambda n: triton.Config({"n": n})
 
     class Kernel:
@@ -558,7 +558,7 @@ def test_the_verdict_on_figure_3a(tmp_path: Path) -> None:
     assert "Figure 3a holds" in said(*worse, *equal) and "at 1 of 2 settings" in said(*worse, *equal)
     assert "GLA: better in 1, equal in 1, worse in 0" in said(*worse, *equal)
     unfinished = said(*worse[:1], *equal)
-    assert "no verdict on figure 3a yet: 1 of 2 comparisons are complete" in unfinished
+    assert "no verdict on figure 3a yet: 1 of 2 comparisons are decided" in unfinished
     assert "Figure 3a holds" not in unfinished and "above 99 percent at all 2 settings" in unfinished
     assert "another mixer recalls more in 1 of 2" in said(*all_rates("gla", 64, 0.8), *equal)
     spread = [*all_rates("gla", 64, 0.8), entry("gla", 64, 0.6, seed=1)]
@@ -586,12 +586,15 @@ def test_the_verdict_waits_only_for_what_can_change_it(tmp_path: Path) -> None:
         return recall_page.section([*right, *more], tmp_path / "picture.png")
 
     text = said(*some_rates, solved_there, *worse, *pending)
-    assert "Figure 3a holds" in text and "1 of 2 comparisons are not complete. They cannot change this" in text
+    assert "Figure 3a holds" in text and "1 of 2 comparisons are not decided. They cannot change this" in text
     unsolved = said(*some_rates, *all_rates("gka-paper", 128, 0.6), *worse, *pending)
     assert "no verdict" in unsolved, "the other layer may get above 0.6"
     assert "no verdict" in said(*some_rates, solved_there, *all_rates("gla", 64, 0.8)), "ours may still rise"
     nowhere = said(*all_rates("gka-paper", 64, 0.5), solved_there, *worse, *pending)
     assert "no verdict" in nowhere, "it may be better at the other setting"
+    both = [entry(mixer, dim, 0.995) for mixer in ("gka-paper", "gdn") for dim in (64, 128)]
+    decided = said(*both, entry("gla", 64, 0.995), *pending)
+    assert "neither confirmed nor refuted" in decided and "1 of 4 comparisons are not decided" in decided
 
 
 def test_the_full_experiment_waits_for_all_of_the_verdict() -> None:

@@ -190,7 +190,7 @@ def test_a_whole_run(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     texts = write_page(output).read_text(), (output / "spectra.md").read_text()
     assert len(spectra.SETTINGS) == len(losses) <= spectra_page.MOST_ROWS
     for text in texts:
-        assert f"{exact['loss']:.5f}" in text and "A head remembers" in text
+        assert f"{exact['loss']:.5f}" in text and "The median head of a layer remembers" in text
     assert len(rows_of(texts[0])) == 2 + len(losses)
     assert_drawn(output / "spectra.png")
 
@@ -261,7 +261,7 @@ def made_up(
 
 def test_retention_is_said_by_rule(tmp_path: Path) -> None:
     even = spectra_page.page_text(made_up([50.0], 5.0, {}))
-    assert "A head remembers about 100 tokens, and S_kk has few directions" in even
+    assert "The median head of a layer remembers about 100 tokens, and S_kk has few directions" in even
     assert "5.0 of 32, and 25% of its eigenvalues are less than the ridge" in even
     assert "longer than the text" not in even
     uneven = spectra.section(made_up([50.0, 500.0], 20.0, {}, cut=0.25), tmp_path / "x.png")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model_helpers import PAD, random_tokens, tiny_model
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 from gka.hf import compiled_step, length
 
@@ -89,4 +91,19 @@ def test_only_where_it_is_asked_for(compiler: Compiler, caplog: pytest.LogCaptur
     model.generation_config.compile_config = compiler.config
     generate(model, tokens)
     assert compiler.graphs == 1 and "criteria for compilation" not in caplog.text
-    assert not compiled_step.is_asked_for(model.to("meta"), model.generation_config)
+    generate(model, tokens, use_cache=False)
+    assert compiler.graphs == 1 and "criteria for compilation" in caplog.text
+    cache = DynamicCache(config=model.config)
+    assert compiled_step.is_asked_for(model, model.generation_config, cache)
+    assert not compiled_step.is_asked_for(model.to("meta"), model.generation_config, cache)
+
+
+def test_copies_decode_with_their_own_weights(compiler: Compiler, tmp_path: Path) -> None:
+    model, tokens = model_of("gka"), random_tokens(1, 5)
+    check(model, tokens, compiler)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(generate(other, tokens), generate(model, tokens))
+        with torch.no_grad():
+            other.model.embed_tokens.weight.mul_(-1)
+        check(other, tokens, compiler)

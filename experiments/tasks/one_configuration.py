@@ -4,8 +4,8 @@ Triton's autotuner compiles and times up to a hundred configurations of a kernel
 of flash-linear-attention this takes one to three minutes a shape, in which no other training of the process can
 make a step. Where a result is what a model learns, and not how fast, one configuration that runs will do.
 
-The first one of a list is often the one with one warp, with which MesaNet trained at a quarter of the speed. So
-that whose number of warps is nearest to four is taken.
+Configurations with four warps are tried first, then those with two or eight. The first of a list often has one
+warp; with that one MesaNet trained at a quarter of the speed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ _FAILED = [math.inf] * 3
 
 
 @functools.cache
-def take_first_configuration() -> None:
-    """From now on, Triton's autotuner takes the first configuration that compiles and fits, in the whole process.
+def take_one_configuration() -> None:
+    """From now on, Triton's autotuner takes a likely configuration that compiles and fits, in the whole process.
 
-    Those with four warps come first, then those with two or eight. Nothing of it enters the autotuner's cache on
-    disk.
+    Nothing of it enters the autotuner's cache on disk.
     """
     from triton.runtime.autotuner import Autotuner
 
