@@ -10,6 +10,8 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,10 +49,8 @@ def main(options: ServeOptions) -> None:
     _check_port(options.host, options.port)
     model = None if vllm else load_model(options.checkpoint, options.device, options.dtype)
     if model is not None and options.compile:
-        compile_steps(model)
-        prompt = torch.zeros((1, 3), dtype=torch.long)
-        all_read = torch.ones_like(prompt)
-        model.generate(prompt, attention_mask=all_read, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        with a_thread_for_the_server():  # compiled code is for a number of threads
+            _warm_up(model)
     where = "with vLLM" if model is None else f"on {model.device}"
     chat = "" if tokenizer.chat_template else "; no /v1/chat/completions: the tokenizer has no chat template"
     print(f"serving   {name} ({path}) {where}{chat}", file=sys.stderr)
@@ -101,10 +101,31 @@ def run_server(name: str, model: Any, tokenizer: Any, host: str, port: int, defa
     started, original = int(time.time()), server.build_server
     with (
         ready_attention(),
+        a_thread_for_the_server(),
         mock.patch.object(model_manager, "ModelManager", OneModel),
         mock.patch.object(server, "build_server", build_server),
     ):
         Serve(force_model=name, host=host, port=port, log_level="error", default_seed=default_seed)
+
+
+def _warm_up(model: Any) -> None:
+    """Compile the step of a token, so that the first request does not wait."""
+    compile_steps(model)
+    prompt = torch.zeros((1, 3), dtype=torch.long)
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, min_new_tokens=3, do_sample=False
+    )
+
+
+@contextmanager
+def a_thread_for_the_server() -> Iterator[None]:
+    """One thread less for PyTorch. With one for each core they wait for the server's own at every operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def serving_tokenizer(path: Path) -> PreTrainedTokenizerFast:

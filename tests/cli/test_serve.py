@@ -320,6 +320,18 @@ def test_continuous_batching_is_refused() -> None:
         model.generate_batch([random_tokens(5).tolist()], progress_bar=False)
 
 
+def test_the_server_has_a_core_of_its_own() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads, left in ((3, 2), (1, 1)):
+            torch.set_num_threads(threads)
+            with serve.a_thread_for_the_server():
+                assert torch.get_num_threads() == left
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_served_models_compile_their_steps_if_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = list[Any]()
     monkeypatch.setattr(serve, "run_server", lambda name, model, *rest: served.append(model))
