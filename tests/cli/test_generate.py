@@ -105,7 +105,7 @@ def test_the_command_prints_prompt_and_text(
 
 
 def test_compiled_steps_give_the_same_text(
-    run: Path, loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
     settings = dict(prompt="the ", max_new_tokens=20, temperature=0)
@@ -121,8 +121,10 @@ def test_compiled_steps_give_the_same_text(
     assert isinstance(model.generation_config.compile_config, CompileConfig)
     with pytest.raises(UserError, match="--compile is for a CPU"):
         loading.compile_steps(mock.Mock(device=torch.device("cuda")))
-    monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+    with (
+        cpp_builder.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(UserError, match="needs a C\\+\\+ compiler"),
+    ):
         loading.compile_steps(model)
 
 
