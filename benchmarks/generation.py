@@ -1,4 +1,4 @@
-"""Decoding with a whole model through `generate`, in another way than step by step.
+"""Decoding with a whole model through `generate`: by a recorded or compiled step, and without.
 
 "eager" launches every kernel of every token; "graph" replays a recorded step (CUDA graph,
 `gka.hf.captured_step`), on a GPU; "compiled" runs a step compiled by torch.compile (`gka.hf.compiled_step`), on a
@@ -52,10 +52,9 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each model, batch size and way to decode."""
     device = options.device
     ways: dict[str, dict[str, Any]] = {"eager": {"disable_compile": True}}
-    if device.type == "cuda" and not options.eager:
-        ways["graph"] = {}
-    elif not options.eager:
-        ways["compiled"] = {"compile_config": CompileConfig()}
+    if not options.eager:
+        compiled = {"compiled": {"compile_config": CompileConfig()}}
+        ways |= {"graph": {}} if device.type == "cuda" else compiled
     for name in MODELS:
         model = make_model(options.model, name, device)
         if name == "hybrid" and not model.config.has_attention:

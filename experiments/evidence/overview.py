@@ -103,7 +103,7 @@ def recall(entries: Entries) -> str:
         return " / ".join(said)
 
     names = [RECALL_MIXERS[mixer].name for mixer in mixers]
-    one_seed = len({entry["cell"]["seed"] for entry in entries}) == 1
+    one_seed = recall_page.have_one_seed(entries)
     rows = [[f"{T}, {P}", *(cell((T, P), mixer) for mixer in mixers)] for T, P in places]
     return _joined(
         "Does the paper's figure 3a hold, in its own setting? The figure shows GKA without gates and without "

@@ -119,7 +119,7 @@ def about_age(record: Record, entries: list[dict[str, Any]]) -> str:
     said = (
         f"These results are {then}." if len(old) == len(ours) else f"Some results are {then}: {', '.join(names)}."
     )
-    speeds = any(cell.get("part") == "speed" for cell in old) and record.experiment != "cost"
+    speeds = any(cell.get("part") == "speed" for cell in old)
     return f"{said} {_AFTER[record.experiment]}" + f" {_AFTER['cost']}" * speeds
 
 

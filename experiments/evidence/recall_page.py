@@ -121,8 +121,13 @@ def _listed(rates: Sequence[float]) -> str:
     return ", ".join(f"{rate:g}" for rate in sorted(rates))
 
 
+def have_one_seed(entries: Entries) -> bool:
+    """Whether all trainings have the same seed."""
+    return len({entry["cell"]["seed"] for entry in entries}) == 1
+
+
 def _about_seeds(entries: Entries) -> str:
-    if all(entry["cell"]["seed"] == 0 for entry in entries):
+    if have_one_seed(entries):
         return " All trainings have the same seed."
     return " With several seeds the number is the median, with the smallest and largest in brackets."
 
@@ -219,10 +224,10 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
     for mixer, setting in itertools.product(rivals, valid):
         reference = theirs[setting]
         ours, other = found.get((*setting, PAPER)), found.get((*setting, mixer))
-        if not (reference and reference.complete and ours and other and other.complete):
-            continue
-        if ours.complete or compare(ours, other) == 1:
-            signs[mixer][setting] = compare(ours, other)
+        if reference and reference.complete and ours and other and other.complete:
+            sign = compare(ours, other)
+            if ours.complete or sign == 1:
+                signs[mixer][setting] = sign
     counts = "; ".join(f"{MIXERS[mixer].name}: {_counted(list(of.values()))}" for mixer, of in signs.items())
     with_seeds = " with every seed" if any(len(each.results) > 1 for each in found.values()) else ""
     said = (
@@ -237,8 +242,8 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
             f"Figure 3a does not hold in this setting: {where}, another mixer recalls more in {every.count(-1)} "
             f"of {len(every)} comparisons."
         )
+    total = len(valid) * len(rivals)
     most = sum(all(signs[mixer].get(setting, 0) > 0 for mixer in rivals) for setting in valid)
-    missing = len(valid) * len(rivals) - len(every)
     may_lose = any(
         setting not in signs[mixer] and not ((ours := found.get((*setting, PAPER))) and _solved(ours))
         for mixer, setting in itertools.product(rivals, valid)
@@ -246,13 +251,13 @@ def verdict(found: Table, settings: list[Setting], rivals: list[str]) -> tuple[s
     may_win = any(all(signs[mixer].get(setting, 1) > 0 for mixer in rivals) for setting in valid)
     if may_lose or (may_win and not most):
         return said, (
-            f"There is no verdict on figure 3a yet: {len(every)} of {len(every) + missing} comparisons are "
+            f"There is no verdict on figure 3a yet: {len(every)} of {total} comparisons are "
             f"decided, in which {MIXERS[PAPER].name} is {_counted(every)}."
         )
     rest = (
-        f" {missing} of {len(every) + missing} comparisons are not decided. They cannot change this, since "
+        f" {total - len(every)} of {total} comparisons are not decided. They cannot change this, since "
         f"{MIXERS[PAPER].name} is above {100 * SOLVED:g} percent there."
-    ) * bool(missing)
+    ) * (len(every) < total)
     among = f"among {', '.join(MIXERS[mixer].name for mixer in rivals)}"
     if most:
         return said, (

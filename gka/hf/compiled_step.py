@@ -40,16 +40,12 @@ class CompiledDecoding:
         ids, cache = inputs.get("input_ids"), inputs.get(CACHE, inputs.get(OLD))
         if ids is None or ids.shape[1] != 1 or cache is None or int(cache.get_seq_length()) < 2:
             return self._model(**inputs)  # torch.compile makes a graph of its own for each size of 0 or 1
-        lengths = [(inputs.get("attention_mask"), 1)]
-        lengths += [
-            (part, 2)
-            for layer in cache.layers
-            for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        ]
-        for tensor, dim in lengths:
-            if isinstance(tensor, Tensor) and tensor.dim() > dim:
-                maybe_mark_dynamic(tensor, dim)  # else the first graph is for one length alone
         with counting_outside(cache, 1):
+            lengths = [(inputs.get("attention_mask"), 1)]
+            lengths += [(getattr(layer, name, None), 2) for layer in cache.layers for name in ("keys", "values")]
+            for tensor, dim in lengths:
+                if isinstance(tensor, Tensor) and tensor.dim() > dim:
+                    maybe_mark_dynamic(tensor, dim)  # else the first graph is for one length alone
             return self._step(**inputs)
 
 

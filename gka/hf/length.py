@@ -26,9 +26,13 @@ def add_counter(cache: Cache) -> None:
 
 def count_tokens(cache: Cache, inputs_embeds: Tensor) -> None:
     """Count the tokens of [B, T, hidden_size] in the layer of `add_counter`."""
-    nothing = inputs_embeds.new_empty(inputs_embeds.shape[0], 1, inputs_embeds.shape[1], 0)
     counter = cache.layers[-1]
     assert isinstance(counter, CacheLayerMixin)
+    _count(counter, inputs_embeds.shape[0], inputs_embeds.shape[1], inputs_embeds)
+
+
+def _count(counter: CacheLayerMixin, B: int, T: int, like: Tensor) -> None:
+    nothing = like.new_empty(B, 1, T, 0)
     counter.update(nothing, nothing)
 
 
@@ -74,8 +78,7 @@ def counting_outside(cache: Cache, tokens: int) -> Iterator[None]:
         yield
     finally:
         cache.layers[-1] = counter
-    nothing = counter.keys.new_empty(*counter.keys.shape[:2], tokens, 0)
-    counter.update(nothing, nothing)
+    _count(counter, counter.keys.shape[0], tokens, counter.keys)
 
 
 def is_counter(layer: Any) -> bool:

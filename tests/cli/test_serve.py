@@ -335,9 +335,7 @@ def test_the_server_has_a_core_of_its_own() -> None:
 def test_served_models_compile_their_steps_if_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = list[Any]()
     monkeypatch.setattr(serve, "run_server", lambda name, model, *rest: served.append(model))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     calls = list[Any]()
     backend = CompileConfig(backend=lambda graph, _: calls.append(graph) or graph.forward, mode=None)
     monkeypatch.setattr(loading, "CompileConfig", lambda: backend)
