@@ -90,9 +90,10 @@ def test_a_training_learns(mixer: str, device: torch.device, tmp_path: Path) -> 
 def test_trainings_in_streams_of_a_process_learn(device: torch.device, tmp_path: Path) -> None:
     record = Record(tmp_path / "recall.json", "recall")
     shared = workers.Shared("experiments.evidence.recall", "cuda", tmp_path / "recall")
+    rates = {"gka-paper": 3e-4, "attention": 2e-3}  # with 2e-3 GKA solves the task in two epochs
     cells = [
-        cell(mixer, num_pairs=2, train_examples=4096, epochs=8, size="test", seed=seed)
-        for mixer, seed in itertools.product(("gka-paper", "attention"), range(2))
+        cell(mixer, num_pairs=2, train_examples=4096, epochs=8, size="test", seed=seed, learning_rate=rates[mixer])
+        for mixer, seed in itertools.product(rates, range(2))
     ]
     failed = workers.run_in_processes(
         record, cells, lambda *_: True, shared, processes=1, streams=3, seconds=240, report=print
@@ -104,7 +105,7 @@ def test_trainings_in_streams_of_a_process_learn(device: torch.device, tmp_path:
         alone = finish(training(this, [], device, tmp_path / f"alone-{number}"), device)
         assert found["graph"] and found["history"][-1][2] < 0.7 * found["history"][0][2]
         same = min(len(x["history"]) for x in (found, alone))  # one may have solved the task an epoch sooner
-        assert same >= 2  # a training solves the task in as few epochs
+        assert same > 2
         losses, ref_losses = (torch.tensor([loss for *_, loss in x["history"][:same]]) for x in (found, alone))
         assert relative_error(losses, ref_losses) < 1e-2, "the random numbers are those of a training alone"
 
